@@ -1,0 +1,106 @@
+# Shared by the image recipes; sourced, not run.
+# shellcheck shell=bash
+
+recipes=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repository=$(dirname "$recipes")
+images=${XBEE_IMAGES:-${XDG_CACHE_HOME:-$HOME/.cache}/xbee/images}
+downloads=$(dirname "$images")/downloads
+
+# Every time stamp inside an image. Fixed, so that the same packages give the same bytes.
+export SOURCE_DATE_EPOCH=1700000000
+export LC_ALL=C TZ=UTC
+
+say() { printf 'images: %s\n' "$*"; }
+
+die() {
+    printf 'images: error: %s\n' "$*" >&2
+    exit 1
+}
+
+all_images() {
+    local script
+    for script in "$recipes"/*/build; do
+        printf '%s ' "$(basename "$(dirname "$script")")"
+    done
+}
+
+now_ms() { date +%s%3N; }
+
+elapsed() {
+    local ms=$(($(now_ms) - $1))
+    printf '%d.%d s' $((ms / 1000)) $((ms % 1000 / 100))
+}
+
+need() {
+    local tool
+    for tool; do
+        command -v "$tool" >/dev/null || die "$tool is missing; run: ci/install images"
+    done
+}
+
+# 16 hexadecimal digits for all that image $1 is made from.
+recipe_hash() {
+    local folder=$recipes/$1
+    {
+        (cd "$recipes" && find "$1" lib.sh -type f -print0 | sort -z | xargs -0 sha256sum)
+        if [[ -x $folder/inputs ]]; then "$folder/inputs"; fi
+    } | sha256sum | cut -c 1-16
+}
+
+# What apt offers today, one `Package:`, `Version:` or `Depends:` line after the other. A question to
+# apt costs half a second, so the answer is kept until apt's own files change.
+apt_offer() {
+    local state kept
+    state=$(find /var/lib/apt/lists/ /etc/apt/preferences /etc/apt/preferences.d "${BASH_SOURCE[0]}" \
+        -maxdepth 1 -type f -printf '%p %s %t\n' 2>/dev/null | sort | sha256sum | cut -c 1-16) || true
+    kept=$downloads/apt-$state
+    if [[ ! -s $kept ]]; then
+        mkdir -p "$downloads"
+        rm -f "$downloads"/apt-*
+        apt-cache show --no-all-versions linux-image-cloud-amd64 linux-source-6.12 busybox-static |
+            sed -n '/^Package: /p; /^Version: /p; /^Depends: /p' >"$kept.new" ||
+            die "apt does not know the packages; run: apt-get update"
+        mv "$kept.new" "$kept"
+    fi
+    cat "$kept"
+}
+
+# Version of package $1 (one of those in apt_offer) that apt would install.
+candidate() {
+    apt_offer | sed -n "/^Package: $1\$/,/^Version: /s/^Version: //p"
+}
+
+# Package of the distribution's cloud kernel, and its version.
+cloud_kernel() {
+    apt_offer | sed -n 's/^Depends: \(linux-image-[^ ]*-cloud-amd64\) (= \(.*\))$/\1 \2/p'
+}
+
+# The archive of package $1 at version $2, downloaded once; prints its path. Needs no root.
+package() {
+    local folder=$downloads/$1_$2
+    if [[ ! -d $folder ]]; then
+        local work
+        mkdir -p "$downloads"
+        work=$(mktemp -d "$downloads/.new-XXXXXX")
+        # As root, apt drops to the user _apt, who may not enter a private cache directory.
+        (cd "$work" && apt-get -qq -o APT::Sandbox::User=root download "$1=$2") >&2 ||
+            { rm -rf "$work"; die "cannot download package $1 $2; run: apt-get update"; }
+        rm -rf "$downloads/${1%%-[0-9]*}"[-_]*
+        mv -T "$work" "$folder"
+    fi
+    printf '%s\n' "$folder"/*.deb
+}
+
+# cargo_binary ARGUMENT...: builds with cargo, prints the path of the program.
+cargo_binary() {
+    local path
+    path=$(cargo build --quiet --manifest-path "$repository/Cargo.toml" \
+        --message-format=json-render-diagnostics "$@" |
+        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p')
+    [[ -x $path ]] || die "cargo build $* made no program"
+    printf '%s\n' "$path"
+}
+
+agent_binary() {
+    cargo_binary -p xbeinstd --profile agent --target x86_64-unknown-linux-musl
+}
