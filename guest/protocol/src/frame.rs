@@ -111,6 +111,11 @@ impl FrameBuffer {
         Ok(Some(&self.bytes[body..body + length]))
     }
 
+    /// Whether nothing is left, not even a part of a frame.
+    pub fn is_empty(&self) -> bool {
+        self.start == self.bytes.len()
+    }
+
     /// Forgets everything, for a new connection.
     pub fn clear(&mut self) {
         self.bytes.clear();

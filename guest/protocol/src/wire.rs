@@ -13,7 +13,10 @@ pub(crate) mod uuid {
         e.bytes(id.as_bytes())?.ok()
     }
 
-    pub(crate) fn decode<C>(d: &mut Decoder<'_>, _: &mut C) -> Result<Uuid, minicbor::decode::Error> {
+    pub(crate) fn decode<C>(
+        d: &mut Decoder<'_>,
+        _: &mut C,
+    ) -> Result<Uuid, minicbor::decode::Error> {
         let position = d.position();
         Uuid::from_slice(d.bytes()?)
             .map_err(|_| minicbor::decode::Error::message("a UUID has 16 bytes").at(position))
