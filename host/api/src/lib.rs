@@ -20,251 +20,29 @@
 //! `{id}` is a task's id or any unambiguous prefix of at least 4 characters.
 //! Every error answer is an [`ErrorBody`] with a stable `code`.
 
-use serde::{Deserialize, Serialize};
-use uuid::Uuid;
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
-/// Header that carries an [`ExecRequest`] as JSON on an exec upgrade.
-pub const EXEC_HEADER: &str = "x-xbee-exec";
-/// `Upgrade:` token of exec connections.
-pub const UPGRADE_EXEC: &str = "xbee-exec/1";
-/// `Upgrade:` token of forwarded TCP connections.
-pub const UPGRADE_TCP: &str = "xbee-tcp/1";
+mod chain;
+pub mod client;
+pub mod exec;
+mod types;
 
-/// A job to run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SubmitRequest {
-    /// The JSDL document.
-    pub jsdl: String,
-    /// Accept what `xbe check --lenient` accepts.
-    #[serde(default)]
-    pub lenient: bool,
-    /// Guest TCP ports to publish on the host's loopback.
-    #[serde(default)]
-    pub publish: Vec<PublishedPort>,
-}
+pub use chain::chain;
+pub use types::*;
 
-/// A guest's TCP port made reachable on the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PublishedPort {
-    /// Port on the host's loopback; 0 lets the host choose.
-    pub host: u16,
-    /// Port in the guest.
-    pub guest: u16,
-}
+use std::path::PathBuf;
 
-/// State of a task, in the words of OGSA-BES 1.0 (section 5).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum State {
-    /// Accepted, not begun.
-    Pending,
-    /// Begun.
-    Running,
-    /// Ended by itself; see the exit code.
-    Finished,
-    /// Could not be brought to its end; see the reason.
-    Failed,
-    /// Ended on request.
-    Terminated,
-}
+/// Where root's `xbed` listens.
+pub const SYSTEM_SOCKET: &str = "/run/xbee/xbed.sock";
 
-impl State {
-    /// No further change comes.
-    pub fn is_final(self) -> bool {
-        matches!(self, State::Finished | State::Failed | State::Terminated)
+/// Where `xbed` listens and `xbe` connects if nothing else is said: `/run/xbee/xbed.sock` for root,
+/// else `$XDG_RUNTIME_DIR/xbee/xbed.sock`, and `/tmp/xbee-UID/xbed.sock` where there is no such directory.
+pub fn default_socket() -> PathBuf {
+    let uid = rustix::process::geteuid();
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
+    match runtime {
+        _ if uid.is_root() => PathBuf::from(SYSTEM_SOCKET),
+        Some(runtime) => PathBuf::from(runtime).join("xbee/xbed.sock"),
+        None => PathBuf::from(format!("/tmp/xbee-{}/xbed.sock", uid.as_raw())),
     }
-}
-
-/// Sub-state, XenBEE's specialisation of the BES states.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum SubState {
-    /// Resources held, not confirmed.
-    Reserved,
-    /// In the queue.
-    Confirmed,
-    /// Image and files are being fetched.
-    #[serde(rename = "Stage-In")]
-    StageIn,
-    /// The domain is being made and boots.
-    #[serde(rename = "Instance-Starting")]
-    InstanceStarting,
-    /// The task runs.
-    Executing,
-    /// The domain is being shut down.
-    #[serde(rename = "Instance-Stopping")]
-    InstanceStopping,
-    /// Results are being sent.
-    #[serde(rename = "Stage-Out")]
-    StageOut,
-}
-
-/// How far a transfer is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Progress {
-    /// What is being moved, with credentials removed.
-    pub what: String,
-    /// Bytes so far.
-    pub done_bytes: u64,
-    /// Bytes in all, where known.
-    pub total_bytes: Option<u64>,
-}
-
-/// Time of a transition.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Transition {
-    /// State entered.
-    pub state: State,
-    /// Sub-state entered.
-    pub substate: Option<SubState>,
-    /// When, RFC 3339 with milliseconds, UTC.
-    pub at: String,
-    /// Milliseconds since the Unix epoch.
-    pub at_ms: u64,
-}
-
-/// A task as seen from outside.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TaskStatus {
-    /// The task's id.
-    pub id: Uuid,
-    /// The job's name, from its document.
-    pub name: Option<String>,
-    /// User id of its owner.
-    pub owner: u32,
-    /// State.
-    pub state: State,
-    /// Sub-state while not final.
-    pub substate: Option<SubState>,
-    /// Exit code of the task in the guest; 128 + N if signal N ended it.
-    pub exit_code: Option<i32>,
-    /// Why it failed or was terminated, for a user's eyes.
-    pub reason: Option<String>,
-    /// Stable code of the failure, for programs.
-    pub reason_code: Option<String>,
-    /// Each transition with its time, oldest first.
-    pub times: Vec<Transition>,
-    /// Transfer under way.
-    pub progress: Option<Progress>,
-    /// Image the domain boots.
-    pub image: String,
-    /// Ports published on the host, with the port that was really taken.
-    pub ports: Vec<PublishedPort>,
-}
-
-/// One line of the event stream.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TaskEvent {
-    /// Position in the task's stream, from 1 without gaps.
-    pub seq: u64,
-    /// The state entered and when.
-    #[serde(flatten)]
-    pub transition: Transition,
-    /// Exit code, once known.
-    pub exit_code: Option<i32>,
-    /// Why.
-    pub reason: Option<String>,
-}
-
-/// Query of streams that can be followed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FollowQuery {
-    /// Keep the answer open until the task is final.
-    #[serde(default)]
-    pub follow: bool,
-    /// Events: the first wanted `seq`; logs: the byte offset.
-    #[serde(default)]
-    pub from: u64,
-}
-
-/// How to reach a domain's SSH server.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SshAccess {
-    /// User to log in as.
-    pub user: String,
-    /// Port of the SSH server in the guest.
-    pub port: u16,
-    /// Private key in OpenSSH form, made for this domain alone.
-    pub private_key: String,
-    /// Public host key, `ssh-ed25519 AAAA...`.
-    pub host_key: String,
-}
-
-/// A command to run beside the task.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExecRequest {
-    /// Program and arguments; never a shell string.
-    pub argv: Vec<String>,
-    /// Allocate a terminal of this size.
-    pub tty: Option<WindowSize>,
-    /// Environment on top of the guest's default.
-    #[serde(default)]
-    pub env: Vec<(String, String)>,
-}
-
-/// Size of a terminal in character cells.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WindowSize {
-    /// Rows.
-    pub rows: u16,
-    /// Columns.
-    pub cols: u16,
-}
-
-/// Frames of an exec connection, both ways: kind (1 byte), length (4 bytes, big endian), data.
-pub mod exec {
-    /// Largest data in one frame, bytes.
-    pub const MAX_FRAME: usize = 64 * 1024;
-    /// Client to server: standard input. Empty: end of input.
-    pub const STDIN: u8 = 0;
-    /// Server to client: standard output.
-    pub const STDOUT: u8 = 1;
-    /// Server to client: standard error.
-    pub const STDERR: u8 = 2;
-    /// Client to server: window size, rows and columns as big-endian u16.
-    pub const RESIZE: u8 = 3;
-    /// Server to client, last: exit code as big-endian i32.
-    pub const EXIT: u8 = 4;
-    /// Server to client, last: the command could not be run; UTF-8 text.
-    pub const ERROR: u8 = 5;
-    /// Client to server: send signal, number as big-endian i32.
-    pub const SIGNAL: u8 = 6;
-}
-
-/// Whether the host would take a job.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CheckReport {
-    /// It would.
-    pub accepted: bool,
-    /// Why not.
-    pub reasons: Vec<String>,
-    /// Valid parts of the document that this host ignores.
-    pub warnings: Vec<String>,
-}
-
-/// The host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostInfo {
-    /// Version of `xbed`.
-    pub version: String,
-    /// Back end: `sim`, `qemu`.
-    pub backend: String,
-    /// Hypervisor's version.
-    pub hypervisor: String,
-    /// What executes guests.
-    pub accelerator: String,
-    /// Logical CPUs.
-    pub cpus: u32,
-    /// Memory for domains in bytes.
-    pub memory_bytes: u64,
-    /// Names of the images `image:NAME` can refer to.
-    pub images: Vec<String>,
-}
-
-/// Body of every error answer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ErrorBody {
-    /// Stable code, kebab-case, for programs (`task-not-found`, `invalid-document`...).
-    pub code: String,
-    /// What is wrong, where, what was expected, what to do.
-    pub message: String,
 }

@@ -1,0 +1,578 @@
+//! The client of the API: one connection a request, over a unix socket.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use hyper::upgrade::Upgraded;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+use crate::{
+    CheckReport, EXEC_HEADER, ErrorBody, ExecRequest, FollowQuery, HostInfo, SshAccess,
+    SubmitRequest, TaskEvent, TaskStatus, UPGRADE_EXEC, UPGRADE_TCP,
+};
+
+/// Longest wait for the head of an answer, and for the whole of one that is not a stream.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Largest answer that is not a stream: room for tens of thousands of tasks.
+const MAX_ANSWER_BYTES: usize = 64 * 1024 * 1024;
+/// Longest line of the event stream.
+const MAX_LINE_BYTES: usize = 1024 * 1024;
+/// Shortest prefix of a task's id that names it, and the length of a whole one.
+const TASK_ID_CHARS: std::ops::RangeInclusive<usize> = 4..=36;
+
+/// What can go wrong between the client and `xbed`.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not an address of `xbed`.
+    #[error("`{uri}` is no address of an xbed: expected unix:///PATH or the path of a socket")]
+    InvalidUri {
+        /// What was given.
+        uri: String,
+    },
+    /// Nobody listens there. The cause is part of the text: it is the one thing a user needs.
+    #[error(
+        "no xbed answers at {} ({reason}): start one with `xbed`, or name another with --server",
+        socket.display()
+    )]
+    NotRunning {
+        /// Where it was looked for.
+        socket: PathBuf,
+        /// The system's reason.
+        reason: &'static str,
+    },
+    /// The socket is there, but not for this user.
+    #[error(
+        "you may not connect to {}: ask its owner for access, or start your own with `xbed`",
+        socket.display()
+    )]
+    Forbidden {
+        /// The socket.
+        socket: PathBuf,
+    },
+    /// The default socket is served by somebody else.
+    #[error(
+        "{} is served by user {uid}, not by you: name it with --server if that is what you want",
+        socket.display()
+    )]
+    Foreign {
+        /// The socket.
+        socket: PathBuf,
+        /// User id of the process behind it.
+        uid: u32,
+    },
+    /// Any other failure to connect.
+    #[error("cannot connect to {}", socket.display())]
+    Connect {
+        /// The socket.
+        socket: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The text cannot be the id of a task.
+    #[error(
+        "`{given}` is no task id: expected an id or its first characters (4 or more), see `xbe ps -a`"
+    )]
+    InvalidTaskId {
+        /// What was given.
+        given: String,
+    },
+    /// `xbed` answered with an error.
+    #[error("{}", body.message)]
+    Refused {
+        /// The HTTP status.
+        status: u16,
+        /// What it said.
+        body: ErrorBody,
+    },
+    /// The connection broke.
+    #[error("the connection to xbed was lost")]
+    Lost(#[source] hyper::Error),
+    /// No answer in time.
+    #[error("xbed did not answer within {} s: see its log", ANSWER_TIMEOUT.as_secs())]
+    Timeout,
+    /// The answer is not one that this version understands.
+    #[error(
+        "xbed answered in a way this xbe does not understand ({what}): are both of one version?"
+    )]
+    Answer {
+        /// Which part.
+        what: &'static str,
+        /// The parser's view, where there is one.
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+}
+
+impl Error {
+    /// Stable name for programs.
+    pub fn code(&self) -> &str {
+        match self {
+            Error::InvalidUri { .. } => "invalid-server",
+            Error::NotRunning { .. } => "not-running",
+            Error::Forbidden { .. } => "forbidden",
+            Error::Foreign { .. } => "foreign-server",
+            Error::Connect { .. } => "cannot-connect",
+            Error::InvalidTaskId { .. } => "invalid-task-id",
+            Error::Refused { body, .. } => &body.code,
+            Error::Lost(_) => "connection-lost",
+            Error::Timeout => "timeout",
+            Error::Answer { .. } => "unknown-answer",
+        }
+    }
+
+    /// The server may be back in a moment: an open stream can be asked for again.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Error::NotRunning { .. } | Error::Lost(_))
+    }
+
+    fn answer(what: &'static str) -> Self {
+        Error::Answer { what, source: None }
+    }
+}
+
+/// One of a task's logs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Log {
+    /// The task's standard output.
+    Stdout,
+    /// The task's standard error.
+    Stderr,
+    /// The domain's console.
+    Console,
+}
+
+impl Log {
+    /// Name in paths and in output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Log::Stdout => "stdout",
+            Log::Stderr => "stderr",
+            Log::Console => "console",
+        }
+    }
+}
+
+/// A connection that has left HTTP.
+pub type Tunnel = TokioIo<Upgraded>;
+
+/// The client.
+#[derive(Debug, Clone)]
+pub struct Client {
+    socket: PathBuf,
+    /// The socket was not chosen by the user: only the user's own `xbed` or root's is trusted.
+    is_default: bool,
+}
+
+impl Client {
+    /// The client of this user's own `xbed`, see [`crate::default_socket`]; of root's where there
+    /// is no own one.
+    pub fn local() -> Self {
+        let own = crate::default_socket();
+        let system = Path::new(crate::SYSTEM_SOCKET);
+        let socket = if !own.exists() && system.exists() {
+            system.to_owned()
+        } else {
+            own
+        };
+        Client {
+            socket,
+            is_default: true,
+        }
+    }
+
+    /// The client of the `xbed` at `uri`: `unix:///PATH`, or a path alone.
+    ///
+    /// # Errors
+    /// [`Error::InvalidUri`].
+    pub fn from_uri(uri: &str) -> Result<Self, Error> {
+        let path = match uri.split_once("://") {
+            Some(("unix", path)) if path.starts_with('/') => path,
+            None if !uri.is_empty() => uri,
+            _ => {
+                return Err(Error::InvalidUri {
+                    uri: uri.to_owned(),
+                });
+            }
+        };
+        Ok(Client {
+            socket: PathBuf::from(path),
+            is_default: false,
+        })
+    }
+
+    /// The socket it connects to.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// `GET /v1/host`.
+    ///
+    /// # Errors
+    /// See [`Error`]; so for all that follow.
+    pub async fn host(&self) -> Result<HostInfo, Error> {
+        self.get("/v1/host").await
+    }
+
+    /// `POST /v1/check`.
+    pub async fn check(&self, request: &SubmitRequest) -> Result<CheckReport, Error> {
+        self.post("/v1/check", request).await
+    }
+
+    /// `POST /v1/tasks`: durable once it returns.
+    pub async fn submit(&self, request: &SubmitRequest) -> Result<TaskStatus, Error> {
+        self.post("/v1/tasks", request).await
+    }
+
+    /// `GET /v1/tasks`.
+    pub async fn list(&self, all: bool) -> Result<Vec<TaskStatus>, Error> {
+        self.get(if all {
+            "/v1/tasks?all=true"
+        } else {
+            "/v1/tasks"
+        })
+        .await
+    }
+
+    /// `GET /v1/tasks/{id}`.
+    pub async fn status(&self, task: &str) -> Result<TaskStatus, Error> {
+        self.get(&task_path(task, "")?).await
+    }
+
+    /// `POST /v1/tasks/{id}/terminate`.
+    pub async fn terminate(&self, task: &str) -> Result<TaskStatus, Error> {
+        let request = request(Method::POST, &task_path(task, "/terminate")?)?;
+        json(self.send(request).await?).await
+    }
+
+    /// `DELETE /v1/tasks/{id}`.
+    pub async fn remove(&self, task: &str) -> Result<(), Error> {
+        self.send(request(Method::DELETE, &task_path(task, "")?)?)
+            .await?;
+        Ok(())
+    }
+
+    /// `GET /v1/tasks/{id}/ssh`.
+    pub async fn ssh(&self, task: &str) -> Result<SshAccess, Error> {
+        self.get(&task_path(task, "/ssh")?).await
+    }
+
+    /// `GET /v1/tasks/{id}/events`.
+    pub async fn events(&self, task: &str, query: FollowQuery) -> Result<Events, Error> {
+        let path = task_path(task, &format!("/events?{}", follow(query)))?;
+        let answer = self.send(request(Method::GET, &path)?).await?;
+        Ok(Events {
+            bytes: Bytestream(answer.into_body()),
+            line: Vec::new(),
+        })
+    }
+
+    /// `GET /v1/tasks/{id}/logs/{stream}`.
+    pub async fn logs(
+        &self,
+        task: &str,
+        log: Log,
+        query: FollowQuery,
+    ) -> Result<Bytestream, Error> {
+        let path = task_path(task, &format!("/logs/{}?{}", log.name(), follow(query)))?;
+        Ok(Bytestream(
+            self.send(request(Method::GET, &path)?).await?.into_body(),
+        ))
+    }
+
+    /// `POST /v1/tasks/{id}/exec`: a connection of frames, see [`crate::exec`].
+    pub async fn exec(&self, task: &str, exec: &ExecRequest) -> Result<Tunnel, Error> {
+        let header = ascii_json(exec)?;
+        let mut request = request(Method::POST, &task_path(task, "/exec")?)?;
+        let header = header
+            .try_into()
+            .map_err(|source: hyper::header::InvalidHeaderValue| Error::Answer {
+                what: "exec request",
+                source: Some(source.into()),
+            })?;
+        request.headers_mut().insert(EXEC_HEADER, header);
+        self.upgrade(request, UPGRADE_EXEC).await
+    }
+
+    /// `POST /v1/tasks/{id}/forward`: a connection to a TCP port of the guest.
+    pub async fn forward(&self, task: &str, port: u16) -> Result<Tunnel, Error> {
+        let path = task_path(task, &format!("/forward?port={port}"))?;
+        self.upgrade(request(Method::POST, &path)?, UPGRADE_TCP)
+            .await
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
+        json(self.send(request(Method::GET, path)?).await?).await
+    }
+
+    async fn post<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &B,
+    ) -> Result<T, Error> {
+        let mut request = request(Method::POST, path)?;
+        let body = serde_json::to_vec(body).map_err(answer("request"))?;
+        *request.body_mut() = Full::new(body.into());
+        let json = hyper::header::HeaderValue::from_static("application/json");
+        request.headers_mut().insert(CONTENT_TYPE, json);
+        self::json(self.send(request).await?).await
+    }
+
+    async fn upgrade(
+        &self,
+        mut request: Request<Full<Bytes>>,
+        protocol: &'static str,
+    ) -> Result<Tunnel, Error> {
+        let headers = request.headers_mut();
+        headers.insert(
+            CONNECTION,
+            hyper::header::HeaderValue::from_static("upgrade"),
+        );
+        headers.insert(UPGRADE, hyper::header::HeaderValue::from_static(protocol));
+        let answer = self.send(request).await?;
+        if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(Error::answer("no change of protocol"));
+        }
+        Ok(TokioIo::new(
+            hyper::upgrade::on(answer).await.map_err(Error::Lost)?,
+        ))
+    }
+
+    /// Sends one request and turns error answers into errors.
+    async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, Error> {
+        let stream = self.connect().await?;
+        let exchange = async {
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(stream))
+                    .await
+                    .map_err(Error::Lost)?;
+            // Its errors come back through the answer and its body.
+            tokio::spawn(connection.with_upgrades());
+            let answer = sender.send_request(request).await.map_err(Error::Lost)?;
+            let status = answer.status();
+            if status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS {
+                return Ok(answer);
+            }
+            let body = collect(answer.into_body()).await?;
+            let body = serde_json::from_slice(&body).map_err(answer_error)?;
+            Err(Error::Refused {
+                status: status.as_u16(),
+                body,
+            })
+        };
+        tokio::time::timeout(ANSWER_TIMEOUT, exchange)
+            .await
+            .map_err(|_| Error::Timeout)?
+    }
+
+    async fn connect(&self) -> Result<UnixStream, Error> {
+        let socket = self.socket.clone();
+        let stream = match UnixStream::connect(&socket).await {
+            Ok(stream) => stream,
+            Err(source) => {
+                return Err(match source.kind() {
+                    io::ErrorKind::NotFound => Error::NotRunning {
+                        socket,
+                        reason: "no such socket",
+                    },
+                    io::ErrorKind::ConnectionRefused => Error::NotRunning {
+                        socket,
+                        reason: "connection refused",
+                    },
+                    io::ErrorKind::PermissionDenied => Error::Forbidden { socket },
+                    _ => Error::Connect { socket, source },
+                });
+            }
+        };
+        // Its directory may be in /tmp, where anybody could have made it first.
+        if self.is_default {
+            let uid = match stream.peer_cred() {
+                Ok(peer) => peer.uid(),
+                Err(source) => return Err(Error::Connect { socket, source }),
+            };
+            if uid != 0 && uid != rustix::process::geteuid().as_raw() {
+                return Err(Error::Foreign { socket, uid });
+            }
+        }
+        Ok(stream)
+    }
+}
+
+/// The body of an answer as it comes.
+#[derive(Debug)]
+pub struct Bytestream(Incoming);
+
+impl Bytestream {
+    /// The next piece; `None` at the end. Cancel safe.
+    ///
+    /// # Errors
+    /// [`Error::Lost`].
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        while let Some(frame) = self.0.frame().await {
+            if let Ok(data) = frame.map_err(Error::Lost)?.into_data() {
+                return Ok(Some(data));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The events of a task as they come.
+#[derive(Debug)]
+pub struct Events {
+    bytes: Bytestream,
+    line: Vec<u8>,
+}
+
+impl Events {
+    /// The next event; `None` at the end. Cancel safe.
+    ///
+    /// # Errors
+    /// [`Error::Lost`], [`Error::Answer`].
+    pub async fn next(&mut self) -> Result<Option<TaskEvent>, Error> {
+        loop {
+            if let Some(end) = self.line.iter().position(|&byte| byte == b'\n') {
+                let event = serde_json::from_slice(&self.line[..end]).map_err(answer("event"))?;
+                self.line.drain(..=end);
+                return Ok(Some(event));
+            }
+            if self.line.len() > MAX_LINE_BYTES {
+                return Err(Error::answer("an endless event"));
+            }
+            match self.bytes.next().await? {
+                Some(data) => self.line.extend_from_slice(&data),
+                None if self.line.is_empty() => return Ok(None),
+                None => return Err(Error::answer("half an event")),
+            }
+        }
+    }
+}
+
+/// The path of a task; the id comes from a command line.
+fn task_path(task: &str, rest: &str) -> Result<String, Error> {
+    let valid = TASK_ID_CHARS.contains(&task.len())
+        && task
+            .bytes()
+            .all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    if !valid {
+        return Err(Error::InvalidTaskId {
+            given: task.to_owned(),
+        });
+    }
+    Ok(format!("/v1/tasks/{}{rest}", task.to_ascii_lowercase()))
+}
+
+fn follow(query: FollowQuery) -> String {
+    format!("follow={}&from={}", query.follow, query.from)
+}
+
+fn request(method: Method, path: &str) -> Result<Request<Full<Bytes>>, Error> {
+    Request::builder()
+        .method(method)
+        .uri(path)
+        .header(HOST, "xbed")
+        .body(Full::default())
+        .map_err(|source| Error::Answer {
+            what: "request",
+            source: Some(source.into()),
+        })
+}
+
+async fn collect(body: Incoming) -> Result<Bytes, Error> {
+    let body = Limited::new(body, MAX_ANSWER_BYTES).collect().await;
+    match body {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(source) => match source.downcast::<hyper::Error>() {
+            Ok(lost) => Err(Error::Lost(*lost)),
+            Err(_) => Err(Error::answer("an answer of endless length")),
+        },
+    }
+}
+
+async fn json<T: DeserializeOwned>(answer: Response<Incoming>) -> Result<T, Error> {
+    let body = tokio::time::timeout(ANSWER_TIMEOUT, collect(answer.into_body()))
+        .await
+        .map_err(|_| Error::Timeout)??;
+    serde_json::from_slice(&body).map_err(answer_error)
+}
+
+fn answer(what: &'static str) -> impl FnOnce(serde_json::Error) -> Error {
+    move |source| Error::Answer {
+        what,
+        source: Some(source.into()),
+    }
+}
+
+fn answer_error(source: serde_json::Error) -> Error {
+    answer("body")(source)
+}
+
+/// JSON in ASCII, as header values have to be.
+fn ascii_json<T: Serialize>(value: &T) -> Result<String, Error> {
+    let text = serde_json::to_string(value).map_err(answer("request"))?;
+    let mut ascii = String::with_capacity(text.len());
+    for unit in text.encode_utf16() {
+        match u8::try_from(unit) {
+            Ok(byte @ b' '..=b'~') => ascii.push(byte.into()),
+            _ => ascii.push_str(&format!("\\u{unit:04x}")),
+        }
+    }
+    Ok(ascii)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        for (uri, socket) in [
+            ("unix:///run/x.sock", "/run/x.sock"),
+            ("/run/x.sock", "/run/x.sock"),
+            ("x", "x"),
+        ] {
+            assert_eq!(Client::from_uri(uri).unwrap().socket(), Path::new(socket));
+        }
+        for uri in ["", "unix://run/x", "http://host:80", "tcp://host:80"] {
+            let error = Client::from_uri(uri).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!(
+                    "`{uri}` is no address of an xbed: expected unix:///PATH or the path of a socket"
+                )
+            );
+        }
+    }
+
+    #[test]
+    fn ids_from_the_command_line_cannot_change_the_path() {
+        assert_eq!(task_path("AB12-", "/ssh").unwrap(), "/v1/tasks/ab12-/ssh");
+        for id in [
+            "",
+            "abc",
+            "../../v1/host",
+            "abcd?x",
+            "abcd/exec",
+            &"a".repeat(37),
+        ] {
+            assert!(
+                matches!(task_path(id, ""), Err(Error::InvalidTaskId { .. })),
+                "{id}"
+            );
+        }
+    }
+
+    #[test]
+    fn exec_requests_fit_a_header() {
+        let text = ascii_json(&["ü", "𝄞", "a\n\u{7f}"]).unwrap();
+        assert!(text.is_ascii());
+        let back: Vec<String> = serde_json::from_str(&text).unwrap();
+        assert_eq!(back, ["ü", "𝄞", "a\n\u{7f}"]);
+    }
+}
