@@ -1,0 +1,55 @@
+//! The control socket: one JSON object a line each way.
+//!
+//! Requests are [`Request`]; answers are `{"ok":true,...}` or
+//! `{"ok":false,"code":"...","message":"..."}`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::switch::{DomainSpec, DomainStatus};
+
+mod client;
+mod server;
+
+pub use client::{Client, ClientError};
+pub use server::{Server, ServerError};
+
+/// Longest line in bytes, either way; `list` answers of a full switch fit.
+pub const LINE_MAX: usize = 1 << 20;
+
+/// A request on the control socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case")]
+pub enum Request {
+    /// Adds a domain. Answered when QEMU and programs of the host can connect.
+    Add(DomainSpec),
+    /// Removes a domain, cuts its connections and removes its sockets.
+    Remove {
+        /// Its context identifier.
+        cid: u32,
+    },
+    /// Shows all domains.
+    List,
+    /// Says the switch's version.
+    Ping,
+    /// Removes all domains and ends the process.
+    Stop,
+}
+
+/// An answer on the control socket.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Response {
+    /// The request was done.
+    pub ok: bool,
+    /// If not: a stable name of the reason.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<String>,
+    /// If not: what a person should know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// To `ping`: the version of the program.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// To `list`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domains: Option<Vec<DomainStatus>>,
+}
