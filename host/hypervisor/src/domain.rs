@@ -1,0 +1,224 @@
+//! What a domain is: its specification, its states, what is known of it.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncWrite};
+use uuid::Uuid;
+
+/// Identifies a domain on its host; also its UUID towards the hypervisor.
+pub type DomainId = Uuid;
+
+/// Lowest context identifier a domain can have: 0 to 2 are reserved (virtio 1.2, section 5.10.4).
+pub const CID_MIN: u32 = 3;
+
+/// Least memory a domain can have, in bytes: no current kernel boots with less.
+pub const MEMORY_MIN_BYTES: u64 = 32 << 20;
+
+/// Most virtual CPUs a domain can have: what an 8-bit APIC identifier can tell apart.
+pub const VCPUS_MAX: u32 = 255;
+
+/// A reliable byte stream to the agent in a domain.
+pub trait AgentStream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> AgentStream for T {}
+
+/// Format of a disk image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskFormat {
+    /// Plain sectors.
+    Raw,
+    /// QEMU copy-on-write, version 2 or 3, without a backing file of its own.
+    Qcow2,
+}
+
+impl fmt::Display for DiskFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        })
+    }
+}
+
+/// A disk of a domain. The image is never written: the domain writes to an overlay in its run
+/// directory, which goes with the domain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// The base image.
+    pub image: PathBuf,
+    /// Its format.
+    pub format: DiskFormat,
+    /// The guest sees a read-only device and no overlay is made.
+    pub read_only: bool,
+}
+
+/// All that is needed to make a domain.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainSpec {
+    /// Identity, chosen by the caller and durable before `create` is called.
+    pub id: DomainId,
+    /// Human-readable name, unique on the host.
+    pub name: String,
+    /// Whom the domain belongs to; domains of different owners cannot reach each other by vsock.
+    pub owner: String,
+    /// Virtual CPUs, 1 to [`VCPUS_MAX`].
+    pub vcpus: u32,
+    /// Memory in bytes, at least [`MEMORY_MIN_BYTES`]; rounded up to a MiB.
+    pub memory_bytes: u64,
+    /// Kernel: ELF vmlinux with a PVH note, or bzImage.
+    pub kernel: PathBuf,
+    /// Initial RAM file system, a newc cpio archive (any compression the kernel knows).
+    pub initramfs: Option<PathBuf>,
+    /// Kernel arguments beyond those the back end needs itself.
+    pub kernel_args: Vec<String>,
+    /// Disks in the order the guest sees them.
+    pub disks: Vec<Disk>,
+    /// Context identifier on the host's vsock switch; at least [`CID_MIN`], never used twice at a time.
+    pub cid: u32,
+    /// Content of `/xbee/boot` in the guest's initial RAM file system (mode 0600), appended to
+    /// `initramfs` as a further cpio archive. Carries the per-boot secret: never logged, and not
+    /// part of the serialised form.
+    #[serde(skip)]
+    pub boot_config: Vec<u8>,
+    /// The domain's own directory: sockets, overlays, console log. Made by `create`, removed by
+    /// `destroy`. A direct child of the directory the back end was configured with.
+    pub run_dir: PathBuf,
+}
+
+impl fmt::Debug for DomainSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DomainSpec")
+            .field("id", &self.id)
+            .field("name", &self.name)
+            .field("owner", &self.owner)
+            .field("vcpus", &self.vcpus)
+            .field("memory_bytes", &self.memory_bytes)
+            .field("kernel", &self.kernel)
+            .field("initramfs", &self.initramfs)
+            .field("kernel_args", &self.kernel_args)
+            .field("disks", &self.disks)
+            .field("cid", &self.cid)
+            .field(
+                "boot_config",
+                &format_args!("[{} bytes]", self.boot_config.len()),
+            )
+            .field("run_dir", &self.run_dir)
+            .finish()
+    }
+}
+
+/// What a domain does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "state")]
+pub enum DomainState {
+    /// Made, not started.
+    Created,
+    /// Executing.
+    Running,
+    /// Halted, memory kept.
+    Paused,
+    /// Ended; the run directory is still there.
+    Stopped {
+        /// Why it ended.
+        reason: StopReason,
+    },
+}
+
+impl fmt::Display for DomainState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Created => f.write_str("created"),
+            Self::Running => f.write_str("running"),
+            Self::Paused => f.write_str("paused"),
+            Self::Stopped { reason } => write!(f, "stopped: {reason}"),
+        }
+    }
+}
+
+/// Why a domain ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "kind")]
+pub enum StopReason {
+    /// The guest switched itself off.
+    GuestShutdown,
+    /// The guest asked for a reset (domains are not restarted).
+    GuestReset,
+    /// The guest's kernel panicked.
+    GuestPanic,
+    /// `destroy` or a forced `shutdown`.
+    Destroyed,
+    /// The hypervisor's process ended by itself.
+    Failed {
+        /// What is known of the cause, for a user's eyes.
+        detail: String,
+    },
+}
+
+impl fmt::Display for StopReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::GuestShutdown => f.write_str("the guest switched itself off"),
+            Self::GuestReset => f.write_str("the guest asked for a reset"),
+            Self::GuestPanic => f.write_str("the guest's kernel panicked"),
+            Self::Destroyed => f.write_str("it was ended by force"),
+            Self::Failed { detail } => f.write_str(detail),
+        }
+    }
+}
+
+/// A change of a domain's state, seen within a second of its happening.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainEvent {
+    /// Which domain.
+    pub id: DomainId,
+    /// What it is now.
+    pub state: DomainState,
+}
+
+/// A domain as `list` reports it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainInfo {
+    /// Identity.
+    pub id: DomainId,
+    /// Name.
+    pub name: String,
+    /// State.
+    pub state: DomainState,
+}
+
+/// Resources a domain has used.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct DomainStats {
+    /// CPU time in milliseconds, all virtual CPUs and the hypervisor's own.
+    pub cpu_ms: u64,
+    /// Resident memory in bytes.
+    pub memory_bytes: u64,
+}
+
+/// What a back end found on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostCapabilities {
+    /// `sim`, `qemu` or `xen`.
+    pub backend: String,
+    /// Version of the hypervisor, as it names itself.
+    pub version: String,
+    /// What executes guests: `kvm`, `tcg`, `simulated`...
+    pub accelerator: String,
+    /// Why this accelerator and no faster one, for a user's eyes; empty where there is none.
+    pub accelerator_note: String,
+    /// Logical CPUs of the host.
+    pub cpus: u32,
+    /// Memory for domains, in bytes.
+    pub memory_bytes: u64,
+}
+
+/// How a `shutdown` ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShutdownOutcome {
+    /// The guest switched itself off in time.
+    Graceful,
+    /// The time limit passed and the domain was destroyed by force.
+    Forced,
+}

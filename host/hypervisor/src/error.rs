@@ -1,0 +1,170 @@
+//! What goes wrong with domains.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::domain::{DomainId, DomainState, StopReason};
+
+/// What goes wrong with domains.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No such domain.
+    #[error("no domain {0} on this host")]
+    NotFound(DomainId),
+    /// The domain ended.
+    #[error("domain {id} ended: {reason}")]
+    Gone {
+        /// Which.
+        id: DomainId,
+        /// Why.
+        reason: StopReason,
+    },
+    /// A different domain has this identity already.
+    #[error("domain {id} exists already and differs: {detail}")]
+    Exists {
+        /// Which.
+        id: DomainId,
+        /// What differs.
+        detail: String,
+    },
+    /// The domain's state does not allow the operation.
+    #[error("cannot {operation} domain {id}: it is {state}")]
+    WrongState {
+        /// Which.
+        id: DomainId,
+        /// What was asked for.
+        operation: &'static str,
+        /// What it is instead.
+        state: DomainState,
+    },
+    /// The specification cannot be met by any host.
+    #[error("domain specification: {field}: {detail}")]
+    InvalidSpec {
+        /// The field at fault.
+        field: &'static str,
+        /// What is wrong, and what was expected.
+        detail: String,
+    },
+    /// More memory than the host has.
+    #[error(
+        "the domain asks for {asked_mib} MiB of memory, this host has {available_mib} MiB: ask for less"
+    )]
+    TooMuchMemory {
+        /// Asked for, in MiB.
+        asked_mib: u64,
+        /// The host's, in MiB.
+        available_mib: u64,
+    },
+    /// A file the domain needs cannot be opened.
+    #[error("cannot open the {role} {path}", path = path.display())]
+    ImageUnreadable {
+        /// `kernel`, `initramfs` or `disk image`.
+        role: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A disk image that is none.
+    #[error("{path} is not a {expected}: it holds {found}", path = path.display())]
+    NotAnImage {
+        /// The file.
+        path: PathBuf,
+        /// What it should be.
+        expected: &'static str,
+        /// What it is, and the remedy where there is one.
+        found: String,
+    },
+    /// A kernel of a format that cannot be started.
+    #[error(
+        "{path} is no kernel that can be started (an ELF vmlinux with a PVH note, or a bzImage): it holds {found}",
+        path = path.display()
+    )]
+    UnknownKernel {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        found: String,
+    },
+    /// The hypervisor is not installed.
+    #[error("{program} not found: {remedy}")]
+    HypervisorMissing {
+        /// The program looked for.
+        program: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// The hypervisor is there and does not work.
+    #[error("the hypervisor does not work here: {detail}")]
+    HypervisorBroken {
+        /// What it said.
+        detail: String,
+    },
+    /// The hypervisor did not start the domain.
+    #[error("domain {id} did not start: {detail}")]
+    StartFailed {
+        /// Which.
+        id: DomainId,
+        /// What the hypervisor said.
+        detail: String,
+    },
+    /// The hypervisor refused an operation, or did not answer.
+    #[error("domain {id}: the hypervisor did not {operation}")]
+    Control {
+        /// Which.
+        id: DomainId,
+        /// What was asked for.
+        operation: &'static str,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The operating system refused something.
+    #[error("cannot {action} {path}", path = path.display())]
+    Io {
+        /// What was tried, in words.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// Stable identifier of the kind of error, for programs.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NotFound(_) => "domain-not-found",
+            Self::Gone { .. } => "domain-gone",
+            Self::Exists { .. } => "domain-exists",
+            Self::WrongState { .. } => "domain-wrong-state",
+            Self::InvalidSpec { .. } => "domain-invalid",
+            Self::TooMuchMemory { .. } => "too-much-memory",
+            Self::ImageUnreadable { .. } => "image-unreadable",
+            Self::NotAnImage { .. } => "not-an-image",
+            Self::UnknownKernel { .. } => "unknown-kernel",
+            Self::HypervisorMissing { .. } => "hypervisor-missing",
+            Self::HypervisorBroken { .. } => "hypervisor-broken",
+            Self::StartFailed { .. } => "start-failed",
+            Self::Control { .. } => "hypervisor-control",
+            Self::Io { .. } => "host-io",
+        }
+    }
+
+    /// For `map_err`: names what was tried on which path.
+    pub(crate) fn io(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
+    }
+}

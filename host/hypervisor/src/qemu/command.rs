@@ -1,0 +1,205 @@
+//! QEMU's command line. Pure: the same inputs give the same arguments.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+
+use serde_json::{Value, json};
+
+use super::host::Host;
+use super::rundir;
+use crate::domain::{DiskFormat, DomainSpec};
+use crate::error::Error;
+
+/// What the kernel takes of its command line (Linux, `COMMAND_LINE_SIZE` of x86, less the NUL).
+const KERNEL_ARGS_MAX_BYTES: usize = 2047;
+
+const MIB: u64 = 1 << 20;
+
+/// Files handed over by descriptor, with the numbers they have in the new process.
+#[derive(Debug)]
+pub(crate) struct Descriptors {
+    pub(crate) qmp_listener: RawFd,
+    pub(crate) kernel: RawFd,
+    /// Base images, in the order of the domain's disks.
+    pub(crate) disks: Vec<RawFd>,
+}
+
+/// The arguments for one domain. Paths are relative to its run directory, which is the process's
+/// working directory: it needs no access to what lies above.
+pub(crate) fn args(
+    spec: &DomainSpec,
+    host: &Host,
+    fds: &Descriptors,
+    initramfs: bool,
+) -> Result<Vec<OsString>, Error> {
+    let mut args = Args::default();
+    let memory_mib = spec.memory_bytes.div_ceil(MIB);
+
+    args.option(
+        "-name",
+        format!("guest={},debug-threads=on", escape(&spec.name)),
+    );
+    args.option("-uuid", spec.id.to_string());
+    args.flag("-nodefaults");
+    args.flag("-no-user-config");
+    args.option("-display", "none");
+    args.option(
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    );
+    // A domain that ended stays, halted, until its end has been seen: the reason must not be lost
+    // when it happens while nobody is connected.
+    args.option("-action", "reboot=shutdown,shutdown=pause,panic=pause");
+
+    args.option(
+        "-machine",
+        "q35,memory-backend=mem,smm=off,sata=off,smbus=off,i8042=off,vmport=off,hpet=off",
+    );
+    match host.kvm {
+        Some(_) => {
+            args.option("-accel", "kvm");
+            args.option("-cpu", "host");
+        }
+        None => {
+            // The translation cache is part of each domain's footprint. 128 MiB hold a Linux boot
+            // several times over.
+            args.option("-accel", "tcg,thread=multi,tb-size=128");
+            // Distributions build for x86-64-v2 and v3, which the default CPU model is not.
+            args.option("-cpu", "max,la57=off");
+        }
+    }
+    args.option("-smp", spec.vcpus.to_string());
+    args.option("-m", format!("{memory_mib}M"));
+    // Shared: a vhost-user back end works on the guest's memory itself.
+    args.json("-object", &json!({
+        "qom-type": "memory-backend-memfd", "id": "mem", "share": true, "size": memory_mib * MIB,
+    }));
+
+    // QEMU's own file opening cannot take the kernel from a descriptor set; the kernel can.
+    args.option("-kernel", format!("/proc/self/fd/{}", fds.kernel));
+    if initramfs {
+        args.option("-initrd", rundir::INITRAMFS);
+    }
+    args.option("-append", kernel_args(spec, host)?);
+
+    args.option(
+        "-chardev",
+        format!("socket,id=qmp,fd={},server=on,wait=off", fds.qmp_listener),
+    );
+    args.option("-mon", "chardev=qmp,mode=control");
+    args.option(
+        "-chardev",
+        format!("pipe,id=console,path={}", rundir::CONSOLE_PIPE),
+    );
+    args.option("-serial", "chardev:console");
+    args.json("-device", &json!({ "driver": "pvpanic" }));
+    args.json(
+        "-object",
+        &json!({ "qom-type": "rng-builtin", "id": "rng" }),
+    );
+    args.json(
+        "-device",
+        &json!({ "driver": "virtio-rng-pci", "rng": "rng" }),
+    );
+
+    for (index, (disk, fd)) in spec.disks.iter().zip(&fds.disks).enumerate() {
+        args.option("-add-fd", format!("fd={fd},set={index}"));
+        args.json(
+            "-blockdev",
+            &json!({
+                "driver": "file", "node-name": format!("base{index}-file"),
+                "filename": format!("/dev/fdset/{index}"), "read-only": true,
+            }),
+        );
+        let mut base = json!({
+            "driver": disk.format.to_string(), "node-name": format!("base{index}"),
+            "file": format!("base{index}-file"), "read-only": true,
+        });
+        if disk.format == DiskFormat::Qcow2 {
+            // Whatever the image's header says by now: no other file is opened.
+            base["backing"] = Value::Null;
+        }
+        args.json("-blockdev", &base);
+        let mut drive = format!("base{index}");
+        if !disk.read_only {
+            drive = format!("disk{index}");
+            // The overlay goes with the domain, so nothing is gained by waiting for the disk.
+            let cache = json!({ "no-flush": true });
+            args.json(
+                "-blockdev",
+                &json!({
+                    "driver": "file", "node-name": format!("{drive}-file"),
+                    "filename": rundir::overlay(index), "cache": cache, "discard": "unmap",
+                }),
+            );
+            args.json(
+                "-blockdev",
+                &json!({
+                    "driver": "qcow2", "node-name": drive, "file": format!("{drive}-file"),
+                    "backing": format!("base{index}"), "cache": cache, "discard": "unmap",
+                }),
+            );
+        }
+        args.json(
+            "-device",
+            &json!({ "driver": "virtio-blk-pci", "drive": drive, "id": format!("vd{index}") }),
+        );
+    }
+    Ok(args.0)
+}
+
+/// The kernel's command line: what shortens the boot, then the caller's, which wins.
+fn kernel_args(spec: &DomainSpec, host: &Host) -> Result<String, Error> {
+    let mut line: Vec<String> = [
+        "console=ttyS0",
+        "quiet",
+        "no_timer_check",
+        "random.trust_cpu=1",
+        "mitigations=off",
+        "cryptomgr.notests",
+        "8250.nr_uarts=1",
+        // A panic ends the domain. The reset is seen by QEMU; there is nobody to read a screen.
+        "panic=-1",
+    ]
+    .map(str::to_owned)
+    .into();
+    if let Some(khz) = host.tsc_khz {
+        line.push(format!("tsc_early_khz={khz}"));
+        line.push("tsc=reliable".to_owned());
+    }
+    line.extend(spec.kernel_args.iter().cloned());
+    let line = line.join(" ");
+    if line.len() > KERNEL_ARGS_MAX_BYTES {
+        return Err(Error::InvalidSpec {
+            field: "kernel_args",
+            detail: format!(
+                "{} bytes with those XenBEE adds, a kernel takes {KERNEL_ARGS_MAX_BYTES}",
+                line.len()
+            ),
+        });
+    }
+    Ok(line)
+}
+
+/// Doubles commas, as QEMU's `key=value,...` options want it.
+fn escape(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+#[derive(Default)]
+struct Args(Vec<OsString>);
+
+impl Args {
+    fn flag(&mut self, name: &str) {
+        self.0.push(name.into());
+    }
+
+    fn option(&mut self, name: &str, value: impl Into<OsString>) {
+        self.0.push(name.into());
+        self.0.push(value.into());
+    }
+
+    fn json(&mut self, name: &str, value: &Value) {
+        self.option(name, value.to_string());
+    }
+}

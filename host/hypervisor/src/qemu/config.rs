@@ -1,0 +1,56 @@
+//! How the QEMU back end is set up.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What executes guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Accelerator {
+    /// KVM where a probe guest ran with it, otherwise TCG.
+    #[default]
+    Auto,
+    /// KVM or nothing.
+    Kvm,
+    /// QEMU's own translation to host code: works everywhere, about ten times slower.
+    Tcg,
+}
+
+/// Settings of the QEMU back end.
+#[derive(Debug, Clone)]
+pub struct QemuConfig {
+    /// Holds the run directories, each named by its domain's identity, and nothing else. Made on
+    /// demand. What is found here at start is adopted, and what is incomplete is removed.
+    pub domains_dir: PathBuf,
+    /// The QEMU program; `None`: `qemu-system-x86_64` in `PATH`.
+    pub program: Option<PathBuf>,
+    /// What executes guests.
+    pub accelerator: Accelerator,
+    /// With root's rights, a domain's process runs as user and group `uid_base + cid`. The range
+    /// above must belong to nobody else.
+    pub uid_base: u32,
+    /// Most bytes kept of a domain's console.
+    pub console_max_bytes: u64,
+    /// How long a probe guest may take to say that it runs.
+    pub kvm_probe_limit: Duration,
+    /// How long a QEMU process may take until it answers on its control socket.
+    pub start_limit: Duration,
+    /// How long it may take to answer a command, or to go when killed.
+    pub command_limit: Duration,
+}
+
+impl QemuConfig {
+    /// The defaults.
+    #[must_use]
+    pub fn new(domains_dir: PathBuf) -> Self {
+        Self {
+            domains_dir,
+            program: None,
+            accelerator: Accelerator::Auto,
+            uid_base: 200_000,
+            console_max_bytes: 4 << 20,
+            kvm_probe_limit: Duration::from_secs(3),
+            start_limit: Duration::from_secs(30),
+            command_limit: Duration::from_secs(10),
+        }
+    }
+}

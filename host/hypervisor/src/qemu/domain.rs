@@ -1,0 +1,658 @@
+//! One domain: its process, what watches it, and the operations on it.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
+use tokio::sync::{broadcast, watch};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+use super::agent_port::AgentPort;
+use super::command::{self, Descriptors};
+use super::config::QemuConfig;
+use super::host::Host;
+use super::pipe_log::{self, PipeLog};
+use super::process::{self, Exit, Identity, Launch, Process};
+use super::qmp::{GuestStatus, Qmp, QmpError};
+use super::rundir::{Record, RunDir};
+use crate::domain::{
+    DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
+};
+use crate::error::Error;
+use crate::image;
+
+/// Most bytes kept of what QEMU prints, and how many of them an error quotes.
+const ERROR_LOG_MAX_BYTES: u64 = 64 << 10;
+const ERROR_QUOTE_BYTES: u64 = 1024;
+
+/// How much of the console's end is searched for a panic.
+const PANIC_SEARCH_BYTES: u64 = 16 << 10;
+
+/// Threads of a QEMU process beyond its virtual CPUs: main loop, RCU, and up to 64 for disk I/O.
+const THREADS_EXTRA: u64 = 80;
+
+/// A guest that is still booting misses the power button, so it is pressed again.
+const POWER_BUTTON_INTERVAL: Duration = Duration::from_secs(2);
+
+/// A domain. Operations on its life cycle are serialised by `operation`; the state changes under
+/// the operations and by what `supervise` sees.
+#[derive(Debug)]
+pub(crate) struct Domain {
+    pub(crate) spec: DomainSpec,
+    pub(crate) dir: RunDir,
+    pub(crate) operation: tokio::sync::Mutex<()>,
+    state: watch::Sender<DomainState>,
+    events: broadcast::Sender<DomainEvent>,
+    running: Mutex<Option<Running>>,
+    /// Its end is our doing.
+    killed: AtomicBool,
+    pub(crate) agent: AgentPort,
+}
+
+#[derive(Debug)]
+struct Running {
+    process: Arc<Process>,
+    qmp: Qmp,
+    supervisor: AbortHandle,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.supervisor.abort();
+    }
+}
+
+impl Domain {
+    pub(crate) fn new(
+        spec: DomainSpec,
+        dir: RunDir,
+        state: DomainState,
+        events: broadcast::Sender<DomainEvent>,
+    ) -> Result<Self, Error> {
+        let socket = dir.agent_socket();
+        let agent = AgentPort::listen(&socket).map_err(Error::io("listen on", socket))?;
+        Ok(Self {
+            spec,
+            dir,
+            operation: tokio::sync::Mutex::new(()),
+            state: watch::Sender::new(state),
+            events,
+            running: Mutex::new(None),
+            killed: AtomicBool::new(false),
+            agent,
+        })
+    }
+
+    pub(crate) fn state(&self) -> DomainState {
+        self.state.borrow().clone()
+    }
+
+    fn set_state(&self, state: DomainState) {
+        let changed = self.state.send_if_modified(|current| {
+            // The end is final.
+            if *current == state || matches!(current, DomainState::Stopped { .. }) {
+                return false;
+            }
+            current.clone_from(&state);
+            true
+        });
+        if changed {
+            tracing::info!(domain = %self.spec.id, %state, "domain");
+            // Nobody listening is fine.
+            let _ = self.events.send(DomainEvent {
+                id: self.spec.id,
+                state,
+            });
+        }
+    }
+
+    /// Waits for the end. Cancel-safe.
+    pub(crate) async fn stopped(&self) -> StopReason {
+        let mut state = self.state.subscribe();
+        let stopped = state
+            .wait_for(|state| matches!(state, DomainState::Stopped { .. }))
+            .await;
+        match stopped.as_deref() {
+            Ok(DomainState::Stopped { reason }) => reason.clone(),
+            // Not reached: the sender lives as long as `self`.
+            _ => StopReason::Destroyed,
+        }
+    }
+
+    pub(crate) fn wrong_state(&self, operation: &'static str) -> Error {
+        match self.state() {
+            DomainState::Stopped { reason } => Error::Gone {
+                id: self.spec.id,
+                reason,
+            },
+            state => Error::WrongState {
+                id: self.spec.id,
+                operation,
+                state,
+            },
+        }
+    }
+
+    /// Starts QEMU and waits until it answers. The caller holds `operation`. A domain that did not
+    /// start has ended: half a start may have left traces.
+    pub(crate) async fn start(
+        self: &Arc<Self>,
+        host: &Host,
+        config: &QemuConfig,
+    ) -> Result<(), Error> {
+        let started = self.try_start(host, config).await;
+        if let Err(error) = &started {
+            self.fail(format!("it did not start: {}", chain(error)))?;
+        }
+        started
+    }
+
+    async fn try_start(self: &Arc<Self>, host: &Host, config: &QemuConfig) -> Result<(), Error> {
+        let (process, logs) = {
+            let (domain, host, config) = (Arc::clone(self), host.clone(), config.clone());
+            // Opens files and forks.
+            super::blocking(move || domain.launch(&host, &config)).await?
+        };
+        tracing::info!(domain = %self.spec.id, pid = process.pid(), "QEMU started");
+        self.attend(Arc::new(process), logs, config).await
+    }
+
+    fn fail(&self, detail: String) -> Result<(), Error> {
+        let reason = StopReason::Failed { detail };
+        self.dir.set_stop_reason(&reason)?;
+        self.set_state(DomainState::Stopped { reason });
+        Ok(())
+    }
+
+    /// Lets go of the process without ending it: it is gone, or somebody else takes it up.
+    pub(crate) fn discard(&self) {
+        *self.running.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Takes up a process that runs already.
+    pub(crate) async fn attend(
+        self: &Arc<Self>,
+        process: Arc<Process>,
+        mut logs: Logs,
+        config: &QemuConfig,
+    ) -> Result<(), Error> {
+        let socket = self.dir.qmp_socket();
+        let connected = tokio::select! {
+            connected = Qmp::connect(&socket, config.start_limit, config.command_limit) => connected,
+            exit = process.exited() => {
+                let exit = exit.unwrap_or(Exit::Unknown);
+                logs.drain();
+                return Err(self.start_failed(self.explain(exit)));
+            }
+        };
+        let attended = match connected {
+            Ok((qmp, status)) => self
+                .current_state(&qmp, &status)
+                .await
+                .map(|state| (qmp, status, state)),
+            Err(error) => Err(error),
+        };
+        let (qmp, status, state) = match attended {
+            Ok(attended) => attended,
+            Err(error) => {
+                // Its end is waited for below only so long.
+                let killed = process.kill();
+                let ended = tokio::time::timeout(config.command_limit, process.exited()).await;
+                logs.drain();
+                let mut detail = chain(&error);
+                if killed.is_err() || ended.is_err() {
+                    detail += &format!("; process {} cannot be killed", process.pid());
+                } else if let Ok(Ok(exit)) = ended {
+                    detail = format!("{detail}; {}", self.explain(exit));
+                }
+                return Err(self.start_failed(detail));
+            }
+        };
+        let supervisor = Supervisor {
+            domain: Arc::clone(self),
+            process: Arc::clone(&process),
+            qmp: qmp.clone(),
+            status,
+            logs,
+            command_limit: config.command_limit,
+        };
+        // `Running` must be in place before the supervisor can see an end.
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        self.set_state(state);
+        *running = Some(Running {
+            process,
+            qmp,
+            supervisor: tokio::spawn(supervisor.run()).abort_handle(),
+        });
+        Ok(())
+    }
+
+    /// What QEMU says the guest does now. An end is left to the supervisor.
+    async fn current_state(
+        &self,
+        qmp: &Qmp,
+        status: &watch::Receiver<GuestStatus>,
+    ) -> Result<DomainState, QmpError> {
+        let answer = qmp.execute("query-status").await?;
+        let paused = *status.borrow() == GuestStatus::Paused
+            || answer.get("status").and_then(|status| status.as_str()) == Some("paused");
+        Ok(if paused {
+            DomainState::Paused
+        } else {
+            DomainState::Running
+        })
+    }
+
+    /// Blocking part of the start.
+    fn launch(&self, host: &Host, config: &QemuConfig) -> Result<(Process, Logs), Error> {
+        let logs = Logs::open(&self.dir, config)?;
+        let identity = identity(&self.spec, config).map(|id| Identity {
+            uid: id,
+            gid: id,
+            kvm_gid: host.kvm.and_then(|kvm| kvm.gid),
+        });
+        let mut kernel = image::open_kernel(&self.spec.kernel)?;
+        let readable = kernel
+            .metadata()
+            .map_err(Error::io("look at", &self.spec.kernel))?
+            .mode()
+            & 0o004
+            != 0;
+        if let (Some(identity), false) = (&identity, readable) {
+            kernel = self.dir.copy_kernel(kernel, identity.uid)?;
+        }
+        let disks = self
+            .spec
+            .disks
+            .iter()
+            .map(image::open_disk)
+            .collect::<Result<Vec<_>, _>>()?;
+        let socket = self.dir.qmp_socket();
+        let listener = UnixListener::bind(&socket).map_err(Error::io("listen on", socket))?;
+        let path = self.dir.as_path();
+        let directory = rustix::fs::open(
+            path,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(|error| Error::io("open", path)(error.into()))?;
+        let path = self.dir.error_pipe();
+        let stderr = rustix::fs::open(
+            &path,
+            OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(|error| Error::io("open", path)(error.into()))?;
+        let stat_file = self.dir.create_stat()?;
+        let fds = Descriptors {
+            qmp_listener: listener.as_raw_fd(),
+            kernel: kernel.as_raw_fd(),
+            disks: disks.iter().map(|disk| disk.file.as_raw_fd()).collect(),
+        };
+        let args = command::args(&self.spec, host, &fds, self.dir.has_initramfs())?;
+        let process = process::launch(Launch {
+            program: &host.program,
+            args,
+            directory: &directory,
+            stat_file: &stat_file,
+            stderr,
+            inherit: [fds.qmp_listener, fds.kernel]
+                .into_iter()
+                .chain(fds.disks)
+                .collect(),
+            identity,
+            threads_max: u64::from(self.spec.vcpus) + THREADS_EXTRA,
+        })
+        .map_err(Error::io("start", &host.program))?;
+        Ok((process, logs))
+    }
+
+    fn start_failed(&self, detail: String) -> Error {
+        Error::StartFailed {
+            id: self.spec.id,
+            detail,
+        }
+    }
+
+    /// A process's unexpected end in words, with what it said last.
+    fn explain(&self, exit: Exit) -> String {
+        let said = pipe_log::tail(&self.dir.error_log(), ERROR_QUOTE_BYTES).unwrap_or_default();
+        match said.trim() {
+            "" => format!("QEMU ended ({exit})"),
+            said => format!("QEMU ended ({exit}): {said}"),
+        }
+    }
+
+    pub(crate) async fn command(
+        &self,
+        operation: &'static str,
+        command: &'static str,
+    ) -> Result<(), Error> {
+        let qmp = {
+            let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            running.as_ref().map(|running| running.qmp.clone())
+        };
+        let Some(qmp) = qmp else {
+            return Err(self.wrong_state(operation));
+        };
+        match qmp.execute(command).await {
+            Ok(_) => Ok(()),
+            // It ended just now: that says more than a closed connection.
+            Err(_) if matches!(self.state(), DomainState::Stopped { .. }) => {
+                Err(self.wrong_state(operation))
+            }
+            Err(error) => Err(Error::Control {
+                id: self.spec.id,
+                operation,
+                source: Box::new(error),
+            }),
+        }
+    }
+
+    pub(crate) async fn pause(&self) -> Result<(), Error> {
+        match self.state() {
+            DomainState::Paused => Ok(()),
+            DomainState::Running => {
+                self.command("pause", "stop").await?;
+                self.set_state(DomainState::Paused);
+                Ok(())
+            }
+            _ => Err(self.wrong_state("pause")),
+        }
+    }
+
+    pub(crate) async fn resume(&self) -> Result<(), Error> {
+        match self.state() {
+            DomainState::Running => Ok(()),
+            DomainState::Paused => {
+                self.command("resume", "cont").await?;
+                self.set_state(DomainState::Running);
+                Ok(())
+            }
+            _ => Err(self.wrong_state("resume")),
+        }
+    }
+
+    pub(crate) async fn shutdown(
+        &self,
+        grace: Duration,
+        command_limit: Duration,
+    ) -> Result<ShutdownOutcome, Error> {
+        let deadline = Instant::now() + grace;
+        loop {
+            match self.state() {
+                DomainState::Created => return Err(self.wrong_state("shut down")),
+                DomainState::Stopped { reason } => return Ok(outcome(&reason)),
+                // A halted guest sees no button.
+                DomainState::Paused => self.resume().await?,
+                DomainState::Running => {}
+            }
+            if Instant::now() >= deadline {
+                break;
+            }
+            if let Err(error) = self
+                .command("press the power button", "system_powerdown")
+                .await
+            {
+                // It may have ended meanwhile; and what cannot be asked can still be forced.
+                tracing::warn!(domain = %self.spec.id, %error, "no power button");
+            }
+            let next = deadline.min(Instant::now() + POWER_BUTTON_INTERVAL);
+            if let Ok(reason) = tokio::time::timeout_at(next, self.stopped()).await {
+                return Ok(outcome(&reason));
+            }
+        }
+        self.kill(command_limit).await?;
+        Ok(ShutdownOutcome::Forced)
+    }
+
+    /// Ends the process, whatever it does, and waits until it is gone.
+    pub(crate) async fn kill(&self, limit: Duration) -> Result<(), Error> {
+        let process = {
+            let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            running.as_ref().map(|running| Arc::clone(&running.process))
+        };
+        let Some(process) = process else {
+            return Ok(());
+        };
+        self.killed.store(true, Ordering::Release);
+        let unkillable = |source: Box<dyn std::error::Error + Send + Sync>| Error::Control {
+            id: self.spec.id,
+            operation: "end",
+            source,
+        };
+        process.kill().map_err(|error| unkillable(error.into()))?;
+        tokio::time::timeout(limit, self.stopped())
+            .await
+            .map_err(|_| {
+                unkillable(format!("process {} is still there after SIGKILL", process.pid()).into())
+            })?;
+        Ok(())
+    }
+
+    pub(crate) fn stats(&self) -> Result<DomainStats, Error> {
+        let process = {
+            let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            running.as_ref().map(|running| Arc::clone(&running.process))
+        };
+        let usage = match process {
+            Some(process) => process.usage().map_err(Error::io(
+                "read",
+                PathBuf::from(format!("/proc/{}/stat", process.pid())),
+            ))?,
+            None => None,
+        };
+        match usage {
+            Some((cpu_ms, memory_bytes)) => Ok(DomainStats {
+                cpu_ms,
+                memory_bytes,
+            }),
+            None => match self.state() {
+                DomainState::Created => Ok(DomainStats::default()),
+                _ => Err(self.wrong_state("measure")),
+            },
+        }
+    }
+}
+
+/// User and group of a domain's process; `None`: as this one.
+pub(crate) fn identity(spec: &DomainSpec, config: &QemuConfig) -> Option<u32> {
+    rustix::process::geteuid()
+        .is_root()
+        .then(|| config.uid_base.saturating_add(spec.cid))
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
+}
+
+fn outcome(reason: &StopReason) -> ShutdownOutcome {
+    match reason {
+        StopReason::Destroyed => ShutdownOutcome::Forced,
+        _ => ShutdownOutcome::Graceful,
+    }
+}
+
+/// Finds out what became of a domain that was made before this process began.
+pub(crate) async fn adopt(
+    dir: RunDir,
+    record: Record,
+    boot_id: &str,
+    config: &QemuConfig,
+    events: broadcast::Sender<DomainEvent>,
+) -> Result<Arc<Domain>, Error> {
+    let stat = dir.process_stat()?;
+    let process = if record.boot_id == boot_id {
+        Process::adopt(&stat).map_err(Error::io("look for the process of", dir.as_path()))?
+    } else {
+        None
+    };
+    let state = match (dir.stop_reason()?, &process) {
+        (_, Some(_)) => DomainState::Running,
+        (Some(reason), None) => DomainState::Stopped { reason },
+        (None, None) if stat.is_empty() => DomainState::Created,
+        (None, None) => {
+            let detail = if record.boot_id == boot_id {
+                "QEMU ended while the host manager was not running"
+            } else {
+                "the host was restarted"
+            };
+            DomainState::Stopped {
+                reason: StopReason::Failed {
+                    detail: detail.to_owned(),
+                },
+            }
+        }
+    };
+    let domain = Arc::new(Domain::new(record.spec, dir, state, events)?);
+    if let Some(process) = process {
+        let logs = Logs::open(&domain.dir, config)?;
+        if let Err(error) = domain.attend(Arc::new(process), logs, config).await {
+            domain.fail(format!("it could not be taken up again: {}", chain(&error)))?;
+        }
+    }
+    Ok(domain)
+}
+
+/// What is written by a domain and its process.
+#[derive(Debug)]
+pub(crate) struct Logs {
+    console: PipeLog,
+    errors: PipeLog,
+}
+
+impl Logs {
+    fn open(dir: &RunDir, config: &QemuConfig) -> Result<Self, Error> {
+        let open = |pipe: PathBuf, log: PathBuf, max_bytes| {
+            PipeLog::open(&pipe, &log, max_bytes).map_err(Error::io("read from", pipe))
+        };
+        Ok(Self {
+            console: open(
+                dir.console_pipe(),
+                dir.console_log(),
+                config.console_max_bytes,
+            )?,
+            errors: open(dir.error_pipe(), dir.error_log(), ERROR_LOG_MAX_BYTES)?,
+        })
+    }
+
+    fn drain(&mut self) {
+        self.console.drain();
+        self.errors.drain();
+    }
+}
+
+/// Watches one process from its start to its end.
+struct Supervisor {
+    domain: Arc<Domain>,
+    process: Arc<Process>,
+    qmp: Qmp,
+    status: watch::Receiver<GuestStatus>,
+    logs: Logs,
+    command_limit: Duration,
+}
+
+impl Supervisor {
+    async fn run(mut self) {
+        let (exit, ended) = self.watch().await;
+        self.logs.drain();
+        let reason = match ended {
+            _ if self.domain.killed.load(Ordering::Acquire) => StopReason::Destroyed,
+            // A kernel without the pvpanic driver only resets.
+            Some(StopReason::GuestReset) if self.console_shows_panic() => StopReason::GuestPanic,
+            Some(reason) => reason,
+            None => StopReason::Failed {
+                detail: self.domain.explain(exit),
+            },
+        };
+        if let Err(error) = self.domain.dir.set_stop_reason(&reason) {
+            tracing::warn!(domain = %self.domain.spec.id, %error, "the end of a domain was not noted");
+        }
+        self.domain.set_state(DomainState::Stopped { reason });
+    }
+
+    /// Until the process is gone; with what its guest's end was, if that was seen.
+    async fn watch(&mut self) -> (Exit, Option<StopReason>) {
+        let mut ended = None;
+        // QEMU runs on after its guest's end until it is told to go, and for so long at most.
+        let mut kill_at: Option<Instant> = None;
+        let mut connected = true;
+        let process = Arc::clone(&self.process);
+        self.status.mark_changed();
+        loop {
+            tokio::select! {
+                exit = process.exited() => {
+                    return (exit.unwrap_or(Exit::Unknown), ended);
+                }
+                changed = self.status.changed(), if connected => {
+                    if changed.is_err() {
+                        // It does so when it ends. One that only closes its control connection is
+                        // out of control.
+                        connected = false;
+                        kill_at.get_or_insert(Instant::now() + self.command_limit);
+                        continue;
+                    }
+                    let status = self.status.borrow_and_update().clone();
+                    match status {
+                        GuestStatus::Running => self.domain.set_state(DomainState::Running),
+                        GuestStatus::Paused => self.domain.set_state(DomainState::Paused),
+                        GuestStatus::Ended(reason) => {
+                            ended = Some(reason);
+                            kill_at.get_or_insert(Instant::now() + self.command_limit);
+                            if let Err(error) = self.qmp.execute("quit").await {
+                                tracing::debug!(%error, "quit");
+                            }
+                        }
+                    }
+                }
+                () = sleep_until(kill_at), if kill_at.is_some() => {
+                    kill_at = None;
+                    if let Err(error) = process.kill() {
+                        tracing::error!(pid = process.pid(), %error, "cannot kill QEMU");
+                    }
+                }
+                error = self.logs.console.run() => {
+                    tracing::warn!(domain = %self.domain.spec.id, %error, "the console is lost");
+                    // Nothing reads it any more, and `run` would fail again at once.
+                    return self.watch_exit(ended).await;
+                }
+                error = self.logs.errors.run() => {
+                    tracing::warn!(domain = %self.domain.spec.id, %error, "QEMU's messages are lost");
+                    return self.watch_exit(ended).await;
+                }
+            }
+        }
+    }
+
+    /// The rest of `watch` once a log's pipe has failed, which only a broken host brings about: the
+    /// domain is ended, since nothing could be said of it.
+    async fn watch_exit(&mut self, ended: Option<StopReason>) -> (Exit, Option<StopReason>) {
+        if let Err(error) = self.process.kill() {
+            tracing::error!(pid = self.process.pid(), %error, "cannot kill QEMU");
+        }
+        (self.process.exited().await.unwrap_or(Exit::Unknown), ended)
+    }
+
+    fn console_shows_panic(&self) -> bool {
+        pipe_log::tail(&self.domain.dir.console_log(), PANIC_SEARCH_BYTES)
+            .is_ok_and(|text| text.contains("Kernel panic - not syncing"))
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,316 @@
+//! What QEMU and this host can do.
+
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use rustix::fs::MemfdFlags;
+
+use super::config::{Accelerator, QemuConfig};
+use super::process::{self, Exit, Identity, Launch};
+use crate::domain::HostCapabilities;
+use crate::error::Error;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+const REMEDY: &str = "install it (Debian, Ubuntu: apt-get install qemu-system-x86)";
+
+/// What [`Host::probe`] found; it does not change while this process runs.
+#[derive(Debug, Clone)]
+pub(crate) struct Host {
+    pub(crate) program: PathBuf,
+    version: String,
+    pub(crate) kvm: Option<Kvm>,
+    accelerator_note: String,
+    /// Frequency of the time stamp counter, where it is known and steady.
+    pub(crate) tsc_khz: Option<u64>,
+}
+
+/// KVM works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Kvm {
+    /// Group that may open the device, for processes that are not root's.
+    pub(crate) gid: Option<u32>,
+}
+
+impl Host {
+    pub(crate) async fn probe(config: &QemuConfig) -> Result<Self, Error> {
+        let program = find_program(config.program.as_deref())?;
+        let version = version(&program, config.command_limit).await?;
+        let tried = match config.accelerator {
+            Accelerator::Tcg => Err("TCG was chosen by the configuration".to_owned()),
+            Accelerator::Auto | Accelerator::Kvm => probe_kvm(&program, config).await,
+        };
+        let (kvm, accelerator_note) = match tried {
+            Ok(kvm) => (Some(kvm), "a probe guest ran".to_owned()),
+            Err(note) if config.accelerator == Accelerator::Kvm => {
+                return Err(Error::HypervisorBroken {
+                    detail: format!("KVM was chosen by the configuration: {note}"),
+                });
+            }
+            Err(note) => (None, note),
+        };
+        let tsc_khz = tokio::task::spawn_blocking(tsc_khz).await.ok().flatten();
+        Ok(Self {
+            program,
+            version,
+            kvm,
+            accelerator_note,
+            tsc_khz,
+        })
+    }
+
+    pub(crate) fn capabilities(&self) -> HostCapabilities {
+        HostCapabilities {
+            backend: "qemu".to_owned(),
+            version: self.version.clone(),
+            accelerator: if self.kvm.is_some() { "kvm" } else { "tcg" }.to_owned(),
+            accelerator_note: self.accelerator_note.clone(),
+            cpus: cpus(),
+            memory_bytes: memory_bytes(),
+        }
+    }
+}
+
+pub(crate) fn cpus() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
+}
+
+/// The host's memory.
+pub(crate) fn memory_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram as u64).saturating_mul(u64::from(info.mem_unit.max(1)))
+}
+
+fn find_program(configured: Option<&Path>) -> Result<PathBuf, Error> {
+    let missing = |program: String| Error::HypervisorMissing {
+        program,
+        remedy: REMEDY,
+    };
+    match configured {
+        Some(path) if path.is_file() => Ok(path.to_owned()),
+        Some(path) => Err(missing(path.display().to_string())),
+        None => std::env::var_os("PATH")
+            .iter()
+            .flat_map(std::env::split_paths)
+            .map(|dir| dir.join(PROGRAM))
+            .find(|path| path.is_file())
+            .ok_or_else(|| missing(PROGRAM.to_owned())),
+    }
+}
+
+async fn version(program: &Path, limit: Duration) -> Result<String, Error> {
+    let broken = |detail: String| Error::HypervisorBroken {
+        detail: format!("{} --version: {detail}", program.display()),
+    };
+    let output = tokio::process::Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let output = tokio::time::timeout(limit, output)
+        .await
+        .map_err(|_| broken(format!("no answer within {} s", limit.as_secs())))?
+        .map_err(|error| broken(error.to_string()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines()
+        .next()
+        .filter(|_| output.status.success())
+        .map(|line| line.trim_start_matches("QEMU emulator version ").to_owned())
+        .ok_or_else(|| broken(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+}
+
+/// Whether a guest runs with KVM; otherwise why not. That the device can be opened proves nothing.
+async fn probe_kvm(program: &Path, config: &QemuConfig) -> Result<Kvm, String> {
+    let meta = std::fs::metadata("/dev/kvm").map_err(|error| format!("/dev/kvm: {error}"))?;
+    if !meta.file_type().is_char_device() {
+        return Err("/dev/kvm is no device".to_owned());
+    }
+    // Domains run without root's rights: their processes need the device's group, unless everybody
+    // may open it.
+    let privileged = rustix::process::geteuid().is_root();
+    let gid = match meta.mode() {
+        mode if mode & 0o006 == 0o006 => None,
+        mode if mode & 0o060 == 0o060 && meta.gid() != 0 => Some(meta.gid()),
+        mode if privileged => {
+            return Err(format!(
+                "/dev/kvm (mode {:o}, group {}) cannot be opened by domains, which are not root: give it to the group kvm",
+                mode & 0o777,
+                meta.gid()
+            ));
+        }
+        _ => None,
+    };
+    let identity = privileged.then_some(Identity {
+        uid: config.uid_base,
+        gid: config.uid_base,
+        kvm_gid: gid,
+    });
+    run_probe_guest(
+        program,
+        &["-accel", "kvm", "-cpu", "host"],
+        identity,
+        config.kvm_probe_limit,
+    )
+    .await?;
+    Ok(Kvm { gid })
+}
+
+/// Byte that the probe guest writes to QEMU's debug exit device, which makes of it the exit code
+/// `2 * byte + 1`.
+const PROBE_BYTE: u8 = 0x31;
+const PROBE_EXIT_CODE: i32 = 2 * PROBE_BYTE as i32 + 1;
+
+/// Runs a guest of four instructions in place of a firmware.
+async fn run_probe_guest(
+    program: &Path,
+    accelerator: &[&str],
+    identity: Option<Identity>,
+    limit: Duration,
+) -> Result<(), String> {
+    // mov al, PROBE_BYTE; out 0xf4, al; hlt; jmp to the hlt, at the reset vector (F000:FFF0).
+    let mut firmware = vec![0; 64 << 10];
+    firmware[0xfff0..0xfff7].copy_from_slice(&[0xb0, PROBE_BYTE, 0xe6, 0xf4, 0xf4, 0xeb, 0xfd]);
+    let setup = || -> std::io::Result<_> {
+        let mut memory: File = rustix::fs::memfd_create(c"xbee-probe", MemfdFlags::CLOEXEC)?.into();
+        memory.write_all(&firmware)?;
+        memory.rewind()?;
+        let root = rustix::fs::open("/", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty())?;
+        let stat: File = rustix::fs::memfd_create(c"xbee-probe-stat", MemfdFlags::CLOEXEC)?.into();
+        let stderr: File =
+            rustix::fs::memfd_create(c"xbee-probe-stderr", MemfdFlags::CLOEXEC)?.into();
+        let mut args: Vec<_> = [
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-machine",
+            "pc",
+            "-m",
+            "16",
+        ]
+        .iter()
+        .chain(accelerator)
+        .map(Into::into)
+        .collect();
+        args.push("-bios".into());
+        args.push(format!("/proc/self/fd/{}", memory.as_raw_fd()).into());
+        args.push("-device".into());
+        args.push("isa-debug-exit,iobase=0xf4,iosize=1".into());
+        let process = process::launch(Launch {
+            program,
+            args,
+            directory: &root,
+            stat_file: &stat,
+            stderr: stderr.try_clone()?.into(),
+            inherit: vec![memory.as_raw_fd()],
+            identity,
+            threads_max: 64,
+        })?;
+        Ok((process, stderr))
+    };
+    let (process, mut stderr) =
+        setup().map_err(|error| format!("the probe guest was not started: {error}"))?;
+    let exit = match tokio::time::timeout(limit, process.exited()).await {
+        Ok(exit) => exit,
+        Err(_) => {
+            process
+                .kill()
+                .map_err(|error| format!("the probe guest hangs and cannot be killed: {error}"))?;
+            // Its end is waited for so that no zombie stays.
+            let _ = tokio::time::timeout(limit, process.exited()).await;
+            return Err(format!(
+                "a probe guest did not run within {} ms",
+                limit.as_millis()
+            ));
+        }
+    };
+    match exit {
+        Ok(Exit::Code(PROBE_EXIT_CODE)) => Ok(()),
+        Ok(exit) => {
+            let mut said = String::new();
+            let read = stderr
+                .rewind()
+                .and_then(|()| std::io::Read::read_to_string(&mut stderr, &mut said));
+            let said = if read.is_ok() {
+                said.lines().next().unwrap_or("")
+            } else {
+                ""
+            };
+            Err(format!("a probe guest failed ({exit}): {said}"))
+        }
+        Err(error) => Err(format!("a probe guest was lost: {error}")),
+    }
+}
+
+/// Measures the time stamp counter where the kernel itself trusts it as its clock.
+fn tsc_khz() -> Option<u64> {
+    let source =
+        std::fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+            .ok()?;
+    if !matches!(source.trim(), "tsc" | "kvm-clock") {
+        return None;
+    }
+    let (ticks, time) = (tsc()?, Instant::now());
+    std::thread::sleep(Duration::from_millis(20));
+    let (ticks, time) = (tsc()?.checked_sub(ticks)?, time.elapsed());
+    u64::try_from(u128::from(ticks) * 1_000_000 / time.as_nanos().max(1)).ok()
+}
+
+#[cfg(target_arch = "x86_64")]
+fn tsc() -> Option<u64> {
+    // SAFETY: every x86-64 CPU has the instruction; Linux leaves it to user space unless a process
+    // asks otherwise (PR_SET_TSC), which this one does not.
+    Some(unsafe { std::arch::x86_64::_rdtsc() })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn tsc() -> Option<u64> {
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_program_is_named_with_the_remedy() {
+        let error = find_program(Some(Path::new("/nowhere/qemu"))).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "/nowhere/qemu not found: install it (Debian, Ubuntu: apt-get install qemu-system-x86)"
+        );
+    }
+
+    #[tokio::test]
+    async fn the_probe_guest_tells_working_from_broken() {
+        let Ok(program) = find_program(None) else {
+            println!("skipped: {PROGRAM} is not installed");
+            return;
+        };
+        let limit = Duration::from_secs(20);
+        run_probe_guest(&program, &["-accel", "tcg"], None, limit)
+            .await
+            .unwrap();
+        let error = run_probe_guest(&program, &["-accel", "none-such"], None, limit)
+            .await
+            .unwrap_err();
+        assert!(
+            error.contains("exit code 1") && error.contains("none-such"),
+            "{error}"
+        );
+        // A guest that never gets to its first instruction.
+        let error = run_probe_guest(
+            &program,
+            &["-accel", "tcg", "-S"],
+            None,
+            Duration::from_millis(300),
+        )
+        .await
+        .unwrap_err();
+        assert_eq!(error, "a probe guest did not run within 300 ms");
+    }
+}

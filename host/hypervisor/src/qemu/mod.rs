@@ -1,0 +1,298 @@
+//! The QEMU back end: one unprivileged QEMU process a domain.
+//!
+//! A domain outlives the process that started it. All that is needed to find it again is in its run
+//! directory; [`QemuHypervisor::new`] adopts what it finds there.
+
+mod agent_port;
+mod command;
+mod config;
+mod domain;
+mod host;
+mod overlay;
+mod pipe_log;
+mod process;
+mod qmp;
+mod rundir;
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::{OnceCell, broadcast};
+
+pub use config::{Accelerator, QemuConfig};
+use domain::Domain;
+use host::Host;
+use rundir::RunDir;
+
+use crate::domain::{
+    AgentStream, DomainEvent, DomainId, DomainInfo, DomainSpec, DomainState, DomainStats,
+    HostCapabilities, ShutdownOutcome,
+};
+use crate::error::Error;
+use crate::{Hypervisor, image, spec};
+
+/// Events kept for a receiver that lags.
+const EVENTS_MAX: usize = 4096;
+
+/// Domains as QEMU processes.
+#[derive(Debug)]
+pub struct QemuHypervisor(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    config: QemuConfig,
+    boot_id: String,
+    host: OnceCell<Host>,
+    domains: Mutex<HashMap<DomainId, Arc<Domain>>>,
+    events: broadcast::Sender<DomainEvent>,
+}
+
+impl QemuHypervisor {
+    /// Takes up the domains found in the configured directory. One instance at a time may use it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the directory or something in it cannot be read.
+    pub async fn new(config: QemuConfig) -> Result<Self, Error> {
+        const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+        let boot_id = std::fs::read_to_string(BOOT_ID)
+            .map_err(Error::io("read", BOOT_ID))?
+            .trim()
+            .to_owned();
+        let (events, _) = broadcast::channel(EVENTS_MAX);
+        let mut domains = HashMap::new();
+        let domains_dir = config.domains_dir.clone();
+        let found = blocking(move || RunDir::scan(&domains_dir)).await?;
+        for (dir, record) in found {
+            let id = record.spec.id;
+            let domain = domain::adopt(dir, record, &boot_id, &config, events.clone()).await?;
+            tracing::info!(domain = %id, state = %domain.state(), "domain found");
+            domains.insert(id, domain);
+        }
+        Ok(Self(Arc::new(Inner {
+            config,
+            boot_id,
+            host: OnceCell::new(),
+            domains: Mutex::new(domains),
+            events,
+        })))
+    }
+
+    fn domain(&self, id: DomainId) -> Result<Arc<Domain>, Error> {
+        self.0.find(id).ok_or(Error::NotFound(id))
+    }
+
+    /// Runs `operation` to its end even if the caller stops waiting: half an operation would leave
+    /// a process or a directory that nothing knows of.
+    async fn complete<T, F>(&self, operation: impl FnOnce(Arc<Inner>) -> F) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, Error>> + Send + 'static,
+    {
+        joined(tokio::spawn(operation(Arc::clone(&self.0)))).await
+    }
+}
+
+impl Drop for QemuHypervisor {
+    /// Lets go of the domains; they run on.
+    fn drop(&mut self) {
+        for domain in self
+            .0
+            .domains
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+        {
+            domain.discard();
+        }
+    }
+}
+
+/// The result of a task that is never aborted: a panic in it goes on here.
+async fn joined<T>(task: tokio::task::JoinHandle<Result<T, Error>>) -> Result<T, Error> {
+    match task.await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is being shut down; nobody is left to see what is returned.
+            Err(error) => Err(Error::HypervisorBroken {
+                detail: error.to_string(),
+            }),
+        },
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    joined(tokio::task::spawn_blocking(work)).await
+}
+
+impl Inner {
+    fn find(&self, id: DomainId) -> Option<Arc<Domain>> {
+        self.domains
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&id)
+            .cloned()
+    }
+
+    async fn host(&self) -> Result<&Host, Error> {
+        self.host
+            .get_or_try_init(|| Host::probe(&self.config))
+            .await
+    }
+
+    async fn create(self: Arc<Self>, spec: DomainSpec) -> Result<(), Error> {
+        spec::check(&spec, host::memory_bytes())?;
+        let dir = RunDir::of(&spec, &self.config.domains_dir)?;
+        let owner = domain::identity(&spec, &self.config);
+        let boot_id = self.boot_id.clone();
+        let existing = self.find(spec.id);
+        let (spec, dir, made) = blocking(move || {
+            if let Some(existing) = existing {
+                spec::check_same(&existing.spec, &spec)?;
+                if !dir.has_boot_config(&spec.boot_config)? {
+                    return Err(Error::Exists {
+                        id: spec.id,
+                        detail: "boot_config".to_owned(),
+                    });
+                }
+                return Ok((spec, dir, false));
+            }
+            image::open_kernel(&spec.kernel)?;
+            dir.make(&spec, &boot_id, owner)?;
+            Ok((spec, dir, true))
+        })
+        .await?;
+        if made {
+            let id = spec.id;
+            let domain =
+                match Domain::new(spec, dir.clone(), DomainState::Created, self.events.clone()) {
+                    Ok(domain) => domain,
+                    Err(error) => {
+                        dir.remove()?;
+                        return Err(error);
+                    }
+                };
+            self.domains
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(id, Arc::new(domain));
+        }
+        Ok(())
+    }
+
+    async fn start(self: Arc<Self>, domain: Arc<Domain>) -> Result<(), Error> {
+        let host = self.host().await?;
+        let _operation = domain.operation.lock().await;
+        match domain.state() {
+            DomainState::Created => domain.start(host, &self.config).await,
+            DomainState::Running | DomainState::Paused => Ok(()),
+            DomainState::Stopped { .. } => Err(domain.wrong_state("start")),
+        }
+    }
+
+    async fn destroy(self: Arc<Self>, id: DomainId) -> Result<(), Error> {
+        let Some(domain) = self.find(id) else {
+            // Left by a creation that was cut off.
+            let dir = RunDir::named(&self.config.domains_dir, id);
+            return blocking(move || dir.remove()).await;
+        };
+        let _operation = domain.operation.lock().await;
+        domain.kill(self.config.command_limit).await?;
+        let dir = domain.dir.clone();
+        blocking(move || dir.remove()).await?;
+        domain.discard();
+        self.domains
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&id);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Hypervisor for QemuHypervisor {
+    async fn probe(&self) -> Result<HostCapabilities, Error> {
+        Ok(self.0.host().await?.capabilities())
+    }
+
+    async fn create(&self, spec: &DomainSpec) -> Result<(), Error> {
+        let spec = spec.clone();
+        self.complete(|inner| inner.create(spec)).await
+    }
+
+    async fn start(&self, id: DomainId) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        self.complete(|inner| inner.start(domain)).await
+    }
+
+    async fn channel(&self, id: DomainId) -> Result<Box<dyn AgentStream>, Error> {
+        let domain = self.domain(id)?;
+        if domain.state() == DomainState::Created {
+            return Err(domain.wrong_state("reach the agent of"));
+        }
+        tokio::select! {
+            biased;
+            reason = domain.stopped() => Err(Error::Gone { id, reason }),
+            stream = domain.agent.next() => Ok(Box::new(stream)),
+        }
+    }
+
+    async fn console(&self, id: DomainId) -> Result<PathBuf, Error> {
+        Ok(self.domain(id)?.dir.console_log())
+    }
+
+    async fn pause(&self, id: DomainId) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        let _operation = domain.operation.lock().await;
+        domain.pause().await
+    }
+
+    async fn resume(&self, id: DomainId) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        let _operation = domain.operation.lock().await;
+        domain.resume().await
+    }
+
+    async fn shutdown(&self, id: DomainId, grace: Duration) -> Result<ShutdownOutcome, Error> {
+        // Without `operation`: `destroy` must not wait for the grace to pass.
+        self.domain(id)?
+            .shutdown(grace, self.0.config.command_limit)
+            .await
+    }
+
+    async fn destroy(&self, id: DomainId) -> Result<(), Error> {
+        self.complete(|inner| inner.destroy(id)).await
+    }
+
+    async fn list(&self) -> Result<Vec<DomainInfo>, Error> {
+        let domains = self
+            .0
+            .domains
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut list: Vec<_> = domains
+            .iter()
+            .map(|(id, domain)| DomainInfo {
+                id: *id,
+                name: domain.spec.name.clone(),
+                state: domain.state(),
+            })
+            .collect();
+        list.sort_by_key(|info| info.id);
+        Ok(list)
+    }
+
+    async fn stats(&self, id: DomainId) -> Result<DomainStats, Error> {
+        self.domain(id)?.stats()
+    }
+
+    fn events(&self) -> broadcast::Receiver<DomainEvent> {
+        self.0.events.subscribe()
+    }
+}

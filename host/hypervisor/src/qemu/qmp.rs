@@ -1,0 +1,234 @@
+//! Client of the QEMU Machine Protocol (QEMU, docs/interop/qmp-spec.txt).
+//!
+//! One task owns the connection. It answers commands in the order they were given and folds the
+//! events that matter into one [`GuestStatus`]. A QEMU process that its guest has taken over is
+//! hostile: lines are bounded, and every wait has a limit.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::domain::StopReason;
+
+/// Longest line taken from QEMU, in bytes. The longest answer to a command used here has 2 KiB.
+const LINE_MAX_BYTES: usize = 256 << 10;
+
+/// Commands under way at a time.
+const PENDING_MAX: usize = 16;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum QmpError {
+    #[error("cannot connect to QEMU's control socket")]
+    Connect(#[source] io::Error),
+    #[error("QEMU's control connection is closed")]
+    Closed,
+    #[error("QEMU did not answer within {limit_ms} ms")]
+    Timeout { limit_ms: u128 },
+    #[error("QEMU refused: {0}")]
+    Refused(String),
+    #[error("QEMU sent what is no QMP: {0}")]
+    Protocol(&'static str),
+}
+
+/// What QEMU's events say about the guest. `Ended` is final.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum GuestStatus {
+    Running,
+    Paused,
+    Ended(StopReason),
+}
+
+struct Request {
+    execute: &'static str,
+    reply: oneshot::Sender<Result<Value, QmpError>>,
+}
+
+/// A connection in command mode. Closed when dropped.
+#[derive(Debug, Clone)]
+pub(crate) struct Qmp {
+    requests: mpsc::Sender<Request>,
+    limit: Duration,
+}
+
+impl std::fmt::Debug for Request {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.execute)
+    }
+}
+
+impl Qmp {
+    /// Connects, waits for the greeting, and leaves negotiation mode. `greeting_limit` bounds the
+    /// whole, `limit` each later command.
+    pub(crate) async fn connect(
+        socket: &Path,
+        greeting_limit: Duration,
+        limit: Duration,
+    ) -> Result<(Self, watch::Receiver<GuestStatus>), QmpError> {
+        let (requests, receiver) = mpsc::channel(PENDING_MAX);
+        let (status, events) = watch::channel(GuestStatus::Running);
+        let qmp = Self { requests, limit };
+        let negotiate = async {
+            let stream = UnixStream::connect(socket)
+                .await
+                .map_err(QmpError::Connect)?;
+            let mut lines = Lines::new(stream);
+            let greeting = lines.next().await?;
+            if greeting.get("QMP").is_none() {
+                return Err(QmpError::Protocol("the greeting is missing"));
+            }
+            tokio::spawn(serve(lines, receiver, status));
+            qmp.execute("qmp_capabilities").await
+        };
+        tokio::time::timeout(greeting_limit, negotiate)
+            .await
+            .map_err(|_| QmpError::Timeout {
+                limit_ms: greeting_limit.as_millis(),
+            })??;
+        Ok((qmp, events))
+    }
+
+    /// Gives a command without arguments and waits for its answer.
+    pub(crate) async fn execute(&self, command: &'static str) -> Result<Value, QmpError> {
+        let (reply, answer) = oneshot::channel();
+        let exchange = async {
+            let request = Request {
+                execute: command,
+                reply,
+            };
+            self.requests
+                .send(request)
+                .await
+                .map_err(|_| QmpError::Closed)?;
+            answer.await.map_err(|_| QmpError::Closed)?
+        };
+        tokio::time::timeout(self.limit, exchange)
+            .await
+            .map_err(|_| QmpError::Timeout {
+                limit_ms: self.limit.as_millis(),
+            })?
+    }
+}
+
+/// Runs until QEMU closes the connection or misbehaves, or the last [`Qmp`] is dropped.
+async fn serve(
+    mut lines: Lines,
+    mut requests: mpsc::Receiver<Request>,
+    status: watch::Sender<GuestStatus>,
+) {
+    let mut pending: HashMap<u64, oneshot::Sender<Result<Value, QmpError>>> = HashMap::new();
+    let mut id = 0;
+    loop {
+        tokio::select! {
+            request = requests.recv() => {
+                let Some(request) = request else { return };
+                pending.retain(|_, reply| !reply.is_closed());
+                if pending.len() >= PENDING_MAX {
+                    let _ = request.reply.send(Err(QmpError::Protocol("too many answers are missing")));
+                    continue;
+                }
+                id += 1;
+                let line = json!({ "execute": request.execute, "id": id }).to_string() + "\n";
+                pending.insert(id, request.reply);
+                // A QEMU that no longer reads would hold this task for ever.
+                let write = lines.stream.write_all(line.as_bytes());
+                if !matches!(tokio::time::timeout(Duration::from_secs(5), write).await, Ok(Ok(()))) {
+                    return;
+                }
+            }
+            line = lines.next() => {
+                let Ok(mut line) = line else { return };
+                if let Some(event) = line.get("event").and_then(Value::as_str) {
+                    fold(&status, event, line.get("data").unwrap_or(&Value::Null));
+                } else if let Some(reply) = line.get("id").and_then(Value::as_u64).and_then(|id| pending.remove(&id)) {
+                    let answer = match line.get("error") {
+                        None => Ok(line["return"].take()),
+                        Some(error) => Err(QmpError::Refused(
+                            error.get("desc").and_then(Value::as_str).unwrap_or("no reason given").to_owned(),
+                        )),
+                    };
+                    // The caller may have stopped waiting.
+                    let _ = reply.send(answer);
+                }
+            }
+        }
+    }
+}
+
+fn fold(status: &watch::Sender<GuestStatus>, event: &str, data: &Value) {
+    let next = match event {
+        "STOP" => GuestStatus::Paused,
+        "RESUME" => GuestStatus::Running,
+        "GUEST_PANICKED" => GuestStatus::Ended(StopReason::GuestPanic),
+        "SHUTDOWN" => GuestStatus::Ended(match data.get("reason").and_then(Value::as_str) {
+            Some("guest-shutdown") => StopReason::GuestShutdown,
+            Some("guest-reset") => StopReason::GuestReset,
+            Some("guest-panic") => StopReason::GuestPanic,
+            Some(reason) => StopReason::Failed {
+                detail: format!("QEMU ended: {reason}"),
+            },
+            None => StopReason::Failed {
+                detail: "QEMU ended and gave no reason".to_owned(),
+            },
+        }),
+        _ => return,
+    };
+    status.send_if_modified(|current| {
+        // QEMU halts the guest after it ended: that is no pause. The first cause is the true one.
+        if matches!(current, GuestStatus::Ended(_)) || *current == next {
+            return false;
+        }
+        *current = next;
+        true
+    });
+}
+
+/// Splits the stream into JSON lines.
+struct Lines {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+    /// Bytes at the start of `buffer` known to hold no line end.
+    searched: usize,
+}
+
+impl Lines {
+    fn new(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            buffer: Vec::new(),
+            searched: 0,
+        }
+    }
+
+    /// The next line. Cancel-safe: what was read stays in the buffer.
+    async fn next(&mut self) -> Result<Value, QmpError> {
+        loop {
+            if let Some(end) = self.buffer[self.searched..]
+                .iter()
+                .position(|b| *b == b'\n')
+            {
+                let line: Vec<u8> = self.buffer.drain(..=self.searched + end).collect();
+                self.searched = 0;
+                if line.trim_ascii().is_empty() {
+                    continue;
+                }
+                return serde_json::from_slice(&line)
+                    .map_err(|_| QmpError::Protocol("a line is not JSON"));
+            }
+            self.searched = self.buffer.len();
+            if self.searched > LINE_MAX_BYTES {
+                return Err(QmpError::Protocol("a line is too long"));
+            }
+            match self.stream.read_buf(&mut self.buffer).await {
+                Ok(0) | Err(_) => return Err(QmpError::Closed),
+                Ok(_) => {}
+            }
+        }
+    }
+}

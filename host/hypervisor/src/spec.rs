@@ -1,0 +1,93 @@
+//! Checks of a domain's specification that hold for every back end.
+
+use crate::domain::{CID_MIN, DomainSpec, MEMORY_MIN_BYTES, VCPUS_MAX};
+use crate::error::Error;
+
+/// Longest name, in bytes.
+const NAME_MAX_BYTES: usize = 128;
+
+const MIB: u64 = 1 << 20;
+
+/// Whether some host with `host_memory_bytes` could run this.
+pub(crate) fn check(spec: &DomainSpec, host_memory_bytes: u64) -> Result<(), Error> {
+    let invalid = |field, detail: String| Err(Error::InvalidSpec { field, detail });
+    if spec.name.is_empty()
+        || spec.name.len() > NAME_MAX_BYTES
+        || spec.name.chars().any(char::is_control)
+    {
+        return invalid(
+            "name",
+            format!(
+                "{:?}, expected 1 to {NAME_MAX_BYTES} bytes without control characters",
+                spec.name
+            ),
+        );
+    }
+    if !(1..=VCPUS_MAX).contains(&spec.vcpus) {
+        return invalid(
+            "vcpus",
+            format!("{}, expected 1 to {VCPUS_MAX}", spec.vcpus),
+        );
+    }
+    if spec.memory_bytes < MEMORY_MIN_BYTES {
+        return invalid(
+            "memory_bytes",
+            format!(
+                "{}, expected at least {MEMORY_MIN_BYTES} ({} MiB)",
+                spec.memory_bytes,
+                MEMORY_MIN_BYTES / MIB
+            ),
+        );
+    }
+    if spec.memory_bytes > host_memory_bytes {
+        return Err(Error::TooMuchMemory {
+            asked_mib: spec.memory_bytes.div_ceil(MIB),
+            available_mib: host_memory_bytes / MIB,
+        });
+    }
+    if spec.cid < CID_MIN || spec.cid == u32::MAX {
+        return invalid(
+            "cid",
+            format!("{}, expected {CID_MIN} to {}", spec.cid, u32::MAX - 1),
+        );
+    }
+    if let Some(arg) = spec
+        .kernel_args
+        .iter()
+        .find(|arg| arg.is_empty() || arg.chars().any(char::is_control))
+    {
+        return invalid(
+            "kernel_args",
+            format!("{arg:?}, expected no empty ones and no control characters"),
+        );
+    }
+    Ok(())
+}
+
+/// Whether a repeated `create` asks for the same domain. The boot configuration is not compared.
+pub(crate) fn check_same(existing: &DomainSpec, asked: &DomainSpec) -> Result<(), Error> {
+    let differences = [
+        ("name", existing.name != asked.name),
+        ("owner", existing.owner != asked.owner),
+        ("vcpus", existing.vcpus != asked.vcpus),
+        ("memory_bytes", existing.memory_bytes != asked.memory_bytes),
+        ("kernel", existing.kernel != asked.kernel),
+        ("initramfs", existing.initramfs != asked.initramfs),
+        ("kernel_args", existing.kernel_args != asked.kernel_args),
+        ("disks", existing.disks != asked.disks),
+        ("cid", existing.cid != asked.cid),
+        ("run_dir", existing.run_dir != asked.run_dir),
+    ];
+    let differing: Vec<_> = differences
+        .iter()
+        .filter(|(_, differs)| *differs)
+        .map(|(field, _)| *field)
+        .collect();
+    if differing.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Exists {
+        id: existing.id,
+        detail: differing.join(", "),
+    })
+}
