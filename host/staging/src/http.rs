@@ -1,0 +1,179 @@
+//! HTTP and HTTPS: GET and PUT.
+
+use reqwest::header::{CONTENT_LENGTH, IF_NONE_MATCH, LOCATION};
+use reqwest::redirect::{Attempt, Policy};
+use reqwest::{Client, Response, StatusCode};
+use tokio::sync::mpsc;
+
+use crate::Stager;
+use crate::error::{ErrorKind, tame};
+use crate::inflow::{Feed, Halt, Piece};
+use crate::limits::Limits;
+use crate::meter::Meter;
+use crate::put::Creation;
+use crate::uri::{Uri, redact, redact_url};
+
+/// A redirect that the policy refuses. Travels through the HTTP client's error.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Refused(String);
+
+impl Stager {
+    /// The client for downloads, made once.
+    pub(crate) fn fetch_client(&self) -> Result<Client, ErrorKind> {
+        if let Some(client) = self.fetch_client.get() {
+            return Ok(client.clone());
+        }
+        let redirects = self.limits.redirects;
+        let client = self.client(Policy::custom(move |attempt| follow(attempt, redirects)))?;
+        Ok(self.fetch_client.get_or_init(|| client).clone())
+    }
+
+    /// The client for uploads, made once. It follows no redirects: the body is gone by then.
+    pub(crate) fn put_client(&self) -> Result<Client, ErrorKind> {
+        if let Some(client) = self.put_client.get() {
+            return Ok(client.clone());
+        }
+        let client = self.client(Policy::none())?;
+        Ok(self.put_client.get_or_init(|| client).clone())
+    }
+
+    fn client(&self, policy: Policy) -> Result<Client, ErrorKind> {
+        let Limits { connect, .. } = *self.limits;
+        Client::builder()
+            .tls_backend_preconfigured(crate::tls::client_config(self.ca_file.as_deref())?)
+            .redirect(policy)
+            // The query of the first URI is no business of the second server.
+            .referer(false)
+            .connect_timeout(connect)
+            .user_agent(concat!("xbed/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .map_err(|error| ErrorKind::Connect {
+                source: error.into(),
+            })
+    }
+}
+
+/// Follows within HTTP, and never from TLS to plain text.
+fn follow(attempt: Attempt<'_>, limit: usize) -> reqwest::redirect::Action {
+    if attempt.previous().len() > limit {
+        return attempt.error(Refused(format!("more than {limit} redirects")));
+    }
+    let from = attempt.previous().last().map(|url| url.scheme().to_owned());
+    match (from.as_deref(), attempt.url().scheme()) {
+        (_, "https") | (Some("http"), "http") => attempt.follow(),
+        (_, scheme) => {
+            let reason = match scheme {
+                "http" => "it leads from https to http",
+                _ => "it leads to another scheme",
+            };
+            let target = redact_url(attempt.url());
+            attempt.error(Refused(format!("{reason}: {target}")))
+        }
+    }
+}
+
+/// Downloads `uri` into `feed`.
+pub(crate) async fn get(client: &Client, uri: &Uri, feed: &Feed) -> Result<(), Halt> {
+    let response = client.get(uri.secret().clone()).send().await;
+    let mut response = accept(response.map_err(failed)?)?;
+    if let Some(total) = response.content_length() {
+        feed.meter.expect(total)?;
+    }
+    feed.meter.peer_turn();
+    while let Some(chunk) = response.chunk().await.map_err(failed)? {
+        feed.push(chunk).await?;
+    }
+    Ok(())
+}
+
+/// Uploads the `len` bytes from `pieces` to `uri`.
+pub(crate) async fn put(
+    client: &Client,
+    uri: &Uri,
+    creation: Creation,
+    len: u64,
+    pieces: mpsc::Receiver<Piece>,
+    meter: &std::sync::Arc<Meter>,
+) -> Result<(), ErrorKind> {
+    let meter = meter.clone();
+    let body = futures::stream::unfold(Some(pieces), move |pieces| {
+        let meter = meter.clone();
+        async move {
+            let mut pieces = pieces?;
+            let piece = pieces.recv().await;
+            meter.peer_turn();
+            match piece {
+                Some(Piece::Data(chunk)) => Some((Ok(chunk), Some(pieces))),
+                Some(Piece::End) => None,
+                None => Some((Err(std::io::Error::other("the source was cut off")), None)),
+            }
+        }
+    });
+    let mut request = client
+        .put(uri.secret().clone())
+        .header(CONTENT_LENGTH, len)
+        .body(reqwest::Body::wrap_stream(body));
+    match creation {
+        Creation::Overwrite => {}
+        Creation::Refuse => request = request.header(IF_NONE_MATCH, "*"),
+        Creation::Append => {
+            return Err(ErrorKind::Unsupported {
+                what: "appending over HTTP",
+            });
+        }
+    }
+    let response = request.send().await.map_err(failed)?;
+    match response.status() {
+        StatusCode::PRECONDITION_FAILED if creation == Creation::Refuse => Err(ErrorKind::Exists),
+        _ => accept(response).map(|_| ()),
+    }
+}
+
+/// Turns a status other than success into an error.
+fn accept(response: Response) -> Result<Response, ErrorKind> {
+    let status = response.status();
+    let detail = || format!("HTTP status {}", status.as_u16());
+    Err(match status {
+        _ if status.is_success() => return Ok(response),
+        StatusCode::NOT_FOUND | StatusCode::GONE => ErrorKind::NotFound { detail: detail() },
+        StatusCode::UNAUTHORIZED
+        | StatusCode::FORBIDDEN
+        | StatusCode::PROXY_AUTHENTICATION_REQUIRED => ErrorKind::AccessDenied { detail: detail() },
+        _ if status.is_redirection() => {
+            let target = response
+                .headers()
+                .get(LOCATION)
+                .map(|target| redact(&String::from_utf8_lossy(target.as_bytes())))
+                .unwrap_or_default();
+            ErrorKind::Redirect {
+                reason: format!("{} to {target:?}", detail()),
+            }
+        }
+        _ => ErrorKind::HttpStatus {
+            status: status.as_u16(),
+        },
+    })
+}
+
+/// Sorts the client's errors. The URL is taken out: it is in the outer error, and redacted there.
+fn failed(error: reqwest::Error) -> ErrorKind {
+    let error = error.without_url();
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+    while let Some(inner) = cause {
+        if let Some(Refused(reason)) = inner.downcast_ref() {
+            return ErrorKind::Redirect {
+                reason: tame(reason),
+            };
+        }
+        cause = inner.source();
+    }
+    match error.is_connect() {
+        true => ErrorKind::Connect {
+            source: error.into(),
+        },
+        false => ErrorKind::Transfer {
+            source: error.into(),
+        },
+    }
+}
