@@ -6,7 +6,7 @@ use crate::namespace::{HPCP, JSDL, POSIX, SPMD, SWEEP, XBE, XML, XSDL, XSI};
 use crate::read::Findings;
 
 /// Namespace and local part.
-type Name = (&'static str, &'static str);
+pub(crate) type Name = (&'static str, &'static str);
 
 /// Elements of one namespace that are understood inside an element of another, each at most once.
 const EXPECTED: &[(Name, Name)] = &[
@@ -66,7 +66,8 @@ pub(crate) fn check(element: &Element, findings: &mut Findings) {
     }
 }
 
-fn is_expected(parent: &Element, child: &Element) -> bool {
+/// Whether `child` is understood inside `parent`, an element of another namespace.
+pub(crate) fn is_expected(parent: &Element, child: &Element) -> bool {
     EXPECTED
         .iter()
         .any(|&((outer, outer_name), (inner, inner_name))| {

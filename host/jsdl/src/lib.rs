@@ -20,6 +20,7 @@ mod document;
 mod encoding;
 mod extensions;
 mod job;
+mod lenient;
 pub mod limits;
 mod namespace;
 mod range;
@@ -28,6 +29,7 @@ mod schema;
 mod tree;
 mod uri;
 mod validate;
+mod write;
 
 pub use diagnostic::Diagnostic;
 pub use job::{
@@ -37,6 +39,7 @@ pub use job::{
     Resources, ScriptTarget, UnknownName, WELL_KNOWN_FILE_SYSTEMS,
 };
 pub use range::{Bound, Exact, Range, RangeValue};
+pub use write::{WriteError, write};
 
 /// How a document is read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -63,8 +66,7 @@ pub struct Parsed {
 /// Why the document is not a job that XenBEE can run: not well-formed, not valid, or valid but with
 /// contents that are not supported (codes beginning with `unsupported-`) or make no sense.
 pub fn parse(document: &[u8], options: &Options) -> Result<Parsed, Vec<Diagnostic>> {
-    let text = encoding::decode(document).map_err(|error| vec![error])?;
-    let tree = tree::build(&text, options.lenient).map_err(|error| vec![error])?;
+    let tree = load(document, options)?;
     let findings = validate::validate(&tree, schema::UNDERSTOOD);
     if !findings.is_empty() {
         return Err(findings);
@@ -87,12 +89,33 @@ pub fn parse(document: &[u8], options: &Options) -> Result<Parsed, Vec<Diagnosti
 /// # Errors
 /// All that is wrong, in document order; only the first finding if the document is not well-formed.
 pub fn verdict(document: &[u8]) -> Result<(), Vec<Diagnostic>> {
-    let text = encoding::decode(document).map_err(|error| vec![error])?;
-    let tree = tree::build(&text, false).map_err(|error| vec![error])?;
+    verdict_with(document, &Options::default()).map(|_| ())
+}
+
+/// The [`verdict`], with [`Options::lenient`] on the document as it was repaired; what was forgiven
+/// for that.
+///
+/// # Errors
+/// As of [`verdict`].
+pub fn verdict_with(
+    document: &[u8],
+    options: &Options,
+) -> Result<Vec<Diagnostic>, Vec<Diagnostic>> {
+    let tree = load(document, options)?;
     let findings = validate::validate(&tree, schema::STANDARD);
     if findings.is_empty() {
-        Ok(())
+        Ok(tree.forgiven)
     } else {
         Err(findings)
     }
+}
+
+fn load(document: &[u8], options: &Options) -> Result<tree::Tree, Vec<Diagnostic>> {
+    let text = encoding::decode(document).map_err(|error| vec![error])?;
+    let mut tree = tree::build(&text, options.lenient).map_err(|error| vec![error])?;
+    if options.lenient {
+        lenient::repair(&mut tree.root, &mut tree.forgiven);
+        tree.forgiven.truncate(limits::MAX_DIAGNOSTICS);
+    }
+    Ok(tree)
 }
