@@ -413,6 +413,9 @@ impl Conn {
     }
 }
 
+#[cfg(test)]
+mod tests;
+
 /// A first-in-first-out queue of bytes that shows its content as one slice.
 #[derive(Debug, Default)]
 struct ByteQueue {

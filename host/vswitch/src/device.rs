@@ -71,13 +71,6 @@ struct Mapping {
     guest_addr: u64,
 }
 
-/// What changed with the device since it was last asked.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Changes {
-    /// A new driver took the device: connections of the old one are gone.
-    pub reset: bool,
-}
-
 /// The device as the front-end set it up.
 pub struct Device {
     guest_cid: u32,
@@ -90,7 +83,7 @@ pub struct Device {
     acked_features: u64,
     /// `next_avail` of the rings when they were last stopped.
     stopped_at: [Option<u16>; QUEUES],
-    changes: Changes,
+    reset: bool,
 }
 
 impl Device {
@@ -117,13 +110,14 @@ impl Device {
             vrings: [vring()?, vring()?, vring()?],
             acked_features: 0,
             stopped_at: [None; QUEUES],
-            changes: Changes::default(),
+            reset: false,
         })
     }
 
-    /// What changed since the last call.
-    pub fn take_changes(&mut self) -> Changes {
-        std::mem::take(&mut self.changes)
+    /// Whether a new driver took the device since the last call: connections of the old one are
+    /// gone.
+    pub fn take_reset(&mut self) -> bool {
+        std::mem::take(&mut self.reset)
     }
 
     /// The guest's memory and the ring `index`, if the driver has started it.
@@ -297,7 +291,7 @@ impl VhostUserBackendReqHandlerMut for Device {
         self.vring(index)?.queue.set_next_avail(base);
         // A paused guest goes on where its ring stopped. One whose driver starts over does not.
         if self.stopped_at[index as usize].take() != Some(base) || base == 0 {
-            self.changes.reset = true;
+            self.reset = true;
         }
         Ok(())
     }

@@ -40,7 +40,7 @@ pub struct Link {
 }
 
 impl Link {
-    /// Ties `conn` to `stream`, which is non-blocking.
+    /// Ties `conn` to `stream`.
     pub fn new(conn: Conn, stream: UnixStream, greeting: Option<Greeting>) -> Self {
         Self {
             conn,

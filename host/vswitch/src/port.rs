@@ -6,31 +6,27 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::event::epoll::EventFlags;
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
-use vhost::vhost_user::BackendReqHandler;
-use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
-use crate::chain::{RxChain, read_packet};
-use crate::conn::{BUF_ALLOC, Conn, FROM_HOST_MAX, Key};
-use crate::device::{Device, RX, TX, Vring};
+use crate::conn::{Conn, FROM_HOST_MAX, Key};
+use crate::device::Device;
 use crate::link::{Greeting, Hello, Link, read_hello};
-use crate::packet::{HOST_CID, Header, TYPE_STREAM, op};
+use crate::packet::{HOST_CID, Header};
 use crate::socket;
 use crate::switch::{Dial, Shared, Switch};
 
+mod links;
+mod rings;
+
 /// Most connections of one guest, those that only wait for the host side to read included.
 pub const LINKS_MAX: usize = 512;
-/// Most RSTs that wait for a receive buffer; the guest's transmit queue waits beyond that.
-const REPLIES_MAX: usize = 64;
-/// Packets moved in one direction before other events are looked at.
-const BUDGET: usize = 256;
 /// How long a program may take for its `CONNECT` line.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long what a gone guest said last is kept for host programs that have not read it.
@@ -59,13 +55,23 @@ pub enum PortError {
     Rings(#[source] virtio_queue::Error),
 }
 
-/// Why a guest's rings can no longer be used.
-#[derive(Debug, thiserror::Error)]
-enum RingError {
-    #[error("invalid ring")]
-    Queue(#[from] virtio_queue::Error),
-    #[error("receive buffer outside the guest's memory")]
-    Memory(#[from] vm_memory::GuestMemoryError),
+/// Why a domain's thread ends by itself.
+#[derive(Debug)]
+enum End {
+    FrontEnd(VhostError),
+    Io(io::Error),
+}
+
+impl From<VhostError> for End {
+    fn from(e: VhostError) -> Self {
+        Self::FrontEnd(e)
+    }
+}
+
+impl From<io::Error> for End {
+    fn from(e: io::Error) -> Self {
+        Self::Io(e)
+    }
 }
 
 /// A program of the host that has not said `CONNECT` yet.
@@ -82,7 +88,7 @@ pub struct Port {
     device: Arc<Mutex<Device>>,
     vhost_listener: Option<UnixListener>,
     front_end: Option<BackendReqHandler<Mutex<Device>>>,
-    host_listener: UnixListener,
+    host_listener: Option<UnixListener>,
 
     callers: HashMap<u64, Caller>,
     links: HashMap<u64, Link>,
@@ -114,18 +120,23 @@ impl Port {
     ) -> Result<(), PortError> {
         let resources = |e: rustix::io::Errno| PortError::Resources(e.into());
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).map_err(resources)?);
-        let watch = |source: &dyn std::os::fd::AsFd, token| {
+        let watch = |source: &dyn AsFd, token, flags| {
             epoll::add(
                 &epoll,
                 source.as_fd(),
                 epoll::EventData::new_u64(token),
-                epoll::EventFlags::IN,
+                flags,
             )
             .map_err(resources)
         };
-        watch(&shared.wake, WAKE)?;
-        watch(&vhost_listener, VHOST_LISTENER)?;
-        watch(&host_listener, HOST_LISTENER)?;
+        watch(&shared.wake, WAKE, EventFlags::IN)?;
+        watch(&vhost_listener, VHOST_LISTENER, EventFlags::IN)?;
+        // Edge-triggered: without free descriptors a waiting caller must not keep the thread busy.
+        watch(
+            &host_listener,
+            HOST_LISTENER,
+            EventFlags::IN | EventFlags::ET,
+        )?;
         let cid = shared.spec.cid;
         let device = Device::new(cid, Arc::clone(&epoll), KICK).map_err(PortError::Rings)?;
         let mut port = Self {
@@ -135,7 +146,7 @@ impl Port {
             device: Arc::new(Mutex::new(device)),
             vhost_listener: Some(vhost_listener),
             front_end: None,
-            host_listener,
+            host_listener: Some(host_listener),
             callers: HashMap::new(),
             links: HashMap::new(),
             by_key: HashMap::new(),
@@ -159,10 +170,16 @@ impl Port {
         // A panic in here must not leave the CID and the sockets behind; Drop does the same.
         match self.serve() {
             Ok(()) => tracing::info!(cid, "domain removed"),
-            Err(e) => tracing::info!(cid, reason = %e, "domain's QEMU is gone"),
+            Err(End::FrontEnd(VhostError::Disconnected)) => {
+                tracing::info!(cid, "domain's QEMU is gone");
+            }
+            Err(End::FrontEnd(e)) => tracing::warn!(cid, error = %e, "domain's QEMU is dropped"),
+            Err(End::Io(e)) => tracing::error!(cid, error = %e, "domain is dropped"),
         }
         self.guest_gone();
         self.front_end = None;
+        self.vhost_listener = None;
+        self.host_listener = None;
         self.switch.leave(&self.shared);
         if !self.shared.is_stopped() {
             self.drain();
@@ -170,14 +187,11 @@ impl Port {
     }
 
     /// Works until the domain is removed (Ok) or its QEMU goes away (Err).
-    fn serve(&mut self) -> Result<(), vhost::vhost_user::Error> {
+    fn serve(&mut self) -> Result<(), End> {
         let mut events = Vec::with_capacity(64);
         let mut again = false;
         loop {
-            if let Err(e) = self.wait(&mut events, again, None) {
-                tracing::error!(cid = self.shared.spec.cid, error = %e, "epoll failed");
-                return Err(vhost::vhost_user::Error::ReqHandlerError(e));
-            }
+            self.wait(&mut events, again, None)?;
             let mut front_end = false;
             for event in events.drain(..) {
                 match event.data.u64() {
@@ -202,12 +216,9 @@ impl Port {
             again = self.run_rings();
             if front_end && let Some(handler) = &mut self.front_end {
                 let result = handler.handle_request();
-                if result.is_err() {
-                    // What the guest sent last is still in its memory.
-                    while self.run_rings() {}
-                }
-                result?;
+                // After an error, too: what the guest sent last is still in its memory.
                 again |= self.run_rings();
+                result?;
             }
         }
     }
@@ -244,6 +255,8 @@ impl Port {
 
     /// Gives host programs what the guest said last.
     fn drain(&mut self) {
+        // Nobody answers this one any more, and unanswered it would keep the thread awake.
+        let _ = epoll::delete(&self.epoll, &self.shared.wake);
         let until = Instant::now() + DRAIN_TIMEOUT;
         let mut events = Vec::with_capacity(64);
         self.callers.clear();
@@ -262,28 +275,22 @@ impl Port {
 
     // ---- who connects ----
 
-    fn accept_front_end(&mut self) -> Result<(), vhost::vhost_user::Error> {
+    fn accept_front_end(&mut self) -> io::Result<()> {
         let Some(listener) = &self.vhost_listener else {
             return Ok(());
         };
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            Err(e) => return Err(vhost::vhost_user::Error::ReqHandlerError(e)),
+            Err(e) => return Err(e),
         };
-        let set_up = || -> io::Result<UnixStream> {
-            stream.set_nonblocking(false)?;
-            let cut = stream.try_clone()?;
-            epoll::add(
-                &self.epoll,
-                &stream,
-                epoll::EventData::new_u64(FRONT_END),
-                epoll::EventFlags::IN,
-            )?;
-            Ok(cut)
-        };
-        let cut = set_up().map_err(vhost::vhost_user::Error::ReqHandlerError)?;
-        self.shared.set_front_end(cut);
+        epoll::add(
+            &self.epoll,
+            &stream,
+            epoll::EventData::new_u64(FRONT_END),
+            EventFlags::IN,
+        )?;
+        self.shared.set_front_end(stream.try_clone()?);
         self.front_end = Some(BackendReqHandler::from_stream(
             stream,
             Arc::clone(&self.device),
@@ -295,8 +302,8 @@ impl Port {
     }
 
     fn accept_callers(&mut self) {
-        loop {
-            match self.host_listener.accept() {
+        while let Some(listener) = &self.host_listener {
+            match listener.accept() {
                 Ok((stream, _)) => self.add_caller(stream),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Err(e) => {
@@ -313,7 +320,7 @@ impl Port {
 
     fn add_caller(&mut self, stream: UnixStream) {
         // Dropping the stream tells the program.
-        if self.is_full() || stream.set_nonblocking(true).is_err() {
+        if self.is_full() {
             return;
         }
         let Some(token) = self.watch(&stream) else {
@@ -326,7 +333,6 @@ impl Port {
 
     /// Watches a stream by a new token.
     fn watch(&mut self, stream: &UnixStream) -> Option<u64> {
-        use epoll::EventFlags;
         let token = self.next_token;
         self.next_token += 1;
         epoll::add(
@@ -395,349 +401,6 @@ impl Port {
             self.insert(token, Link::new(conn, dial.stream, Some(Greeting::Guest)));
         }
     }
-
-    fn insert(&mut self, token: u64, link: Link) {
-        self.by_key.insert(link.conn.key(), token);
-        self.links.insert(token, link);
-        self.count();
-        self.tend(token);
-    }
-
-    fn count(&self) {
-        self.shared
-            .connections
-            .store(self.links.len(), Ordering::Relaxed);
-    }
-
-    // ---- links ----
-
-    fn on_stream(&mut self, token: u64, flags: epoll::EventFlags) {
-        if let Some(link) = self.links.get_mut(&token) {
-            link.on_event(flags);
-            self.tend(token);
-        } else {
-            self.on_caller(token);
-        }
-    }
-
-    /// After anything happened to a link: moves bytes to the host side and queues the link, since
-    /// it may have a packet for the guest.
-    fn tend(&mut self, token: u64) {
-        if let Some(link) = self.links.get_mut(&token) {
-            link.flush();
-            if !link.queued {
-                link.queued = true;
-                self.ready.push_back(token);
-            }
-            self.settle(token);
-        }
-    }
-
-    /// Keeps the tables true to a link's state.
-    fn settle(&mut self, token: u64) {
-        let Some(link) = self.links.get_mut(&token) else {
-            return;
-        };
-        let limit = link.conn.time_limit();
-        match (link.deadline, limit) {
-            (None, Some(limit)) => {
-                let deadline = Instant::now() + limit;
-                link.deadline = Some(deadline);
-                self.deadlines.insert((deadline, token));
-            }
-            (Some(deadline), None) => {
-                link.deadline = None;
-                self.deadlines.remove(&(deadline, token));
-            }
-            _ => {}
-        }
-        if link.conn.is_closed() {
-            let key = link.conn.key();
-            if self.by_key.get(&key) == Some(&token) {
-                self.by_key.remove(&key);
-            }
-        }
-        if link.conn.is_finished() {
-            self.links.remove(&token);
-            self.count();
-        }
-    }
-
-    fn expire(&mut self) {
-        let now = Instant::now();
-        while let Some(&(deadline, token)) = self.deadlines.first() {
-            if deadline > now {
-                return;
-            }
-            self.deadlines.pop_first();
-            self.callers.remove(&token);
-            if let Some(link) = self.links.get_mut(&token) {
-                link.deadline = None;
-                link.conn.refuse();
-                self.tend(token);
-            }
-        }
-    }
-
-    /// The guest's driver is gone or new: its connections are over, what it sent is not lost.
-    fn guest_gone(&mut self) {
-        self.replies.clear();
-        self.ready.clear();
-        let tokens: Vec<u64> = self.links.keys().copied().collect();
-        for token in tokens {
-            if let Some(link) = self.links.get_mut(&token) {
-                link.queued = false;
-                link.conn.guest_gone();
-                link.flush();
-                self.settle(token);
-            }
-        }
-    }
-
-    // ---- rings ----
-
-    /// Moves packets both ways. True: there is more to do at once.
-    fn run_rings(&mut self) -> bool {
-        let device = Arc::clone(&self.device);
-        let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
-        if device.take_changes().reset {
-            self.guest_gone();
-        }
-        let moved = self
-            .transmit(&mut device)
-            .and_then(|again| Ok((again, self.receive(&mut device)?)));
-        match moved {
-            // Transmitting stops when too many replies wait, and goes on when some are gone.
-            Ok((Pause::Replies, more)) => more || self.replies.len() < REPLIES_MAX,
-            Ok((Pause::Budget, _)) => true,
-            Ok((Pause::Empty, more)) => more,
-            Err(e) => {
-                let chain: &dyn std::error::Error = &e;
-                tracing::warn!(
-                    cid = self.shared.spec.cid,
-                    error = %e,
-                    cause = chain.source().map(tracing::field::display),
-                    "the guest broke its rings: its device is stopped until it is set up anew"
-                );
-                device.break_rings();
-                self.guest_gone();
-                false
-            }
-        }
-    }
-
-    /// Guest to host, until the ring is empty, the budget spent, or too many replies wait.
-    fn transmit(&mut self, device: &mut Device) -> Result<Pause, RingError> {
-        let Some((mem, ring)) = device.ring(TX) else {
-            return Ok(Pause::Empty);
-        };
-        let mem: &GuestMemoryMmap = &mem;
-        let mut moved = 0;
-        let pause = 'ring: loop {
-            ring.queue.disable_notification(mem)?;
-            loop {
-                if moved == BUDGET {
-                    break 'ring Pause::Budget;
-                }
-                if self.replies.len() >= REPLIES_MAX {
-                    break 'ring Pause::Replies;
-                }
-                let Some(chain) = ring.queue.iter(mem)?.next() else {
-                    break;
-                };
-                let head = chain.head_index();
-                let mut payload = std::mem::take(&mut self.payload);
-                match read_packet(mem, chain, &mut payload, BUF_ALLOC as usize) {
-                    Ok(header) => self.on_packet(&header, &payload),
-                    Err(Some(header)) => self.on_malformed(&header),
-                    Err(None) => {}
-                }
-                self.payload = payload;
-                ring.queue.add_used(mem, head, 0)?;
-                moved += 1;
-            }
-            if !ring.queue.enable_notification(mem)? {
-                break Pause::Empty;
-            }
-        };
-        if moved > 0 {
-            ring.notify(mem)?;
-        }
-        Ok(pause)
-    }
-
-    /// Host to guest, until nothing is left to send, no buffer is left, or the budget is spent
-    /// (true).
-    fn receive(&mut self, device: &mut Device) -> Result<bool, RingError> {
-        let Some((mem, ring)) = device.ring(RX) else {
-            return Ok(false);
-        };
-        let mem: &GuestMemoryMmap = &mem;
-        let mut moved = 0;
-        let result = self.fill_buffers(mem, ring, &mut moved);
-        if moved > 0 {
-            ring.notify(mem)?;
-        }
-        result
-    }
-
-    fn fill_buffers(
-        &mut self,
-        mem: &GuestMemoryMmap,
-        ring: &mut Vring,
-        moved: &mut usize,
-    ) -> Result<bool, RingError> {
-        while !(self.replies.is_empty() && self.ready.is_empty()) {
-            if *moved == BUDGET {
-                return Ok(true);
-            }
-            let Some(chain) = ring.queue.iter(mem)?.next() else {
-                if ring.queue.enable_notification(mem)? {
-                    continue;
-                }
-                return Ok(false);
-            };
-            let chain = RxChain::new(chain);
-            let written = match chain.room() {
-                // Too small for any packet: goes back unused.
-                None => Some(0),
-                Some(room) => self.write_next(mem, &chain, room)?,
-            };
-            let Some(written) = written else {
-                ring.queue.go_to_previous_position();
-                return Ok(false);
-            };
-            ring.queue.add_used(mem, chain.head, written)?;
-            *moved += 1;
-        }
-        Ok(false)
-    }
-
-    /// Writes the next packet that waits for the guest. `None`: there is none.
-    fn write_next(
-        &mut self,
-        mem: &GuestMemoryMmap,
-        chain: &RxChain,
-        room: usize,
-    ) -> Result<Option<u32>, RingError> {
-        if let Some(reply) = self.replies.pop_front() {
-            return Ok(Some(chain.write_packet(mem, &reply, &[])?));
-        }
-        // Links take turns, a packet each.
-        while let Some(token) = self.ready.pop_front() {
-            let Some(link) = self.links.get_mut(&token) else {
-                continue;
-            };
-            link.queued = false;
-            if !link.conn.has_from_host() {
-                link.fill(&mut self.buffer);
-            }
-            let written = match link.conn.next_packet(room) {
-                Some(packet) => Some(chain.write_packet(mem, &packet.header, packet.payload)?),
-                None => None,
-            };
-            if written.is_some() {
-                self.tend(token);
-                return Ok(written);
-            }
-            self.settle(token);
-        }
-        Ok(None)
-    }
-
-    // ---- packets of the guest ----
-
-    /// The name of the connection a packet belongs to. `None`: it claims another sender.
-    fn key_of(&self, header: &Header) -> Option<Key> {
-        if header.src_cid != u64::from(self.shared.spec.cid) {
-            return None;
-        }
-        Some(Key {
-            guest_port: header.src_port,
-            // A CID beyond 32 bits is nobody's; u32::MAX is the standard's "any" and nobody's, too.
-            peer_cid: u32::try_from(header.dst_cid).unwrap_or(u32::MAX),
-            peer_port: header.dst_port,
-        })
-    }
-
-    fn on_packet(&mut self, header: &Header, payload: &[u8]) {
-        let Some(key) = self.key_of(header) else {
-            return;
-        };
-        if header.kind != TYPE_STREAM {
-            self.reply_rst(header);
-        } else if let Some(&token) = self.by_key.get(&key) {
-            if let Some(link) = self.links.get_mut(&token) {
-                link.conn.on_packet(header, payload);
-                self.tend(token);
-            }
-        } else if header.op == op::REQUEST {
-            self.on_request(key, header);
-        } else {
-            self.reply_rst(header);
-        }
-    }
-
-    /// The payload cannot be had: the connection, if any, has lost bytes and ends.
-    fn on_malformed(&mut self, header: &Header) {
-        let Some(key) = self.key_of(header) else {
-            return;
-        };
-        if let Some(&token) = self.by_key.get(&key) {
-            if let Some(link) = self.links.get_mut(&token) {
-                link.conn.refuse();
-                self.tend(token);
-            }
-        } else {
-            self.reply_rst(header);
-        }
-    }
-
-    fn reply_rst(&mut self, header: &Header) {
-        if header.op != op::RST {
-            self.replies.push_back(header.rst_for());
-        }
-    }
-
-    /// The guest opens a connection.
-    fn on_request(&mut self, key: Key, header: &Header) {
-        let stream = if self.is_full() {
-            None
-        } else if key.peer_cid == HOST_CID {
-            socket::connect(&socket::host_path(&self.shared.spec.uds, key.peer_port)).ok()
-        } else {
-            self.switch
-                .dial(
-                    &self.shared.spec,
-                    key.guest_port,
-                    key.peer_cid,
-                    key.peer_port,
-                )
-                .inspect_err(
-                    |e| tracing::warn!(cid = self.shared.spec.cid, error = %e, "cannot connect"),
-                )
-                .ok()
-                .flatten()
-        };
-        let watched = stream.and_then(|stream| Some((self.watch(&stream)?, stream)));
-        let Some((token, stream)) = watched else {
-            self.reply_rst(header);
-            return;
-        };
-        let mut conn = Conn::dialling(self.shared.spec.cid, key, header);
-        if key.peer_cid == HOST_CID {
-            conn.accept();
-        }
-        self.insert(token, Link::new(conn, stream, None));
-    }
-}
-
-/// Why transmitting paused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Pause {
-    Empty,
-    Budget,
-    Replies,
 }
 
 impl Drop for Port {

@@ -145,7 +145,7 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
     }
 }
 
-/// Connects without ever waiting; the stream is non-blocking.
+/// Connects without ever waiting.
 pub fn connect(path: &Path) -> io::Result<UnixStream> {
     let socket = rustix::net::socket_with(
         AddressFamily::UNIX,

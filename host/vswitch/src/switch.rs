@@ -346,8 +346,6 @@ impl Switch {
             return Ok(None);
         }
         let (here, there) = UnixStream::pair()?;
-        here.set_nonblocking(true)?;
-        there.set_nonblocking(true)?;
         let accepted = to.dial(Dial {
             from_cid: from.cid,
             from_port,

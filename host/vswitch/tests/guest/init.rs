@@ -9,10 +9,12 @@
 //! - `half`: reads to the end, then answers with the number of bytes and closes.
 //! - `deaf MS`: does not read for MS milliseconds, then behaves as `half`.
 //! - `shutread`: ends its reading direction at once, then says `shut` and closes after a second.
-//! - `burst LEN SEED`: writes LEN pattern bytes and closes at once, data unread by the other side.
+//! - `zeros LEN`: writes LEN zeros in large writes, then closes.
 //! - `dial CID PORT COMMAND...`: connects, reports `connected MS` or `errno N MS`, runs COMMAND on
-//!   the new connection and reports `done` with the same results.
-//! - `reboot`: answers `bye` in its last write and powers the machine off.
+//!   the new connection and reports how that went.
+//! - `copy LEN SEED COMMAND...`: behind `dial`, to another guest: sends COMMAND and LEN pattern
+//!   bytes, ends its direction and reports the answer.
+//! - `poweroff LEN SEED`: writes LEN pattern bytes and turns the machine off at once.
 
 use std::ffi::{c_char, c_int, c_long, c_uint, c_void};
 use std::fs::File;
@@ -210,8 +212,27 @@ fn run(words: &[&str], stream: &mut File) -> io::Result<String> {
             }
             Ok("done".into())
         }
+        Some("copy") => {
+            // A client of another guest: `copy LEN SEED COMMAND...` sends COMMAND, then the pattern,
+            // ends its direction, and reports the answer.
+            let (mut left, seed) = (number(words, 1)?, number(words, 2)?);
+            writeln!(stream, "{}", words[3..].join(" "))?;
+            let mut pattern = Pattern(seed);
+            while left > 0 {
+                let n = left.min(buffer.len() as u64) as usize;
+                pattern.fill(&mut buffer[..n]);
+                stream.write_all(&buffer[..n])?;
+                left -= n as u64;
+            }
+            end_writing(stream);
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer.trim_end().into())
+        }
         Some("poweroff") => {
-            writeln!(stream, "bye")?;
+            let mut buffer = vec![0; number(words, 1)? as usize];
+            Pattern(number(words, 2)?).fill(&mut buffer);
+            stream.write_all(&buffer)?;
             // SAFETY: no pointers; LINUX_REBOOT_CMD_POWER_OFF.
             unsafe { reboot(0x4321_fedc) };
             Ok("done".into())

@@ -243,6 +243,7 @@ impl Drop for Switch {
 pub struct Guest {
     pub qemu: Child,
     pub uds: PathBuf,
+    is_ready: std::sync::Mutex<std::sync::mpsc::Receiver<()>>,
 }
 
 impl Guest {
@@ -251,7 +252,7 @@ impl Guest {
         let mut qemu = Command::new(qemu)
             .args(["-M", "q35,memory-backend=mem", "-cpu", "max", "-m", "256"])
             .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"])
-            .args(["-nodefaults", "-display", "none", "-no-reboot"])
+            .args(["-nodefaults", "-display", "none", "-action", "panic=none"])
             .args(["-serial", "stdio"])
             .arg("-kernel")
             .arg(&boot.kernel)
@@ -261,6 +262,11 @@ impl Guest {
             .arg("-chardev")
             .arg(format!("socket,id=vs,path={}", spec.vhost_socket.display()))
             .args(["-device", "vhost-user-vsock-pci,chardev=vs"])
+            .arg("-qmp")
+            .arg(format!(
+                "unix:{}.qmp,server=on,wait=off",
+                spec.uds.display()
+            ))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -271,18 +277,46 @@ impl Guest {
             for line in console.lines().map_while(Result::ok) {
                 println!("guest: {line}");
                 if line.contains("guest ready") {
-                    ready.send(()).unwrap();
+                    // The test may have ended, and a guest that reboots says it twice.
+                    let _ = ready.send(());
                 }
             }
         });
         let guest = Self {
             qemu,
             uds: spec.uds.clone(),
+            is_ready: is_ready.into(),
         };
-        is_ready
+        guest.wait_ready();
+        guest
+    }
+
+    /// Waits until the guest's init listens.
+    pub fn wait_ready(&self) {
+        self.is_ready
+            .lock()
+            .unwrap()
             .recv_timeout(Duration::from_secs(120))
             .expect("the guest did not come up");
-        guest
+    }
+
+    /// Has QEMU do something (QEMU Machine Protocol).
+    pub fn qmp(&self, command: &str) {
+        let path = format!("{}.qmp", self.uds.display());
+        let stream = UnixStream::connect(path).unwrap();
+        let mut answers = BufReader::new(&stream).lines();
+        let mut say = |command: &str| {
+            writeln!(&stream, "{{\"execute\":\"{command}\"}}").unwrap();
+            loop {
+                let answer = answers.next().unwrap().unwrap();
+                assert!(!answer.contains("\"error\""), "{answer}");
+                if answer.contains("\"return\"") {
+                    return;
+                }
+            }
+        };
+        say("qmp_capabilities");
+        say(command);
     }
 
     /// Connects to a port of the guest; `None` where it refuses.
