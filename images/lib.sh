@@ -4,7 +4,7 @@
 recipes=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(dirname "$recipes")
 images=${XBEE_IMAGES:-${XDG_CACHE_HOME:-$HOME/.cache}/xbee/images}
-downloads=$(dirname "$images")/downloads
+downloads=$images/.downloads
 
 # Every time stamp inside an image. Fixed, so that the same packages give the same bytes.
 export SOURCE_DATE_EPOCH=1700000000
@@ -42,7 +42,7 @@ need() {
 recipe_hash() {
     local folder=$recipes/$1
     {
-        (cd "$recipes" && find "$1" lib.sh -type f -print0 | sort -z | xargs -0 sha256sum)
+        (cd "$recipes" && find "$1" lib.sh mkdisk trim -type f -print0 | sort -z | xargs -0 sha256sum)
         if [[ -x $folder/inputs ]]; then "$folder/inputs"; fi
     } | sha256sum | cut -c 1-16
 }
@@ -51,7 +51,7 @@ recipe_hash() {
 # apt costs half a second, so the answer is kept until apt's own files change.
 apt_offer() {
     local state kept
-    state=$(find /var/lib/apt/lists/ /etc/apt/preferences /etc/apt/preferences.d "${BASH_SOURCE[0]}" \
+    state=$(find /var/lib/apt/lists/ /etc/apt/preferences /etc/apt/preferences.d "$recipes/lib.sh" \
         -maxdepth 1 -type f -printf '%p %s %t\n' 2>/dev/null | sort | sha256sum | cut -c 1-16) || true
     kept=$downloads/apt-$state
     if [[ ! -s $kept ]]; then
@@ -103,4 +103,54 @@ cargo_binary() {
 
 agent_binary() {
     cargo_binary -p xbeinstd --profile agent --target x86_64-unknown-linux-musl
+}
+
+# debian_root VARIANT TAR PACKAGES_TXT PACKAGE...: the files of a Debian system with the packages and
+# what they need, and the list of packages it was made of. Nothing is installed or started here.
+#   extract    the packages are only unpacked
+#   essential  they are installed, on top of the distribution's essential ones
+debian_root() {
+    local variant=$1 tar=$2 list=$3 hook query log
+    shift 3
+    need mmdebstrap
+    case $variant in
+    extract)
+        hook=extract-hook
+        query='for deb in "$1"/var/cache/apt/archives/*.deb; do dpkg-deb -W "$deb"; done'
+        ;;
+    essential)
+        hook=customize-hook
+        query='dpkg-query --admindir="$1/var/lib/dpkg" -W'
+        ;;
+    esac
+    log=$(mktemp)
+    mmdebstrap --variant="$variant" --include="$(IFS=,; echo "$*")" --format=tar \
+        --dpkgopt=force-unsafe-io --aptopt='APT::Install-Recommends "false"' \
+        "--$hook=$query >\"\$1/packages.txt\"" "--$hook=download /packages.txt $list" \
+        "--$hook=rm \"\$1/packages.txt\"" \
+        bookworm "$tar" >"$log" 2>&1 || {
+        cat "$log" >&2
+        rm -f "$log"
+        die "mmdebstrap failed"
+    }
+    rm -f "$log"
+}
+
+# disk_from_tar TAR DISK SIZE_MIB NAME SETUP: an ext4 disk with the files of TAR, after the script
+# SETUP has changed them (it is run in their root directory). Owners survive without root.
+disk_from_tar() {
+    local tar=$1 disk=$2 size_mib=$3 name=$4 setup=$5 work
+    local root=()
+    if [[ $(id -u) != 0 ]]; then
+        need fakeroot
+        root=(fakeroot --)
+    fi
+    work=$(mktemp -d)
+    # Device nodes come with devtmpfs.
+    "${root[@]}" bash -euc '
+        tar -C "$1" --exclude="./dev/*" -xf "$2"
+        (cd "$1" && "$3")
+        "$4" "$1" "$5" "$6" "$7"' - \
+        "$work" "$tar" "$setup" "$recipes/mkdisk" "$disk" "$size_mib" "$name"
+    rm -rf "$work"
 }
