@@ -1,2 +1,97 @@
-//! Placeholder.
-fn main() {}
+//! `xbe`, the client of `xbed`: runs jobs in virtual machines, watches them, and gets into them.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
+mod check;
+mod cli;
+mod document;
+mod error;
+mod exec;
+mod exit;
+mod follow;
+mod generate;
+mod run;
+mod signals;
+mod ssh;
+mod tasks;
+mod term;
+mod units;
+
+use std::env;
+use std::process::ExitCode;
+
+use clap::Parser;
+use serde_json::json;
+use xbee_api::chain;
+use xbee_api::client::Client;
+
+use cli::{Cli, Command};
+use error::Error;
+
+/// Names the server where `--server` does not.
+const SERVER_VARIABLE: &str = "XBE_SERVER";
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let json = cli.command.json();
+    match start(&cli) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) if error.is_closed_pipe() => ExitCode::SUCCESS,
+        Err(error) => {
+            if json {
+                term::raw_note(json!({ "code": error.code(), "message": chain(&error) }));
+            } else {
+                term::note(term::clean(&chain(&error)));
+            }
+            ExitCode::from(exit::FAILED)
+        }
+    }
+}
+
+fn start(cli: &Cli) -> Result<u8, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| Error::System {
+            action: "start the runtime",
+            source,
+        })?;
+    let result = runtime.block_on(command(cli));
+    // A read of standard input may be under way for ever.
+    runtime.shutdown_background();
+    result
+}
+
+async fn command(cli: &Cli) -> Result<u8, Error> {
+    let client = || {
+        // Not read by clap: its usage texts would show the option as one that was given.
+        let server = cli
+            .server
+            .clone()
+            .or_else(|| env::var(SERVER_VARIABLE).ok());
+        match server.filter(|uri| !uri.is_empty()) {
+            Some(uri) => Client::from_uri(&uri),
+            None => Ok(Client::local()),
+        }
+    };
+    match &cli.command {
+        Command::Run(args) if args.print_jsdl => run::print_jsdl(args),
+        Command::Run(args) => run::run(&client()?, args).await,
+        Command::Submit(args) => run::submit(&client()?, args).await,
+        Command::Status(args) => tasks::status(&client()?, args).await,
+        Command::Watch(args) => tasks::watch(&client()?, args).await,
+        Command::Logs(args) => tasks::logs(&client()?, args).await,
+        Command::Terminate(args) => tasks::terminate(&client()?, args).await,
+        Command::Ps(args) => tasks::ps(&client()?, args).await,
+        Command::Rm(args) => tasks::rm(&client()?, args).await,
+        Command::Exec(args) => exec::exec(&client()?, args).await,
+        Command::Ssh(args) => ssh::ssh(&client()?, args).await,
+        Command::Check(args) if args.host => check::check(args, Some(&client()?)).await,
+        Command::Check(args) => check::check(args, None).await,
+        Command::Host(args) => tasks::host(&client()?, args).await,
+        Command::Completions { shell } => generate::completions(*shell),
+        Command::Man { dir } => generate::man(dir),
+        Command::Proxy { task, port } => exec::proxy(&client()?, task, *port).await,
+    }
+}

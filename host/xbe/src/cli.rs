@@ -1,0 +1,266 @@
+//! The command line. Help, man pages and completions all come from here.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueHint};
+use clap_complete::Shell;
+use xbee_api::PublishedPort;
+
+use crate::exit;
+use crate::units::{self, StageIn, StageOut};
+
+/// Runs jobs and servers in throw-away virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "xbe", version, arg_required_else_help = true, after_help = exit::TABLE, max_term_width = 100)]
+pub struct Cli {
+    /// Address of the xbed to talk to: unix:///PATH, or the path of a socket [env: XBE_SERVER]
+    /// [default: this user's local socket, else root's]
+    #[arg(long, global = true, value_name = "URI")]
+    pub server: Option<String>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run one command in a new virtual machine and stream its output
+    Run(Run),
+    /// Submit a JSDL document; prints the task's id
+    Submit(Submit),
+    /// Show a task, with the time it spent in each state
+    Status(Task),
+    /// Follow a task's states until it has ended; the exit code is the job's
+    Watch(Task),
+    /// Print what a task wrote
+    Logs(Logs),
+    /// End tasks, whatever they are doing
+    Terminate(Tasks),
+    /// List tasks
+    Ps(Ps),
+    /// Forget tasks that have ended, with their logs
+    Rm(Tasks),
+    /// Run a command beside a task, in its virtual machine
+    Exec(Exec),
+    /// Log in to a task's virtual machine with OpenSSH; needs no network
+    Ssh(Ssh),
+    /// Check documents
+    Check(Check),
+    /// Show the host: its capacity and images
+    Host(Host),
+    /// Print a script that completes xbe's command line
+    Completions {
+        /// The shell to complete in.
+        shell: Shell,
+    },
+    /// Write xbe's man pages
+    Man {
+        /// Directory to write to.
+        #[arg(value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+    },
+    /// Connect standard input and output to a TCP port of a task's virtual machine
+    #[command(hide = true)]
+    Proxy {
+        /// The task.
+        task: String,
+        /// The port.
+        port: u16,
+    },
+}
+
+impl Command {
+    /// Errors are wanted as JSON.
+    pub fn json(&self) -> bool {
+        match self {
+            Command::Submit(args) => args.json.json,
+            Command::Status(args) | Command::Watch(args) => args.json.json,
+            Command::Logs(args) => args.task.json.json,
+            Command::Terminate(args) | Command::Rm(args) => args.json.json,
+            Command::Ps(args) => args.json.json,
+            Command::Check(args) => args.json.json,
+            Command::Host(args) => args.json.json,
+            _ => false,
+        }
+    }
+}
+
+/// Output for programs.
+#[derive(Debug, Args)]
+pub struct Json {
+    /// Print JSON, one value a line, and errors as JSON on standard error
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A command on one task.
+#[derive(Debug, Args)]
+pub struct Task {
+    /// The task: its id or the first characters of it, at least 4
+    pub task: String,
+    /// Output for programs.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// A command on tasks.
+#[derive(Debug, Args)]
+pub struct Tasks {
+    /// The tasks: their ids or the first characters of them, at least 4
+    #[arg(value_name = "TASK", required = true)]
+    pub tasks: Vec<String>,
+    /// Output for programs.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Image to boot: the name of an installed image, or the URI or path of one [default: the
+    /// host's usual one]
+    #[arg(long, short = 'I')]
+    pub image: Option<String>,
+    /// Copy FILE (a path or URI) to the absolute path PATH of the guest before the command starts
+    #[arg(short = 'v', long = "volume", value_name = "FILE:PATH", value_parser = units::stage_in)]
+    pub stage_in: Vec<StageIn>,
+    /// Copy PATH of the guest to FILE (a path or URI) after the command has ended
+    #[arg(short = 'o', long = "output", value_name = "PATH:FILE", value_parser = units::stage_out)]
+    pub stage_out: Vec<StageOut>,
+    /// Set an environment variable
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = units::variable)]
+    pub env: Vec<(String, String)>,
+    /// Directory of the guest to run the command in
+    #[arg(short, long, value_name = "PATH")]
+    pub workdir: Option<String>,
+    /// Publish the guest's TCP port GUEST at port HOST of the host's loopback; 0: any free one
+    #[arg(short, long, value_name = "HOST:GUEST", value_parser = units::published_port)]
+    pub publish: Vec<PublishedPort>,
+    /// Number of CPUs
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub cpus: Option<u32>,
+    /// Memory of the virtual machine: bytes, or with a unit (K, M, G, T; powers of 1024)
+    #[arg(long, value_name = "SIZE", value_parser = units::size)]
+    pub memory: Option<u64>,
+    /// Longest run time of the command: seconds, or with units as in 90s, 10m, 1h30m
+    #[arg(long, value_name = "TIME", value_parser = units::seconds)]
+    pub time: Option<u64>,
+    /// Name of the job
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Forget the task when it has ended
+    #[arg(long)]
+    pub rm: bool,
+    /// Print the JSDL document instead of submitting it
+    #[arg(long)]
+    pub print_jsdl: bool,
+    /// Print nothing but the job's output and errors
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// The command and its arguments; no shell is involved
+    #[arg(last = true, required = true, value_name = "CMD", value_hint = ValueHint::CommandWithArguments)]
+    pub command: Vec<String>,
+}
+
+/// `submit`.
+#[derive(Debug, Args)]
+pub struct Submit {
+    /// The JSDL document; - is standard input
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// Wait until the task has ended; the exit code is the job's
+    #[arg(long)]
+    pub wait: bool,
+    /// Publish the guest's TCP port GUEST at port HOST of the host's loopback; 0: any free one
+    #[arg(short, long, value_name = "HOST:GUEST", value_parser = units::published_port)]
+    pub publish: Vec<PublishedPort>,
+    /// Accept wrong element order and missing optional wrappers, and say so
+    #[arg(long)]
+    pub lenient: bool,
+    /// Output for programs.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `logs`.
+#[derive(Debug, Args)]
+pub struct Logs {
+    /// The task.
+    #[command(flatten)]
+    pub task: Task,
+    /// Follow until the task has ended
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Standard error instead of standard output
+    #[arg(long, conflicts_with = "console")]
+    pub stderr: bool,
+    /// The virtual machine's console instead of standard output
+    #[arg(long)]
+    pub console: bool,
+}
+
+/// `ps`.
+#[derive(Debug, Args)]
+pub struct Ps {
+    /// Also those that have ended
+    #[arg(short, long)]
+    pub all: bool,
+    /// Output for programs.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `exec`.
+#[derive(Debug, Args)]
+pub struct Exec {
+    /// Pass standard input on
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Allocate a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Set an environment variable
+    #[arg(short, long, value_name = "NAME=VALUE", value_parser = units::variable)]
+    pub env: Vec<(String, String)>,
+    /// The task: its id or the first characters of it, at least 4
+    pub task: String,
+    /// The command and its arguments; no shell is involved
+    #[arg(last = true, required = true, value_name = "CMD", value_hint = ValueHint::CommandWithArguments)]
+    pub command: Vec<String>,
+}
+
+/// `ssh`.
+#[derive(Debug, Args)]
+pub struct Ssh {
+    /// The task: its id or the first characters of it, at least 4
+    pub task: String,
+    /// Options for ssh and the command to run, as after the host's name on ssh's command line
+    #[arg(last = true, value_name = "ARGS")]
+    pub args: Vec<String>,
+}
+
+/// `check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// The JSDL documents; - is standard input
+    #[arg(required = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub files: Vec<PathBuf>,
+    /// Accept wrong element order and missing optional wrappers, and say so
+    #[arg(long)]
+    pub lenient: bool,
+    /// Also ask the running xbed whether it would take the jobs
+    #[arg(long)]
+    pub host: bool,
+    /// Output for programs.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `host`.
+#[derive(Debug, Args)]
+pub struct Host {
+    /// Output for programs.
+    #[command(flatten)]
+    pub json: Json,
+}

@@ -1,0 +1,94 @@
+//! What can go wrong in `xbe` itself.
+
+use std::io;
+use std::path::PathBuf;
+
+use xbee_api::client;
+
+/// An error of a command.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// `xbed`, or the way to it.
+    #[error(transparent)]
+    Api(#[from] client::Error),
+    /// A file named on the command line.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A document that cannot be sent.
+    #[error("{} is not in UTF-8: convert it before it is submitted, see iconv(1)", path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Own output; a closed pipe ends `xbe` quietly.
+    #[error("cannot write the output")]
+    Output(#[source] io::Error),
+    /// Only files are staged.
+    #[error("{} is no file: only files can be staged, pack a directory with tar", path.display())]
+    NotAFile {
+        /// What it is instead.
+        path: PathBuf,
+    },
+    /// The directory of a result does not exist.
+    #[error("cannot put a result at {}: its directory does not exist", path.display())]
+    NoDirectory {
+        /// Where the result was to go.
+        path: PathBuf,
+    },
+    /// A value that no document can hold.
+    #[error(transparent)]
+    Document(#[from] xbee_jsdl::WriteError),
+    /// Output that is not a stream.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The stream of an exec or of a forwarded port broke.
+    #[error("the connection to the guest was lost")]
+    Tunnel(#[source] io::Error),
+    /// A command in the guest could not be started.
+    #[error("{0}")]
+    Exec(String),
+    /// No OpenSSH on this side.
+    #[error("ssh was not found: install OpenSSH's client (Debian: apt install openssh-client)")]
+    NoSsh,
+    /// The operating system refused something basic.
+    #[error("cannot {action}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// Stable name for programs.
+    pub fn code(&self) -> &str {
+        match self {
+            Error::Api(error) => error.code(),
+            Error::Read { .. } => "cannot-read",
+            Error::NotAFile { .. } => "not-a-file",
+            Error::NoDirectory { .. } => "no-directory",
+            Error::Document(_) | Error::NotUtf8 { .. } => "invalid-document",
+            Error::Output(_) | Error::Write { .. } => "cannot-write",
+            Error::Tunnel(_) => "connection-lost",
+            Error::Exec(_) => "exec-failed",
+            Error::NoSsh => "no-ssh",
+            Error::System { .. } => "system",
+        }
+    }
+
+    /// The reader of our output has gone: no error for anybody.
+    pub fn is_closed_pipe(&self) -> bool {
+        matches!(self, Error::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+}

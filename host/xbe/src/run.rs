@@ -1,0 +1,182 @@
+//! `run` and `submit`: new tasks.
+
+use std::cell::Cell;
+use std::io::{self, Read};
+use std::path::Path;
+
+use xbee_api::client::{Client, Log};
+use xbee_api::{State, SubState, SubmitRequest, TaskStatus, chain};
+use xbee_jsdl::limits::MAX_DOCUMENT_BYTES;
+
+use crate::cli;
+use crate::document;
+use crate::error::Error;
+use crate::exit;
+use crate::follow;
+use crate::signals::Signals;
+use crate::tasks::published;
+use crate::term::{self, Progress, note};
+
+/// `submit`.
+pub async fn submit(client: &Client, args: &cli::Submit) -> Result<u8, Error> {
+    let jsdl = String::from_utf8(read(&args.file)?).map_err(|_| Error::NotUtf8 {
+        path: args.file.clone(),
+    })?;
+    let publish = args.publish.clone();
+    let request = SubmitRequest {
+        jsdl,
+        lenient: args.lenient,
+        publish,
+    };
+    let task = client.submit(&request).await?;
+    if args.json.json {
+        term::json(&task)?
+    } else {
+        term::out(task.id)?
+    }
+    tell_ports(&task);
+    if !args.wait {
+        return Ok(0);
+    }
+    let progress = Progress::new(!args.json.json);
+    let task = follow::states(client, &task.id.to_string(), &progress, |_| Ok(())).await?;
+    tell_end(&task);
+    Ok(exit::of_job(&task))
+}
+
+/// `run --print-jsdl`.
+pub fn print_jsdl(args: &cli::Run) -> Result<u8, Error> {
+    term::out(document::of(args)?.trim_end())?;
+    Ok(0)
+}
+
+/// `run`.
+pub async fn run(client: &Client, args: &cli::Run) -> Result<u8, Error> {
+    let jsdl = document::of(args)?;
+    let mut signals = Signals::catch()?;
+    let request = SubmitRequest {
+        jsdl,
+        lenient: false,
+        publish: args.publish.clone(),
+    };
+    let task = client.submit(&request).await?;
+    if !args.quiet {
+        tell_ports(&task);
+    }
+    let id = task.id.to_string();
+
+    let progress = Progress::new(!args.quiet);
+    let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
+    let line_is_open = Cell::new(false);
+    let work = async {
+        tokio::try_join!(
+            follow::states(client, &id, &progress, |event| {
+                // From here on the terminal is the job's.
+                if event.transition.substate == Some(SubState::Executing) {
+                    progress.stop();
+                }
+                Ok(())
+            }),
+            follow::log(client, &id, Log::Stdout, true, async |data| {
+                follow::copy(&mut stdout, data).await
+            }),
+            follow::log(client, &id, Log::Stderr, true, async |data| {
+                line_is_open.set(data.last().is_some_and(|&byte| byte != b'\n'));
+                follow::copy(&mut stderr, data).await
+            }),
+        )
+    };
+    let mut work = std::pin::pin!(work);
+    let mut interrupted = None;
+    let ended = loop {
+        tokio::select! {
+            ended = &mut work => break ended,
+            (_, code) = signals.next() => {
+                if interrupted.is_some() {
+                    return Ok(code);
+                }
+                interrupted = Some(code);
+                progress.stop();
+                end_line(&line_is_open);
+                note(format_args!("terminating task {id}; Ctrl-C again leaves at once"));
+                let (client, id) = (client.clone(), id.clone());
+                tokio::spawn(async move {
+                    if let Err(error) = client.terminate(&id).await {
+                        note(chain(&error));
+                    }
+                });
+            }
+        }
+    };
+    let task = match ended {
+        Ok((task, (), ())) => task,
+        Err(error) if error.is_closed_pipe() => {
+            client.terminate(&id).await?;
+            return Ok(exit::BROKEN_PIPE);
+        }
+        Err(error) => {
+            end_line(&line_is_open);
+            note(format_args!(
+                "task {id} was left as it is: see `xbe status {id}`"
+            ));
+            return Err(error);
+        }
+    };
+    if task.state != State::Finished {
+        end_line(&line_is_open);
+    }
+    tell_end(&task);
+    if args.rm {
+        client.remove(&id).await?;
+    }
+    Ok(interrupted.unwrap_or_else(|| exit::of_job(&task)))
+}
+
+/// Ends the line that the job has left open on standard error.
+fn end_line(is_open: &Cell<bool>) {
+    if is_open.replace(false) {
+        term::raw_note("");
+    }
+}
+
+/// Reads a document; `-` is standard input.
+pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    let open = || -> io::Result<Box<dyn Read>> {
+        Ok(if path == Path::new("-") {
+            Box::new(io::stdin())
+        } else {
+            Box::new(std::fs::File::open(path)?)
+        })
+    };
+    let mut bytes = Vec::new();
+    // One byte more than allowed: what is longer is refused, not cut.
+    open()
+        .and_then(|file| {
+            file.take(MAX_DOCUMENT_BYTES as u64 + 1)
+                .read_to_end(&mut bytes)
+        })
+        .map_err(|source| Error::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+    Ok(bytes)
+}
+
+fn tell_ports(task: &TaskStatus) {
+    for port in &task.ports {
+        note(format_args!("port {}", published(port)));
+    }
+}
+
+/// Says why a task has no exit code of its own.
+fn tell_end(task: &TaskStatus) {
+    let end = match task.state {
+        State::Failed => "failed",
+        State::Terminated => "was terminated",
+        _ => return,
+    };
+    match &task.reason {
+        Some(reason) => note(format_args!("the job {end}: {}", term::clean(reason))),
+        None => note(format_args!("the job {end}")),
+    }
+}

@@ -1,0 +1,11 @@
+//! Tests of `xbe` as its users see it: standard output, standard error, exit code.
+
+#![allow(clippy::unwrap_used)]
+
+mod check;
+mod cli;
+mod harness;
+mod run;
+mod server;
+mod tasks;
+mod tunnels;
