@@ -156,6 +156,17 @@ pub enum StopReason {
     },
 }
 
+impl StopReason {
+    /// How a `shutdown` ended that ended so.
+    pub(crate) fn shutdown_outcome(&self) -> ShutdownOutcome {
+        match self {
+            Self::GuestShutdown => ShutdownOutcome::Graceful,
+            Self::Destroyed => ShutdownOutcome::Forced,
+            _ => ShutdownOutcome::EndedOtherwise,
+        }
+    }
+}
+
 impl fmt::Display for StopReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -221,4 +232,7 @@ pub enum ShutdownOutcome {
     Graceful,
     /// The time limit passed and the domain was destroyed by force.
     Forced,
+    /// The domain ended in time, but not by switching itself off (a reset, a panic, a failure):
+    /// its state says how.
+    EndedOtherwise,
 }

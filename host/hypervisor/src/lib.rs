@@ -7,7 +7,9 @@
 mod domain;
 mod error;
 pub mod image;
+mod log;
 pub mod qemu;
+pub mod sim;
 mod spec;
 
 use std::path::PathBuf;

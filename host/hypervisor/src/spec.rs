@@ -1,6 +1,8 @@
 //! Checks of a domain's specification that hold for every back end.
 
-use crate::domain::{CID_MIN, DomainSpec, MEMORY_MIN_BYTES, VCPUS_MAX};
+use std::path::Path;
+
+use crate::domain::{CID_MIN, DomainId, DomainSpec, MEMORY_MIN_BYTES, VCPUS_MAX};
 use crate::error::Error;
 
 /// Longest name, in bytes.
@@ -64,6 +66,22 @@ pub(crate) fn check(spec: &DomainSpec, host_memory_bytes: u64) -> Result<(), Err
     Ok(())
 }
 
+/// Whether the run directory is where the back end's are.
+pub(crate) fn check_run_dir(spec: &DomainSpec, domains_dir: &Path) -> Result<(), Error> {
+    let expected = domains_dir.join(spec.id.to_string());
+    if spec.run_dir == expected {
+        return Ok(());
+    }
+    Err(Error::InvalidSpec {
+        field: "run_dir",
+        detail: format!(
+            "{}, expected {}",
+            spec.run_dir.display(),
+            expected.display()
+        ),
+    })
+}
+
 /// Whether a repeated `create` asks for the same domain. The boot configuration is not compared.
 pub(crate) fn check_same(existing: &DomainSpec, asked: &DomainSpec) -> Result<(), Error> {
     let differences = [
@@ -90,4 +108,12 @@ pub(crate) fn check_same(existing: &DomainSpec, asked: &DomainSpec) -> Result<()
         id: existing.id,
         detail: differing.join(", "),
     })
+}
+
+/// The error for a repeated `create` with another boot configuration, which is not shown.
+pub(crate) fn other_boot_config(id: DomainId) -> Error {
+    Error::Exists {
+        id,
+        detail: "boot_config".to_owned(),
+    }
 }

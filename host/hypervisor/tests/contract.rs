@@ -6,11 +6,26 @@
 
 mod support;
 
-use support::{Fixture, Guest};
+use std::collections::HashSet;
+use std::io::Write;
+use std::time::Duration;
+
+use support::{Fixture, Guest, LIMIT, READY, state};
+use tokio::time::{Instant, sleep, timeout};
+use uuid::Uuid;
+use xbee_hypervisor::{
+    Disk, DiskFormat, DomainId, DomainState, Error, Hypervisor, ShutdownOutcome, StopReason,
+};
 
 /// Makes `mod sim` and `mod qemu` of the functions named, each run with its back end's fixture.
 macro_rules! contract {
     ($($name:ident),* $(,)?) => {
+        mod sim {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                super::$name(super::Fixture::sim()).await;
+            })*
+        }
         mod qemu {
             $(#[tokio::test(flavor = "multi_thread")]
             async fn $name() {
@@ -21,16 +36,596 @@ macro_rules! contract {
     };
 }
 
-contract!(a_domain_is_made_runs_and_is_destroyed);
+contract!(
+    probe_tells_what_the_host_offers,
+    a_domain_is_made_runs_and_is_destroyed,
+    everything_can_be_repeated,
+    a_different_domain_of_the_same_identity_is_refused,
+    unknown_domains_are_not_found,
+    operations_out_of_order_are_refused,
+    a_guest_that_switches_off_is_seen_at_once,
+    a_guest_that_resets_is_not_restarted,
+    a_panic_is_told_from_a_reset,
+    a_crash_of_the_hypervisor_is_seen_at_once,
+    the_power_button_is_heard,
+    a_deaf_guest_is_shut_down_by_force,
+    a_paused_domain_does_not_move,
+    a_console_flood_is_bounded,
+    destroy_works_in_every_state,
+    eight_domains_start_at_once,
+    domains_outlive_their_manager,
+    what_happened_meanwhile_is_known_after_a_restart,
+    a_failed_create_leaves_nothing,
+    user_errors_say_what_to_do,
+);
+
+async fn probe_tells_what_the_host_offers(fixture: Fixture) {
+    let found = fixture.open().await.probe().await.unwrap();
+    assert!(
+        found.cpus >= 1 && found.memory_bytes >= 1 << 28,
+        "{found:?}"
+    );
+    assert!(
+        !found.version.is_empty() && !found.accelerator.is_empty(),
+        "{found:?}"
+    );
+    println!("{found:?}");
+}
 
 async fn a_domain_is_made_runs_and_is_destroyed(fixture: Fixture) {
     let hypervisor = fixture.open().await;
+    let mut events = hypervisor.events();
     let spec = fixture.spec(Guest::Idle);
     hypervisor.create(&spec).await.unwrap();
+    assert_eq!(
+        state(&*hypervisor, spec.id).await,
+        Some(DomainState::Created)
+    );
+    assert_eq!(hypervisor.stats(spec.id).await.unwrap(), Default::default());
+
     hypervisor.start(spec.id).await.unwrap();
-    fixture
-        .wait_console(&*hypervisor, spec.id, support::READY)
-        .await;
+    assert_eq!(events.recv().await.unwrap().state, DomainState::Running);
+    fixture.wait_console(&*hypervisor, spec.id, READY).await;
+    let stats = hypervisor.stats(spec.id).await.unwrap();
+    assert!(stats.memory_bytes > 1 << 20, "{stats:?}");
+    let list = hypervisor.list().await.unwrap();
+    assert_eq!((list.len(), &list[0].name), (1, &spec.name));
+    assert_ne!(fixture.process_exists(spec.id), Some(false));
+
     hypervisor.destroy(spec.id).await.unwrap();
-    assert!(!spec.run_dir.exists());
+    let event = events.recv().await.unwrap();
+    assert_eq!(
+        (event.id, event.state),
+        (spec.id, stopped(StopReason::Destroyed))
+    );
+    assert_gone(&fixture, &*hypervisor, spec.id).await;
+}
+
+async fn everything_can_be_repeated(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let spec = fixture.spec(Guest::Idle);
+    for _ in 0..2 {
+        hypervisor.create(&spec).await.unwrap();
+    }
+    for _ in 0..2 {
+        hypervisor.start(spec.id).await.unwrap();
+    }
+    hypervisor.create(&spec).await.unwrap();
+    assert_eq!(
+        state(&*hypervisor, spec.id).await,
+        Some(DomainState::Running)
+    );
+    for _ in 0..2 {
+        hypervisor.pause(spec.id).await.unwrap();
+    }
+    for _ in 0..2 {
+        hypervisor.resume(spec.id).await.unwrap();
+    }
+    for _ in 0..2 {
+        assert_eq!(
+            hypervisor.shutdown(spec.id, Duration::ZERO).await.unwrap(),
+            ShutdownOutcome::Forced
+        );
+    }
+    for _ in 0..2 {
+        hypervisor.destroy(spec.id).await.unwrap();
+    }
+    // The same again, from the beginning.
+    hypervisor.create(&spec).await.unwrap();
+    hypervisor.start(spec.id).await.unwrap();
+    hypervisor.destroy(spec.id).await.unwrap();
+    assert_gone(&fixture, &*hypervisor, spec.id).await;
+}
+
+async fn a_different_domain_of_the_same_identity_is_refused(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let spec = fixture.spec(Guest::Idle);
+    hypervisor.create(&spec).await.unwrap();
+    let mut other = spec.clone();
+    other.vcpus = 2;
+    other.name = "other".to_owned();
+    let error = hypervisor.create(&other).await.unwrap_err();
+    assert_eq!(error.code(), "domain-exists");
+    assert_eq!(
+        error.to_string(),
+        format!("domain {} exists already and differs: name, vcpus", spec.id)
+    );
+    let mut other = spec.clone();
+    other.boot_config.push(0);
+    assert_eq!(
+        hypervisor.create(&other).await.unwrap_err().code(),
+        "domain-exists"
+    );
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+async fn unknown_domains_are_not_found(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let id = Uuid::new_v4();
+    for error in [
+        hypervisor.start(id).await.unwrap_err(),
+        hypervisor.channel(id).await.err().unwrap(),
+        hypervisor.console(id).await.unwrap_err(),
+        hypervisor.pause(id).await.unwrap_err(),
+        hypervisor.resume(id).await.unwrap_err(),
+        hypervisor.shutdown(id, LIMIT).await.unwrap_err(),
+        hypervisor.stats(id).await.unwrap_err(),
+    ] {
+        assert!(
+            matches!(error, Error::NotFound(unknown) if unknown == id),
+            "{error}"
+        );
+    }
+    hypervisor.destroy(id).await.unwrap();
+    assert_eq!(hypervisor.list().await.unwrap(), []);
+}
+
+async fn operations_out_of_order_are_refused(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let spec = fixture.spec(Guest::Idle);
+    hypervisor.create(&spec).await.unwrap();
+    for error in [
+        hypervisor.channel(spec.id).await.err().unwrap(),
+        hypervisor.pause(spec.id).await.unwrap_err(),
+        hypervisor.resume(spec.id).await.unwrap_err(),
+        hypervisor.shutdown(spec.id, LIMIT).await.unwrap_err(),
+    ] {
+        assert!(
+            matches!(
+                error,
+                Error::WrongState {
+                    state: DomainState::Created,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+    hypervisor.start(spec.id).await.unwrap();
+    hypervisor.shutdown(spec.id, Duration::ZERO).await.unwrap();
+    for error in [
+        hypervisor.start(spec.id).await.unwrap_err(),
+        hypervisor.channel(spec.id).await.err().unwrap(),
+        hypervisor.pause(spec.id).await.unwrap_err(),
+        hypervisor.resume(spec.id).await.unwrap_err(),
+        hypervisor.stats(spec.id).await.unwrap_err(),
+    ] {
+        assert!(
+            matches!(
+                error,
+                Error::Gone {
+                    reason: StopReason::Destroyed,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+    // The console can still be read.
+    assert!(hypervisor.console(spec.id).await.unwrap().exists());
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+async fn a_guest_that_switches_off_is_seen_at_once(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::PowerOff).await;
+    assert_eq!(end(&*hypervisor, spec.id).await, StopReason::GuestShutdown);
+    assert_ne!(fixture.process_exists(spec.id), Some(true));
+    // A waiting `channel` says why there will be none.
+    let error = timeout(LIMIT, hypervisor.channel(spec.id))
+        .await
+        .unwrap()
+        .err()
+        .unwrap();
+    assert!(
+        matches!(
+            error,
+            Error::Gone {
+                reason: StopReason::GuestShutdown,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert_eq!(
+        hypervisor.shutdown(spec.id, LIMIT).await.unwrap(),
+        ShutdownOutcome::Graceful
+    );
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+async fn a_guest_that_resets_is_not_restarted(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Reset).await;
+    assert_eq!(end(&*hypervisor, spec.id).await, StopReason::GuestReset);
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+async fn a_panic_is_told_from_a_reset(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Panic).await;
+    assert_eq!(end(&*hypervisor, spec.id).await, StopReason::GuestPanic);
+    let console = std::fs::read_to_string(hypervisor.console(spec.id).await.unwrap()).unwrap();
+    assert!(console.contains("Kernel panic"), "{console}");
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+async fn a_crash_of_the_hypervisor_is_seen_at_once(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Idle).await;
+    let mut events = hypervisor.events();
+    let before = Instant::now();
+    fixture.crash(spec.id);
+    let event = timeout(LIMIT, events.recv()).await.unwrap().unwrap();
+    assert!(before.elapsed() < Duration::from_secs(1));
+    let detail = "QEMU ended (signal 9)".to_owned();
+    assert_eq!(event.state, stopped(StopReason::Failed { detail }));
+    hypervisor.destroy(spec.id).await.unwrap();
+    assert_gone(&fixture, &*hypervisor, spec.id).await;
+}
+
+async fn the_power_button_is_heard(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Button).await;
+    // Pressed while it boots, and while it is halted: it must not be lost.
+    hypervisor.pause(spec.id).await.unwrap();
+    assert_eq!(
+        hypervisor.shutdown(spec.id, LIMIT).await.unwrap(),
+        ShutdownOutcome::Graceful
+    );
+    assert_eq!(
+        state(&*hypervisor, spec.id).await,
+        Some(stopped(StopReason::GuestShutdown))
+    );
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+async fn a_deaf_guest_is_shut_down_by_force(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Idle).await;
+    let before = Instant::now();
+    let grace = Duration::from_millis(300);
+    assert_eq!(
+        hypervisor.shutdown(spec.id, grace).await.unwrap(),
+        ShutdownOutcome::Forced
+    );
+    assert!(before.elapsed() >= grace);
+    assert_eq!(
+        state(&*hypervisor, spec.id).await,
+        Some(stopped(StopReason::Destroyed))
+    );
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+async fn a_paused_domain_does_not_move(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Flood).await;
+    let console = hypervisor.console(spec.id).await.unwrap();
+    fixture.wait_console(&*hypervisor, spec.id, "flood").await;
+    let mut events = hypervisor.events();
+    hypervisor.pause(spec.id).await.unwrap();
+    assert_eq!(events.recv().await.unwrap().state, DomainState::Paused);
+    // What is on its way to the log still comes.
+    sleep(Duration::from_millis(500)).await;
+    let before = std::fs::read(&console).unwrap();
+    sleep(Duration::from_millis(300)).await;
+    assert!(
+        std::fs::read(&console).unwrap() == before,
+        "a halted guest printed"
+    );
+    hypervisor.resume(spec.id).await.unwrap();
+    assert_eq!(events.recv().await.unwrap().state, DomainState::Running);
+    let deadline = Instant::now() + LIMIT;
+    while std::fs::read(&console).unwrap() == before {
+        assert!(Instant::now() < deadline, "the guest does not go on");
+        sleep(Duration::from_millis(20)).await;
+    }
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+async fn a_console_flood_is_bounded(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Flood).await;
+    let console = hypervisor.console(spec.id).await.unwrap();
+    let max_bytes = support::CONSOLE_MAX_BYTES;
+    // Once the log has been cut, what it holds is bounded, and it goes on.
+    fixture
+        .wait_console(&*hypervisor, spec.id, "bytes of older output dropped]")
+        .await;
+    for _ in 0..50 {
+        let len = std::fs::metadata(&console).unwrap().len();
+        assert!(len <= max_bytes, "{len}");
+        sleep(Duration::from_millis(10)).await;
+    }
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+async fn destroy_works_in_every_state(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let created = fixture.spec(Guest::Idle);
+    hypervisor.create(&created).await.unwrap();
+    let running = fixture.run(&*hypervisor, Guest::Idle).await;
+    let paused = fixture.run(&*hypervisor, Guest::Idle).await;
+    hypervisor.pause(paused.id).await.unwrap();
+    let ended = fixture.run(&*hypervisor, Guest::Idle).await;
+    hypervisor.shutdown(ended.id, Duration::ZERO).await.unwrap();
+    let shutting_down = fixture.run(&*hypervisor, Guest::Idle).await;
+    for spec in [&created, &running, &paused, &ended] {
+        hypervisor.destroy(spec.id).await.unwrap();
+    }
+    // Not only between operations.
+    let (shutdown, destroyed) = tokio::join!(hypervisor.shutdown(shutting_down.id, LIMIT), async {
+        sleep(Duration::from_millis(100)).await;
+        timeout(
+            Duration::from_secs(20),
+            hypervisor.destroy(shutting_down.id),
+        )
+        .await
+        .unwrap()
+    });
+    destroyed.unwrap();
+    assert_eq!(shutdown.unwrap(), ShutdownOutcome::Forced);
+    for spec in [created, running, paused, ended, shutting_down] {
+        assert_gone(&fixture, &*hypervisor, spec.id).await;
+    }
+}
+
+async fn eight_domains_start_at_once(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let hypervisor = &*hypervisor;
+    let fixture = &fixture;
+    // As many as this machine's guests can stand.
+    let count = if fixture.process_exists(Uuid::nil()).is_some() {
+        4
+    } else {
+        8
+    };
+    let specs: Vec<_> = (0..count).map(|_| fixture.spec(Guest::Idle)).collect();
+    let one = |spec| async move {
+        hypervisor.create(spec).await.unwrap();
+        hypervisor.start(spec.id).await.unwrap();
+        fixture.wait_console(hypervisor, spec.id, READY).await;
+    };
+    join_all(specs.iter().map(one)).await;
+    assert_eq!(hypervisor.list().await.unwrap().len(), count);
+    join_all(
+        specs
+            .iter()
+            .map(|spec| async move { hypervisor.destroy(spec.id).await.unwrap() }),
+    )
+    .await;
+    for spec in &specs {
+        assert_gone(fixture, hypervisor, spec.id).await;
+    }
+}
+
+async fn domains_outlive_their_manager(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let created = fixture.spec(Guest::Idle);
+    hypervisor.create(&created).await.unwrap();
+    let running = fixture.run(&*hypervisor, Guest::Idle).await;
+    let paused = fixture.run(&*hypervisor, Guest::Idle).await;
+    hypervisor.pause(paused.id).await.unwrap();
+    drop(hypervisor);
+
+    let hypervisor = fixture.open().await;
+    let list = hypervisor.list().await.unwrap();
+    let find = |id: DomainId| {
+        list.iter()
+            .find(|info| info.id == id)
+            .map(|info| info.state.clone())
+    };
+    assert_eq!(find(created.id), Some(DomainState::Created));
+    assert_eq!(find(running.id), Some(DomainState::Running));
+    assert_eq!(find(paused.id), Some(DomainState::Paused));
+    // All of them can be used as if nothing had happened.
+    fixture.wait_console(&*hypervisor, running.id, READY).await;
+    hypervisor.create(&running).await.unwrap();
+    hypervisor.resume(paused.id).await.unwrap();
+    fixture.wait_console(&*hypervisor, paused.id, READY).await;
+    hypervisor.start(created.id).await.unwrap();
+    fixture.wait_console(&*hypervisor, created.id, READY).await;
+    let mut events = hypervisor.events();
+    fixture.crash(running.id);
+    assert!(matches!(
+        events.recv().await.unwrap().state,
+        DomainState::Stopped {
+            reason: StopReason::Failed { .. }
+        }
+    ));
+    for spec in [created, running, paused] {
+        hypervisor.destroy(spec.id).await.unwrap();
+        assert_gone(&fixture, &*hypervisor, spec.id).await;
+    }
+}
+
+async fn what_happened_meanwhile_is_known_after_a_restart(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let ended = fixture.run(&*hypervisor, Guest::Idle).await;
+    hypervisor.shutdown(ended.id, Duration::ZERO).await.unwrap();
+    let crashing = fixture.run(&*hypervisor, Guest::Idle).await;
+    let switching_off = fixture.run(&*hypervisor, Guest::PowerOff).await;
+    drop(hypervisor);
+    fixture.crash(crashing.id);
+    fixture.wait_until_switched_off(switching_off.id).await;
+
+    let hypervisor = fixture.open().await;
+    assert_eq!(end(&*hypervisor, ended.id).await, StopReason::Destroyed);
+    assert!(matches!(
+        end(&*hypervisor, crashing.id).await,
+        StopReason::Failed { .. }
+    ));
+    assert_eq!(
+        end(&*hypervisor, switching_off.id).await,
+        StopReason::GuestShutdown
+    );
+    for spec in [ended, crashing, switching_off] {
+        hypervisor.destroy(spec.id).await.unwrap();
+        assert_gone(&fixture, &*hypervisor, spec.id).await;
+    }
+}
+
+async fn a_failed_create_leaves_nothing(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let mut spec = fixture.spec(Guest::Idle);
+    spec.disks = vec![Disk {
+        image: fixture.path("missing.img"),
+        format: DiskFormat::Raw,
+        read_only: false,
+    }];
+    let error = hypervisor.create(&spec).await.unwrap_err();
+    assert_eq!(error.code(), "image-unreadable");
+    assert_gone(&fixture, &*hypervisor, spec.id).await;
+    // With the reason gone, it works.
+    spec.disks.clear();
+    hypervisor.create(&spec).await.unwrap();
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+async fn user_errors_say_what_to_do(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let path = fixture.path("file");
+    let spec = |change: &dyn Fn(&mut xbee_hypervisor::DomainSpec)| {
+        let mut spec = fixture.spec(Guest::Idle);
+        change(&mut spec);
+        spec
+    };
+    let disk = |format| {
+        let image = path.clone();
+        spec(&move |spec| {
+            spec.disks = vec![Disk {
+                image: image.clone(),
+                format,
+                read_only: true,
+            }];
+        })
+    };
+    let name = path.display();
+    std::fs::File::create(&path)
+        .unwrap()
+        .write_all(b"\x1f\x8b\x08\x00 and so on")
+        .unwrap();
+    let missing = fixture.path("none");
+    for (spec, code, text) in [
+        (
+            disk(DiskFormat::Raw),
+            "not-an-image",
+            format!(
+                "{name} is not a disk image: it holds gzip data: say Compression gzip in the document"
+            ),
+        ),
+        (
+            spec(&|spec| spec.kernel.clone_from(&path)),
+            "unknown-kernel",
+            format!(
+                "{name} is no kernel that can be started (an ELF vmlinux with a PVH note, or a bzImage): \
+                 it holds gzip data: say Compression gzip in the document"
+            ),
+        ),
+        (
+            spec(&|spec| spec.kernel.clone_from(&missing)),
+            "image-unreadable",
+            format!("cannot open the kernel {}", missing.display()),
+        ),
+        (
+            spec(&|spec| spec.initramfs = Some(missing.clone())),
+            "image-unreadable",
+            format!("cannot open the initramfs {}", missing.display()),
+        ),
+        (
+            spec(&|spec| spec.vcpus = 0),
+            "domain-invalid",
+            "domain specification: vcpus: 0, expected 1 to 255".to_owned(),
+        ),
+        (
+            spec(&|spec| spec.memory_bytes = 1 << 20),
+            "domain-invalid",
+            "domain specification: memory_bytes: 1048576, expected at least 33554432 (32 MiB)"
+                .to_owned(),
+        ),
+        (
+            spec(&|spec| spec.cid = 2),
+            "domain-invalid",
+            "domain specification: cid: 2, expected 3 to 4294967294".to_owned(),
+        ),
+    ] {
+        let error = hypervisor.create(&spec).await.unwrap_err();
+        assert_eq!((error.code(), error.to_string()), (code, text));
+        assert_gone(&fixture, &*hypervisor, spec.id).await;
+    }
+    let error = hypervisor
+        .create(&spec(&|spec| spec.memory_bytes = 1 << 60))
+        .await
+        .unwrap_err();
+    assert_eq!(error.code(), "too-much-memory");
+    assert!(
+        error
+            .to_string()
+            .starts_with("the domain asks for 1099511627776 MiB of memory, this host has "),
+        "{error}"
+    );
+}
+
+fn stopped(reason: StopReason) -> DomainState {
+    DomainState::Stopped { reason }
+}
+
+/// Waits for a domain's end.
+async fn end(hypervisor: &dyn Hypervisor, id: DomainId) -> StopReason {
+    let mut events = hypervisor.events();
+    let wait = async {
+        loop {
+            if let Some(DomainState::Stopped { reason }) = state(hypervisor, id).await {
+                return reason;
+            }
+            events.recv().await.unwrap();
+        }
+    };
+    timeout(LIMIT, wait).await.expect("the domain does not end")
+}
+
+async fn assert_gone(fixture: &Fixture, hypervisor: &dyn Hypervisor, id: DomainId) {
+    assert_eq!(state(hypervisor, id).await, None);
+    assert_ne!(fixture.process_exists(id), Some(true));
+    let left: HashSet<_> = match std::fs::read_dir(fixture.path("domains")) {
+        Ok(entries) => entries.map(|entry| entry.unwrap().file_name()).collect(),
+        Err(_) => HashSet::new(),
+    };
+    assert!(
+        !left.contains(std::ffi::OsStr::new(&id.to_string())),
+        "{left:?}"
+    );
+}
+
+async fn join_all(futures: impl Iterator<Item = impl Future<Output = ()>>) {
+    let mut futures: Vec<_> = futures.map(Box::pin).collect();
+    std::future::poll_fn(|context| {
+        futures.retain_mut(|future| future.as_mut().poll(context).is_pending());
+        if futures.is_empty() {
+            std::task::Poll::Ready(())
+        } else {
+            std::task::Poll::Pending
+        }
+    })
+    .await;
 }

@@ -17,15 +17,15 @@ use super::agent_port::AgentPort;
 use super::command::{self, Descriptors};
 use super::config::QemuConfig;
 use super::host::Host;
-use super::pipe_log::{self, PipeLog};
+use super::pipe_log::PipeLog;
 use super::process::{self, Exit, Identity, Launch, Process};
-use super::qmp::{GuestStatus, Qmp, QmpError};
+use super::qmp::{GuestStatus, Qmp};
 use super::rundir::{Record, RunDir};
 use crate::domain::{
     DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
 };
 use crate::error::Error;
-use crate::image;
+use crate::{image, log};
 
 /// Most bytes kept of what QEMU prints, and how many of them an error quotes.
 const ERROR_LOG_MAX_BYTES: u64 = 64 << 10;
@@ -191,15 +191,8 @@ impl Domain {
                 return Err(self.start_failed(self.explain(exit)));
             }
         };
-        let attended = match connected {
-            Ok((qmp, status)) => self
-                .current_state(&qmp, &status)
-                .await
-                .map(|state| (qmp, status, state)),
-            Err(error) => Err(error),
-        };
-        let (qmp, status, state) = match attended {
-            Ok(attended) => attended,
+        let (qmp, status) = match connected {
+            Ok(connected) => connected,
             Err(error) => {
                 // Its end is waited for below only so long.
                 let killed = process.kill();
@@ -213,6 +206,11 @@ impl Domain {
                 }
                 return Err(self.start_failed(detail));
             }
+        };
+        let state = match *status.borrow() {
+            GuestStatus::Paused => DomainState::Paused,
+            // An end is left to the supervisor.
+            _ => DomainState::Running,
         };
         let supervisor = Supervisor {
             domain: Arc::clone(self),
@@ -231,22 +229,6 @@ impl Domain {
             supervisor: tokio::spawn(supervisor.run()).abort_handle(),
         });
         Ok(())
-    }
-
-    /// What QEMU says the guest does now. An end is left to the supervisor.
-    async fn current_state(
-        &self,
-        qmp: &Qmp,
-        status: &watch::Receiver<GuestStatus>,
-    ) -> Result<DomainState, QmpError> {
-        let answer = qmp.execute("query-status").await?;
-        let paused = *status.borrow() == GuestStatus::Paused
-            || answer.get("status").and_then(|status| status.as_str()) == Some("paused");
-        Ok(if paused {
-            DomainState::Paused
-        } else {
-            DomainState::Running
-        })
     }
 
     /// Blocking part of the start.
@@ -322,7 +304,7 @@ impl Domain {
 
     /// A process's unexpected end in words, with what it said last.
     fn explain(&self, exit: Exit) -> String {
-        let said = pipe_log::tail(&self.dir.error_log(), ERROR_QUOTE_BYTES).unwrap_or_default();
+        let said = log::tail(&self.dir.error_log(), ERROR_QUOTE_BYTES).unwrap_or_default();
         match said.trim() {
             "" => format!("QEMU ended ({exit})"),
             said => format!("QEMU ended ({exit}): {said}"),
@@ -388,7 +370,7 @@ impl Domain {
         loop {
             match self.state() {
                 DomainState::Created => return Err(self.wrong_state("shut down")),
-                DomainState::Stopped { reason } => return Ok(outcome(&reason)),
+                DomainState::Stopped { reason } => return Ok(reason.shutdown_outcome()),
                 // A halted guest sees no button.
                 DomainState::Paused => self.resume().await?,
                 DomainState::Running => {}
@@ -405,7 +387,7 @@ impl Domain {
             }
             let next = deadline.min(Instant::now() + POWER_BUTTON_INTERVAL);
             if let Ok(reason) = tokio::time::timeout_at(next, self.stopped()).await {
-                return Ok(outcome(&reason));
+                return Ok(reason.shutdown_outcome());
             }
         }
         self.kill(command_limit).await?;
@@ -475,13 +457,6 @@ fn chain(error: &dyn std::error::Error) -> String {
         .map(ToString::to_string)
         .collect::<Vec<_>>()
         .join(": ")
-}
-
-fn outcome(reason: &StopReason) -> ShutdownOutcome {
-    match reason {
-        StopReason::Destroyed => ShutdownOutcome::Forced,
-        _ => ShutdownOutcome::Graceful,
-    }
 }
 
 /// Finds out what became of a domain that was made before this process began.
@@ -570,9 +545,14 @@ impl Supervisor {
         let reason = match ended {
             _ if self.domain.killed.load(Ordering::Acquire) => StopReason::Destroyed,
             // A kernel without the pvpanic driver only resets.
-            Some(StopReason::GuestReset) if self.console_shows_panic() => StopReason::GuestPanic,
-            Some(reason) => reason,
-            None => StopReason::Failed {
+            Some(GuestStatus::Off | GuestStatus::Ended(StopReason::GuestReset))
+                if self.console_shows_panic() =>
+            {
+                StopReason::GuestPanic
+            }
+            Some(GuestStatus::Off) => StopReason::GuestShutdown,
+            Some(GuestStatus::Ended(reason)) => reason,
+            Some(GuestStatus::Running | GuestStatus::Paused) | None => StopReason::Failed {
                 detail: self.domain.explain(exit),
             },
         };
@@ -583,8 +563,8 @@ impl Supervisor {
     }
 
     /// Until the process is gone; with what its guest's end was, if that was seen.
-    async fn watch(&mut self) -> (Exit, Option<StopReason>) {
-        let mut ended = None;
+    async fn watch(&mut self) -> (Exit, Option<GuestStatus>) {
+        let mut ended: Option<GuestStatus> = None;
         // QEMU runs on after its guest's end until it is told to go, and for so long at most.
         let mut kill_at: Option<Instant> = None;
         let mut connected = true;
@@ -607,8 +587,8 @@ impl Supervisor {
                     match status {
                         GuestStatus::Running => self.domain.set_state(DomainState::Running),
                         GuestStatus::Paused => self.domain.set_state(DomainState::Paused),
-                        GuestStatus::Ended(reason) => {
-                            ended = Some(reason);
+                        GuestStatus::Off | GuestStatus::Ended(_) => {
+                            ended = Some(status);
                             kill_at.get_or_insert(Instant::now() + self.command_limit);
                             if let Err(error) = self.qmp.execute("quit").await {
                                 tracing::debug!(%error, "quit");
@@ -637,7 +617,7 @@ impl Supervisor {
 
     /// The rest of `watch` once a log's pipe has failed, which only a broken host brings about: the
     /// domain is ended, since nothing could be said of it.
-    async fn watch_exit(&mut self, ended: Option<StopReason>) -> (Exit, Option<StopReason>) {
+    async fn watch_exit(&mut self, ended: Option<GuestStatus>) -> (Exit, Option<GuestStatus>) {
         if let Err(error) = self.process.kill() {
             tracing::error!(pid = self.process.pid(), %error, "cannot kill QEMU");
         }
@@ -645,7 +625,7 @@ impl Supervisor {
     }
 
     fn console_shows_panic(&self) -> bool {
-        pipe_log::tail(&self.domain.dir.console_log(), PANIC_SEARCH_BYTES)
+        log::tail(&self.domain.dir.console_log(), PANIC_SEARCH_BYTES)
             .is_ok_and(|text| text.contains("Kernel panic - not syncing"))
     }
 }

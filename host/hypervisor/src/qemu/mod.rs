@@ -156,10 +156,7 @@ impl Inner {
             if let Some(existing) = existing {
                 spec::check_same(&existing.spec, &spec)?;
                 if !dir.has_boot_config(&spec.boot_config)? {
-                    return Err(Error::Exists {
-                        id: spec.id,
-                        detail: "boot_config".to_owned(),
-                    });
+                    return Err(spec::other_boot_config(spec.id));
                 }
                 return Ok((spec, dir, false));
             }

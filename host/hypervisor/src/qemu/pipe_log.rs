@@ -3,13 +3,13 @@
 //! QEMU writes the guest's console (and its own errors) into pipes, not files: what a guest prints
 //! while nobody reads fills the pipe and then waits or is lost, and the disk stays as it is.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
 use tokio::net::unix::pipe;
+
+use crate::log::BoundedLog;
 
 /// Room in the pipe, in bytes: what a guest can print before it waits while nobody reads.
 const PIPE_BYTES: usize = 256 << 10;
@@ -19,16 +19,11 @@ const PIPE_BYTES: usize = 256 << 10;
 const CHUNK_BYTES: usize = 32 << 10;
 const FLOOD_PAUSE: Duration = Duration::from_millis(10);
 
-/// Room for the line that stands for what was dropped.
-const MARK_MAX_BYTES: u64 = 64;
-
 /// A log fed by a named pipe.
 #[derive(Debug)]
 pub(crate) struct PipeLog {
     pipe: pipe::Receiver,
-    log: File,
-    len_bytes: u64,
-    max_bytes: u64,
+    log: BoundedLog,
     /// Writing failed, which has been reported.
     broken: bool,
 }
@@ -43,18 +38,10 @@ impl PipeLog {
             .open_receiver(fifo)?;
         // Refused above the user's limit; then the pipe keeps its size.
         let _ = rustix::pipe::fcntl_setpipe_size(&pipe, PIPE_BYTES);
-        let log = OpenOptions::new()
-            .read(true)
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(log)?;
-        let len_bytes = log.metadata()?.len();
+        let log = BoundedLog::open(log, max_bytes)?;
         Ok(Self {
             pipe,
             log,
-            len_bytes,
-            max_bytes,
             broken: false,
         })
     }
@@ -88,7 +75,7 @@ impl PipeLog {
         let mut chunk = [0; CHUNK_BYTES];
         let len = self.pipe.try_read(&mut chunk)?;
         // A full disk loses console output and nothing else.
-        match self.append(&chunk[..len]) {
+        match self.log.append(&chunk[..len]) {
             Ok(()) => self.broken = false,
             Err(error) if !self.broken => {
                 self.broken = true;
@@ -98,45 +85,15 @@ impl PipeLog {
         }
         Ok(len)
     }
-
-    fn append(&mut self, data: &[u8]) -> io::Result<()> {
-        if self.len_bytes + data.len() as u64 > self.max_bytes {
-            let keep = self
-                .max_bytes
-                .saturating_sub(data.len() as u64 + MARK_MAX_BYTES)
-                / 2;
-            let dropped = self.len_bytes.saturating_sub(keep);
-            self.log.seek(SeekFrom::Start(dropped))?;
-            let mut tail = Vec::new();
-            (&self.log).take(keep).read_to_end(&mut tail)?;
-            self.log.set_len(0)?;
-            let mark = format!("[{dropped} bytes of older output dropped]\n");
-            self.log.write_all(mark.as_bytes())?;
-            self.log.write_all(&tail)?;
-            self.len_bytes = (mark.len() + tail.len()) as u64;
-        }
-        self.log.write_all(data)?;
-        self.len_bytes += data.len() as u64;
-        Ok(())
-    }
-}
-
-/// The last `max_bytes` of a log as text, without control characters.
-pub(crate) fn tail(log: &Path, max_bytes: u64) -> io::Result<String> {
-    let mut file = File::open(log)?;
-    let len = file.metadata()?.len();
-    file.seek(SeekFrom::Start(len.saturating_sub(max_bytes)))?;
-    let mut bytes = Vec::new();
-    file.take(max_bytes).read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes)
-        .chars()
-        .filter(|c| *c == '\n' || !c.is_control())
-        .collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::OpenOptions;
+    use std::io::Write;
+
     use super::*;
+    use crate::log::tail;
 
     #[tokio::test]
     async fn a_flood_is_bounded_and_its_end_is_kept() {

@@ -37,17 +37,19 @@ pub(crate) enum QmpError {
     Protocol(&'static str),
 }
 
-/// What QEMU's events say about the guest. `Ended` is final.
+/// What QEMU says about the guest. `Off` and `Ended` are final.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum GuestStatus {
     Running,
     Paused,
+    /// It switched itself off or was reset, before this connection.
+    Off,
     Ended(StopReason),
 }
 
 struct Request {
     execute: &'static str,
-    reply: oneshot::Sender<Result<Value, QmpError>>,
+    reply: oneshot::Sender<Result<(), QmpError>>,
 }
 
 /// A connection in command mode. Closed when dropped.
@@ -64,8 +66,8 @@ impl std::fmt::Debug for Request {
 }
 
 impl Qmp {
-    /// Connects, waits for the greeting, and leaves negotiation mode. `greeting_limit` bounds the
-    /// whole, `limit` each later command.
+    /// Connects, waits for the greeting, leaves negotiation mode, and asks for the guest's status.
+    /// `greeting_limit` bounds the whole, `limit` each later command.
     pub(crate) async fn connect(
         socket: &Path,
         greeting_limit: Duration,
@@ -84,7 +86,8 @@ impl Qmp {
                 return Err(QmpError::Protocol("the greeting is missing"));
             }
             tokio::spawn(serve(lines, receiver, status));
-            qmp.execute("qmp_capabilities").await
+            qmp.execute("qmp_capabilities").await?;
+            qmp.execute("query-status").await
         };
         tokio::time::timeout(greeting_limit, negotiate)
             .await
@@ -95,7 +98,7 @@ impl Qmp {
     }
 
     /// Gives a command without arguments and waits for its answer.
-    pub(crate) async fn execute(&self, command: &'static str) -> Result<Value, QmpError> {
+    pub(crate) async fn execute(&self, command: &'static str) -> Result<(), QmpError> {
         let (reply, answer) = oneshot::channel();
         let exchange = async {
             let request = Request {
@@ -122,20 +125,20 @@ async fn serve(
     mut requests: mpsc::Receiver<Request>,
     status: watch::Sender<GuestStatus>,
 ) {
-    let mut pending: HashMap<u64, oneshot::Sender<Result<Value, QmpError>>> = HashMap::new();
+    let mut pending: HashMap<u64, Request> = HashMap::new();
     let mut id = 0;
     loop {
         tokio::select! {
             request = requests.recv() => {
                 let Some(request) = request else { return };
-                pending.retain(|_, reply| !reply.is_closed());
+                pending.retain(|_, request| !request.reply.is_closed());
                 if pending.len() >= PENDING_MAX {
                     let _ = request.reply.send(Err(QmpError::Protocol("too many answers are missing")));
                     continue;
                 }
                 id += 1;
                 let line = json!({ "execute": request.execute, "id": id }).to_string() + "\n";
-                pending.insert(id, request.reply);
+                pending.insert(id, request);
                 // A QEMU that no longer reads would hold this task for ever.
                 let write = lines.stream.write_all(line.as_bytes());
                 if !matches!(tokio::time::timeout(Duration::from_secs(5), write).await, Ok(Ok(()))) {
@@ -143,26 +146,41 @@ async fn serve(
                 }
             }
             line = lines.next() => {
-                let Ok(mut line) = line else { return };
+                let Ok(line) = line else { return };
                 if let Some(event) = line.get("event").and_then(Value::as_str) {
-                    fold(&status, event, line.get("data").unwrap_or(&Value::Null));
-                } else if let Some(reply) = line.get("id").and_then(Value::as_u64).and_then(|id| pending.remove(&id)) {
-                    let answer = match line.get("error") {
-                        None => Ok(line["return"].take()),
-                        Some(error) => Err(QmpError::Refused(
-                            error.get("desc").and_then(Value::as_str).unwrap_or("no reason given").to_owned(),
-                        )),
-                    };
+                    let data = line.get("data").unwrap_or(&Value::Null);
+                    fold(&status, event_status(event, data));
+                } else if let Some(id) = line.get("id").and_then(Value::as_u64)
+                    && let Some(request) = pending.remove(&id)
+                {
+                    if request.execute == "query-status" {
+                        let run_state = line.pointer("/return/status").and_then(Value::as_str);
+                        fold(&status, run_state.and_then(run_state_status));
+                    }
                     // The caller may have stopped waiting.
-                    let _ = reply.send(answer);
+                    let _ = request.reply.send(answer(&line));
                 }
             }
         }
     }
 }
 
-fn fold(status: &watch::Sender<GuestStatus>, event: &str, data: &Value) {
-    let next = match event {
+fn answer(line: &Value) -> Result<(), QmpError> {
+    match line.get("error") {
+        None => Ok(()),
+        Some(error) => Err(QmpError::Refused(
+            error
+                .get("desc")
+                .and_then(Value::as_str)
+                .unwrap_or("no reason given")
+                .to_owned(),
+        )),
+    }
+}
+
+/// What an event says (QEMU, qapi/run-state.json and qapi/misc.json).
+fn event_status(event: &str, data: &Value) -> Option<GuestStatus> {
+    Some(match event {
         "STOP" => GuestStatus::Paused,
         "RESUME" => GuestStatus::Running,
         "GUEST_PANICKED" => GuestStatus::Ended(StopReason::GuestPanic),
@@ -170,18 +188,33 @@ fn fold(status: &watch::Sender<GuestStatus>, event: &str, data: &Value) {
             Some("guest-shutdown") => StopReason::GuestShutdown,
             Some("guest-reset") => StopReason::GuestReset,
             Some("guest-panic") => StopReason::GuestPanic,
-            Some(reason) => StopReason::Failed {
-                detail: format!("QEMU ended: {reason}"),
-            },
-            None => StopReason::Failed {
-                detail: "QEMU ended and gave no reason".to_owned(),
+            reason => StopReason::Failed {
+                detail: format!("QEMU ended: {}", reason.unwrap_or("no reason given")),
             },
         }),
-        _ => return,
-    };
+        _ => return None,
+    })
+}
+
+/// What a run state says (QEMU, qapi/run-state.json).
+fn run_state_status(run_state: &str) -> Option<GuestStatus> {
+    Some(match run_state {
+        "running" => GuestStatus::Running,
+        "paused" => GuestStatus::Paused,
+        "shutdown" => GuestStatus::Off,
+        "guest-panicked" => GuestStatus::Ended(StopReason::GuestPanic),
+        "internal-error" | "io-error" => GuestStatus::Ended(StopReason::Failed {
+            detail: format!("QEMU cannot go on: {run_state}"),
+        }),
+        _ => return None,
+    })
+}
+
+fn fold(status: &watch::Sender<GuestStatus>, next: Option<GuestStatus>) {
+    let Some(next) = next else { return };
     status.send_if_modified(|current| {
         // QEMU halts the guest after it ended: that is no pause. The first cause is the true one.
-        if matches!(current, GuestStatus::Ended(_)) || *current == next {
+        if matches!(current, GuestStatus::Off | GuestStatus::Ended(_)) || *current == next {
             return false;
         }
         *current = next;

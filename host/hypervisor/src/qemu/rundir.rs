@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::overlay;
 use crate::domain::{DomainId, DomainSpec, StopReason};
 use crate::error::Error;
-use crate::image;
+use crate::{image, spec};
 
 pub(crate) const INITRAMFS: &str = "initramfs.cpio";
 /// QEMU adds `.in` and `.out`.
@@ -59,17 +59,8 @@ pub(crate) struct RunDir(PathBuf);
 impl RunDir {
     /// Checks that `spec` names a place this back end may use.
     pub(crate) fn of(spec: &DomainSpec, domains_dir: &Path) -> Result<Self, Error> {
-        let expected = domains_dir.join(spec.id.to_string());
-        if spec.run_dir != expected {
-            return Err(Error::InvalidSpec {
-                field: "run_dir",
-                detail: format!(
-                    "{}, expected {}",
-                    spec.run_dir.display(),
-                    expected.display()
-                ),
-            });
-        }
+        spec::check_run_dir(spec, domains_dir)?;
+        let expected = spec.run_dir.clone();
         if expected.as_os_str().len() > PATH_MAX_BYTES {
             return Err(Error::InvalidSpec {
                 field: "run_dir",

@@ -1,23 +1,29 @@
 //! Hosts and guests for the contract suite.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 use xbee_hypervisor::qemu::{QemuConfig, QemuHypervisor};
+use xbee_hypervisor::sim::{SimConfig, SimEvent, SimHost, SimHypervisor};
 use xbee_hypervisor::{DomainId, DomainSpec, DomainState, Hypervisor};
 
 /// Printed by every guest when its own program runs.
-pub const READY: &str = "xbee-test-ready";
+pub const READY: &str = "guest: up";
 
 /// Printed on the console as proof that the guest sees its boot configuration.
 pub const BOOT_CONFIG: &[u8] = b"boot-config-of-the-test\n";
 
 /// No guest here takes longer for anything, even with others compiling beside it.
 pub const LIMIT: Duration = Duration::from_secs(90);
+
+/// Bound of the console logs here.
+pub const CONSOLE_MAX_BYTES: u64 = 256 << 10;
 
 /// What a guest does once it is up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,8 +40,6 @@ pub enum Guest {
     Panic,
     /// Prints without end.
     Flood,
-    /// Reads and writes its disks.
-    Disks,
 }
 
 impl Guest {
@@ -52,7 +56,7 @@ mount -t devtmpfs dev /dev
 while read -r module; do insmod "$module"; done </xbee/modules
 for module in /test/*.ko; do insmod "$module"; done
 exec </dev/console >/dev/console 2>&1
-echo xbee-test-ready
+echo guest: up
 cat /xbee/boot
 for word in $(cat /proc/cmdline); do
     case $word in
@@ -84,9 +88,24 @@ pub struct Fixture {
 
 enum Backend {
     Qemu { kernel: PathBuf, initramfs: PathBuf },
+    Sim(Arc<SimHost>),
 }
 
 impl Fixture {
+    pub fn sim() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = SimConfig::new(dir.path().join("domains"));
+        config.check_images = true;
+        config.console_max_bytes = CONSOLE_MAX_BYTES;
+        // The simulator looks at the files, but runs nothing of them.
+        std::fs::write(dir.path().join("kernel"), bzimage_header()).unwrap();
+        std::fs::write(dir.path().join("initramfs"), "").unwrap();
+        Self {
+            dir,
+            backend: Backend::Sim(SimHost::new(config)),
+        }
+    }
+
     /// `None`, and a printed reason, where the images are missing.
     pub fn qemu() -> Option<Self> {
         let home = std::env::var_os("HOME")
@@ -127,8 +146,10 @@ impl Fixture {
     /// The back end; opened again, it must find what the one before left running.
     pub async fn open(&self) -> Box<dyn Hypervisor> {
         match &self.backend {
+            Backend::Sim(host) => Box::new(SimHypervisor::new(Arc::clone(host))),
             Backend::Qemu { .. } => {
-                let config = QemuConfig::new(self.domains_dir());
+                let mut config = QemuConfig::new(self.domains_dir());
+                config.console_max_bytes = CONSOLE_MAX_BYTES;
                 Box::new(QemuHypervisor::new(config).await.unwrap())
             }
         }
@@ -137,21 +158,103 @@ impl Fixture {
     /// A domain of its own identity.
     pub fn spec(&self, guest: Guest) -> DomainSpec {
         let id = Uuid::new_v4();
-        let Backend::Qemu { kernel, initramfs } = &self.backend;
+        let (kernel, initramfs) = match &self.backend {
+            Backend::Qemu { kernel, initramfs } => (kernel.clone(), initramfs.clone()),
+            Backend::Sim(_) => (self.path("kernel"), self.path("initramfs")),
+        };
         DomainSpec {
             id,
             name: format!("test, {id}"),
             owner: "tester".to_owned(),
             vcpus: 1,
             memory_bytes: 192 << 20,
-            kernel: kernel.clone(),
-            initramfs: Some(initramfs.clone()),
+            kernel,
+            initramfs: Some(initramfs),
             kernel_args: vec![guest.arg()],
             disks: Vec::new(),
             // Tests run in processes of their own, at the same time.
             cid: (std::process::id() % 50_000) * 16 + NEXT_CID.fetch_add(1, Ordering::Relaxed),
             boot_config: BOOT_CONFIG.to_vec(),
             run_dir: self.domains_dir().join(id.to_string()),
+        }
+    }
+
+    /// Creates and starts a domain.
+    pub async fn run(&self, hypervisor: &dyn Hypervisor, guest: Guest) -> DomainSpec {
+        let spec = self.spec(guest);
+        hypervisor.create(&spec).await.unwrap();
+        hypervisor.start(spec.id).await.unwrap();
+        self.act(&spec, guest);
+        spec
+    }
+
+    /// A real guest acts by itself; a simulated one must be told.
+    fn act(&self, spec: &DomainSpec, guest: Guest) {
+        if let Backend::Sim(host) = &self.backend {
+            let event = match guest {
+                Guest::Button => return,
+                Guest::Idle => SimEvent::IgnorePowerButton,
+                Guest::PowerOff => SimEvent::PowerOff,
+                Guest::Reset => SimEvent::Reset,
+                Guest::Panic => SimEvent::Panic,
+                Guest::Flood => SimEvent::FloodConsole,
+            };
+            host.inject(spec.id, event).unwrap();
+        }
+    }
+
+    /// Whether a process runs in or for this domain, for back ends that have processes.
+    pub fn process_exists(&self, id: DomainId) -> Option<bool> {
+        match &self.backend {
+            Backend::Sim(_) => None,
+            Backend::Qemu { .. } => Some(qemu_pid(id).is_some()),
+        }
+    }
+
+    /// Ends the hypervisor under a running domain.
+    pub fn crash(&self, id: DomainId) {
+        match &self.backend {
+            Backend::Sim(host) => host
+                .inject(
+                    id,
+                    SimEvent::Crash {
+                        detail: "QEMU ended (signal 9)".to_owned(),
+                    },
+                )
+                .unwrap(),
+            Backend::Qemu { .. } => kill_process(qemu_pid(id).unwrap(), Signal::KILL).unwrap(),
+        }
+    }
+
+    /// Waits until a guest has switched itself off while nobody was connected to its hypervisor.
+    pub async fn wait_until_switched_off(&self, id: DomainId) {
+        match &self.backend {
+            Backend::Sim(_) => sleep(Duration::from_millis(100)).await,
+            // It stays, halted. Its processor time no longer grows.
+            Backend::Qemu { .. } => {
+                let deadline = Instant::now() + LIMIT;
+                let cpu = || {
+                    let pid = qemu_pid(id).unwrap().as_raw_nonzero();
+                    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+                    let fields: Vec<_> = stat
+                        .rsplit_once(')')
+                        .unwrap()
+                        .1
+                        .split_whitespace()
+                        .collect();
+                    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+                };
+                let mut before = cpu();
+                loop {
+                    sleep(Duration::from_secs(1)).await;
+                    let now = cpu();
+                    if now.abs_diff(before) <= 1 && now > 50 {
+                        return;
+                    }
+                    before = now;
+                    assert!(Instant::now() < deadline);
+                }
+            }
         }
     }
 
@@ -180,6 +283,48 @@ impl Fixture {
             sleep(Duration::from_millis(20)).await;
         }
     }
+}
+
+impl Drop for Fixture {
+    /// A failed test leaves no process.
+    fn drop(&mut self) {
+        let Ok(domains) = std::fs::read_dir(self.domains_dir()) else {
+            return;
+        };
+        for domain in domains.flatten() {
+            let id = domain
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok());
+            if let Some(pid) = id.and_then(qemu_pid) {
+                // It may have ended just now.
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+    }
+}
+
+/// The process whose command line names the domain.
+pub fn qemu_pid(id: DomainId) -> Option<Pid> {
+    let id = id.to_string();
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .find_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let command = std::fs::read(entry.path().join("cmdline")).ok()?;
+            let mut args = command.split(|byte| *byte == 0);
+            let ours = args.any(|arg| arg == b"-uuid") && args.next() == Some(id.as_bytes());
+            ours.then(|| Pid::from_raw(pid)).flatten()
+        })
+}
+
+/// The boot sector of a Linux kernel, as far as it is looked at.
+fn bzimage_header() -> Vec<u8> {
+    let mut header = vec![0; 1024];
+    header[0x1fe..0x200].copy_from_slice(b"\x55\xaa");
+    header[0x202..0x206].copy_from_slice(b"HdrS");
+    header
 }
 
 /// What `list` says of a domain.

@@ -1,0 +1,240 @@
+//! The simulator: virtual domains in memory, with agents that speak the real protocol.
+//!
+//! Nothing runs but tasks on the caller's runtime, and all time is tokio's: with a paused clock, an
+//! hour of a thousand domains passes at once. The state is in [`SimHost`], which several
+//! [`SimHypervisor`]s can share one after another, as a real host survives its manager's restart.
+
+mod config;
+mod domain;
+mod random;
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::broadcast;
+
+pub use config::{SimConfig, SimEvent};
+use domain::Domain;
+use random::Random;
+
+use crate::domain::{
+    AgentStream, DomainEvent, DomainId, DomainInfo, DomainSpec, DomainState, DomainStats,
+    HostCapabilities, ShutdownOutcome,
+};
+use crate::error::Error;
+use crate::{Hypervisor, image, spec};
+
+/// Events kept for a receiver that lags.
+const EVENTS_MAX: usize = 65_536;
+
+/// A simulated host: what goes on when its manager is restarted.
+#[derive(Debug)]
+pub struct SimHost {
+    config: SimConfig,
+    domains: Mutex<HashMap<DomainId, Arc<Domain>>>,
+    /// How often each `create` was tried, so that a repetition can end otherwise.
+    attempts: Mutex<HashMap<DomainId, u64>>,
+    events: broadcast::Sender<DomainEvent>,
+}
+
+impl SimHost {
+    /// A host without domains.
+    #[must_use]
+    pub fn new(config: SimConfig) -> Arc<Self> {
+        let (events, _) = broadcast::channel(EVENTS_MAX);
+        Arc::new(Self {
+            config,
+            domains: Mutex::default(),
+            attempts: Mutex::default(),
+            events,
+        })
+    }
+
+    /// Makes something happen to a started domain.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::WrongState`] before its start, [`Error::Gone`] after its end.
+    pub fn inject(&self, id: DomainId, event: SimEvent) -> Result<(), Error> {
+        self.domain(id)?.inject(event)
+    }
+
+    fn find(&self, id: DomainId) -> Option<Arc<Domain>> {
+        let domains = self.domains.lock().unwrap_or_else(PoisonError::into_inner);
+        domains.get(&id).cloned()
+    }
+
+    fn domain(&self, id: DomainId) -> Result<Arc<Domain>, Error> {
+        self.find(id).ok_or(Error::NotFound(id))
+    }
+}
+
+/// Domains as simulations.
+#[derive(Debug)]
+pub struct SimHypervisor(Arc<SimHost>);
+
+impl SimHypervisor {
+    /// Drives the domains of a simulated host. The agents' connections to the instance before are
+    /// cut, as they would be.
+    #[must_use]
+    pub fn new(host: Arc<SimHost>) -> Self {
+        let domains = host.domains.lock().unwrap_or_else(PoisonError::into_inner);
+        for domain in domains.values() {
+            domain.forget_connection();
+        }
+        drop(domains);
+        Self(host)
+    }
+}
+
+#[async_trait]
+impl Hypervisor for SimHypervisor {
+    async fn probe(&self) -> Result<HostCapabilities, Error> {
+        Ok(HostCapabilities {
+            backend: "sim".to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            accelerator: "simulated".to_owned(),
+            accelerator_note: String::new(),
+            cpus: self.0.config.cpus,
+            memory_bytes: self.0.config.memory_bytes,
+        })
+    }
+
+    async fn create(&self, spec: &DomainSpec) -> Result<(), Error> {
+        let config = &self.0.config;
+        spec::check(spec, config.memory_bytes)?;
+        spec::check_run_dir(spec, &config.domains_dir)?;
+        if let Some(existing) = self.0.find(spec.id) {
+            spec::check_same(&existing.spec, spec)?;
+            if existing.spec.boot_config != spec.boot_config {
+                return Err(spec::other_boot_config(spec.id));
+            }
+            return Ok(());
+        }
+        if config.check_images {
+            image::open_kernel(&spec.kernel)?;
+            spec.initramfs
+                .as_deref()
+                .map(image::open_initramfs)
+                .transpose()?;
+            for disk in &spec.disks {
+                image::open_disk(disk)?;
+            }
+        }
+        let attempt = {
+            let mut attempts = self
+                .0
+                .attempts
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let attempt = attempts.entry(spec.id).or_default();
+            *attempt += 1;
+            *attempt
+        };
+        let chance =
+            Random::new(config.seed ^ attempt, spec.id.as_u128()).happens(config.refused_create);
+        if chance {
+            return Err(Error::HypervisorBroken {
+                detail: "simulated: the domain was refused".to_owned(),
+            });
+        }
+        let make = || match fs::create_dir_all(&spec.run_dir) {
+            Ok(()) => Domain::new(spec.clone(), config, self.0.events.clone()),
+            Err(error) => Err(error),
+        };
+        let domain = make().map_err(Error::io("make", &spec.run_dir))?;
+        let mut domains = self
+            .0
+            .domains
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        domains.insert(spec.id, Arc::new(domain));
+        Ok(())
+    }
+
+    async fn start(&self, id: DomainId) -> Result<(), Error> {
+        self.0.domain(id)?.start(&self.0.config)
+    }
+
+    async fn channel(&self, id: DomainId) -> Result<Box<dyn AgentStream>, Error> {
+        let domain = self.0.domain(id)?;
+        if domain.state() == DomainState::Created {
+            return Err(domain.wrong_state("reach the agent of"));
+        }
+        tokio::select! {
+            biased;
+            reason = domain.stopped() => Err(Error::Gone { id, reason }),
+            stream = domain.next_connection() => Ok(Box::new(stream)),
+        }
+    }
+
+    async fn console(&self, id: DomainId) -> Result<PathBuf, Error> {
+        Ok(self.0.domain(id)?.console_path())
+    }
+
+    async fn pause(&self, id: DomainId) -> Result<(), Error> {
+        self.0.domain(id)?.pause()
+    }
+
+    async fn resume(&self, id: DomainId) -> Result<(), Error> {
+        self.0.domain(id)?.resume()
+    }
+
+    async fn shutdown(&self, id: DomainId, grace: Duration) -> Result<ShutdownOutcome, Error> {
+        self.0.domain(id)?.shutdown(grace).await
+    }
+
+    async fn destroy(&self, id: DomainId) -> Result<(), Error> {
+        let Some(domain) = self.0.find(id) else {
+            return Ok(());
+        };
+        domain.kill();
+        match fs::remove_dir_all(&domain.spec.run_dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", &domain.spec.run_dir)(error));
+            }
+            _ => {}
+        }
+        self.0
+            .domains
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&id);
+        self.0
+            .attempts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&id);
+        Ok(())
+    }
+
+    async fn list(&self) -> Result<Vec<DomainInfo>, Error> {
+        let domains = self
+            .0
+            .domains
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut list: Vec<_> = domains
+            .values()
+            .map(|domain| DomainInfo {
+                id: domain.spec.id,
+                name: domain.spec.name.clone(),
+                state: domain.state(),
+            })
+            .collect();
+        list.sort_by_key(|info| info.id);
+        Ok(list)
+    }
+
+    async fn stats(&self, id: DomainId) -> Result<DomainStats, Error> {
+        self.0.domain(id)?.stats()
+    }
+
+    fn events(&self) -> broadcast::Receiver<DomainEvent> {
+        self.0.events.subscribe()
+    }
+}
