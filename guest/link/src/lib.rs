@@ -142,7 +142,10 @@ mod tests {
         link.connected().unwrap();
         let (mut peer, _) = listener.accept().unwrap();
         let mut buffer = [0; 8];
-        assert_eq!(link.read(&mut buffer).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(
+            link.read(&mut buffer).unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
         assert_eq!(link.write(b"to").unwrap(), 2);
         peer.read_exact(&mut buffer[..2]).unwrap();
         assert_eq!(&buffer[..2], b"to");
@@ -150,7 +153,10 @@ mod tests {
         assert_eq!(link.read(&mut buffer).unwrap(), 3);
         drop(peer);
         assert_eq!(link.read(&mut buffer).unwrap(), 0);
-        assert_eq!(link.write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(
+            link.write(b"x").unwrap_err().kind(),
+            io::ErrorKind::BrokenPipe
+        );
     }
 
     #[test]
