@@ -20,6 +20,8 @@ pub const NO_ROOT_DEVICE: &str = "no-root-device";
 pub const NO_INIT: &str = "no-init";
 /// A file operation failed in the guest.
 pub const FILE_ERROR: &str = "file-error";
+/// There is no such file in the guest.
+pub const FILE_NOT_FOUND: &str = "file-not-found";
 /// Nothing listens on the port in the guest.
 pub const CONNECTION_REFUSED: &str = "connection-refused";
 /// A system call failed in the guest.

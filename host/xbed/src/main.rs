@@ -1,2 +1,112 @@
-//! Placeholder.
-fn main() {}
+//! `xbed`, XenBEE's host manager.
+//!
+//! [`command`] is what can be asked; [`http`] is one front door to it. [`host`] holds the tasks;
+//! each has an actor ([`task`]) that drives the engine's state machine through [`steps`].
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod backend;
+mod command;
+mod config;
+mod exec;
+mod host;
+mod http;
+mod images;
+mod logs;
+mod plan;
+mod session;
+mod ssh;
+mod steps;
+mod store;
+mod task;
+mod translate;
+mod view;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+use tracing_subscriber::EnvFilter;
+use xbee_api::chain;
+
+use crate::command::Commands;
+use crate::config::{Config, Options};
+use crate::host::Host;
+
+/// Why `xbed` ends.
+#[derive(Debug, thiserror::Error)]
+enum Fatal {
+    #[error(transparent)]
+    Config(#[from] config::ConfigError),
+    #[error(transparent)]
+    Backend(#[from] backend::BackendError),
+    #[error(transparent)]
+    Host(#[from] host::HostError),
+    #[error(transparent)]
+    Listen(#[from] http::ListenError),
+    #[error("the API's socket failed")]
+    Serve(#[source] std::io::Error),
+    #[error("signals cannot be received")]
+    Signal(#[source] std::io::Error),
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let options = Options::parse();
+    let filter = EnvFilter::try_from_env("XBED_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::env::var_os("NO_COLOR").is_none() && is_terminal())
+        .init();
+    match run(options).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Not through the log: a filter must not hide why nothing runs.
+            eprintln!("xbed: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_terminal() -> bool {
+    std::io::IsTerminal::is_terminal(&std::io::stderr())
+}
+
+async fn run(options: Options) -> Result<(), Fatal> {
+    let config = Config::load(options)?;
+    let _lock = backend::lock(&config)?;
+    let listener = http::listen(&config.socket)?;
+    let hypervisor = backend::open(&config).await?;
+    let stager = backend::stager(&config);
+    let socket = config.socket.clone();
+    let host = Host::open(config, hypervisor, stager).await?;
+    host.recover().await?;
+    let about = host.info();
+    info!(
+        version = about.version,
+        backend = about.backend,
+        hypervisor = about.hypervisor,
+        accelerator = about.accelerator,
+        data = %host.config.data.display(),
+        "ready on {}",
+        socket.display()
+    );
+    let mut terminate = signal(SignalKind::terminate()).map_err(Fatal::Signal)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Fatal::Signal)?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    http::serve(listener, Commands::new(host.clone()), stop)
+        .await
+        .map_err(Fatal::Serve)?;
+    // Domains go on: the next xbed takes them up again.
+    info!("stopped; running domains go on");
+    if let Err(error) = std::fs::remove_file(&socket) {
+        host::log_teardown("socket not removed", &error);
+    }
+    Ok(())
+}

@@ -1,0 +1,217 @@
+//! Where `xbed` finds things and how much it may use: command line over file over defaults.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+use serde::Deserialize;
+use xbee_engine::Capacity;
+
+/// Command line of `xbed`.
+#[derive(Debug, Parser)]
+#[command(
+    name = "xbed",
+    version,
+    about = "XenBEE's host manager: runs jobs and servers in throw-away virtual machines"
+)]
+pub struct Options {
+    /// Configuration file (TOML); none is needed
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Directory of all durable state [default: /var/lib/xbee for root, else ~/.local/share/xbee]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Unix socket to listen on [default: /run/xbee/xbed.sock for root, else in the user's run-time directory]
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// What runs the domains
+    #[arg(long, value_enum)]
+    pub backend: Option<Backend>,
+    /// Directory of the images that `make images` built [default: $XBEE_IMAGES, else ~/.cache/xbee/images]
+    #[arg(long, value_name = "DIR")]
+    pub images: Option<PathBuf>,
+}
+
+/// What runs the domains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backend {
+    /// Plain QEMU, one process a domain
+    Qemu,
+    /// A simulator: nothing is really executed
+    Sim,
+}
+
+/// The configuration file. Every key may be left out.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct File {
+    data: Option<PathBuf>,
+    socket: Option<PathBuf>,
+    backend: Option<Backend>,
+    images: Option<PathBuf>,
+    qemu: Option<PathBuf>,
+    vcpus: Option<u32>,
+    memory_mib: Option<u64>,
+    domains: Option<u32>,
+    queue_length: Option<usize>,
+    boot_timeout_s: Option<u64>,
+    shutdown_grace_s: Option<u64>,
+    terminate_grace_s: Option<u64>,
+    ca_file: Option<PathBuf>,
+}
+
+/// What holds after all sources were read.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Directory of all durable state.
+    pub data: PathBuf,
+    /// Unix socket to listen on.
+    pub socket: PathBuf,
+    /// What runs the domains.
+    pub backend: Backend,
+    /// Directory of images.
+    pub images: PathBuf,
+    /// QEMU's program, where not the one in PATH.
+    pub qemu: Option<PathBuf>,
+    /// Limits on what domains and the queue take; 0 means "ask the host" until [`Config::capacity`].
+    vcpus: Option<u32>,
+    memory_mib: Option<u64>,
+    domains: u32,
+    queue_length: usize,
+    /// How long a domain's agent may take from the start of the domain to its first word.
+    pub boot_timeout: Duration,
+    /// How long a domain may take to shut down before it is forced.
+    pub shutdown_grace: Duration,
+    /// How long a task may take between TERM and KILL.
+    pub terminate_grace: Duration,
+    /// Certificates (PEM) trusted for https beside the system's.
+    pub ca_file: Option<PathBuf>,
+}
+
+/// Virtual CPUs given out for each logical CPU of the host, unless configured: most domains wait most of the time.
+const VCPUS_PER_CPU: u32 = 4;
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration file {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file makes no sense.
+    #[error("the configuration file {path} is not as expected")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+}
+
+impl Config {
+    /// Puts the three sources together.
+    pub fn load(options: Options) -> Result<Config, ConfigError> {
+        let file = match &options.config {
+            Some(path) => read(path)?,
+            None => File::default(),
+        };
+        Ok(Config {
+            data: options.data.or(file.data).unwrap_or_else(default_data),
+            socket: options
+                .socket
+                .or(file.socket)
+                .unwrap_or_else(xbee_api::default_socket),
+            backend: options.backend.or(file.backend).unwrap_or(Backend::Qemu),
+            images: options
+                .images
+                .or(file.images)
+                .unwrap_or_else(crate::images::default_directory),
+            qemu: file.qemu,
+            vcpus: file.vcpus,
+            memory_mib: file.memory_mib,
+            domains: file.domains.unwrap_or(64),
+            queue_length: file.queue_length.unwrap_or(100_000),
+            boot_timeout: Duration::from_secs(file.boot_timeout_s.unwrap_or(120)),
+            shutdown_grace: Duration::from_secs(file.shutdown_grace_s.unwrap_or(30)),
+            terminate_grace: Duration::from_secs(file.terminate_grace_s.unwrap_or(5)),
+            ca_file: file.ca_file,
+        })
+    }
+
+    /// Directory of the domains' own directories. Short, for the length of socket paths is limited.
+    pub fn domains(&self) -> PathBuf {
+        self.data.join("run")
+    }
+
+    /// What domains may take of a host with these CPUs and this memory.
+    pub fn capacity(&self, host_cpus: u32, host_memory_bytes: u64) -> Capacity {
+        Capacity {
+            vcpus: self
+                .vcpus
+                .unwrap_or(host_cpus.saturating_mul(VCPUS_PER_CPU)),
+            memory_bytes: self
+                .memory_mib
+                .map_or(host_memory_bytes, |mib| mib.saturating_mul(1 << 20)),
+            domains: self.domains,
+            queue_length: self.queue_length,
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<File, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        path: path.into(),
+        source,
+    })?;
+    toml::from_str(&text).map_err(|source| ConfigError::Parse {
+        path: path.into(),
+        source: Box::new(source),
+    })
+}
+
+fn default_data() -> PathBuf {
+    if rustix::process::geteuid().is_root() {
+        return "/var/lib/xbee".into();
+    }
+    crate::images::home_directory("XDG_DATA_HOME", ".local/share").join("xbee")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_wins_over_the_file_and_the_file_over_defaults() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("xbed.toml");
+        std::fs::write(&path, "backend = \"sim\"\ndata = \"/a\"\nmemory-mib = 5\n").unwrap();
+        let options =
+            Options::parse_from(["xbed", "--config", path.to_str().unwrap(), "--data", "/b"]);
+        let config = Config::load(options).unwrap();
+        assert_eq!(config.backend, Backend::Sim);
+        assert_eq!(config.data, Path::new("/b"));
+        let capacity = config.capacity(2, 1 << 40);
+        assert_eq!((capacity.vcpus, capacity.memory_bytes), (8, 5 << 20));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("xbed.toml");
+        std::fs::write(&path, "\nbackends = \"sim\"\n").unwrap();
+        let options = Options::parse_from(["xbed", "--config", path.to_str().unwrap()]);
+        let error = Config::load(options).unwrap_err();
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(
+            cause.contains("line 2") && cause.contains("backends"),
+            "{cause}"
+        );
+    }
+}

@@ -1,0 +1,529 @@
+//! The local front door: HTTP with JSON over a unix socket. Peer credentials say who asks.
+//!
+//! The routes and types are documented in `xbee_api`.
+
+use std::io;
+use std::path::{Path as FilePath, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::connect_info::{ConnectInfo, Connected};
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Query, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::serve::IncomingStream;
+use axum::{Json, Router};
+use futures::stream;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
+use tokio::net::{UnixListener, unix::UCred};
+use xbee_api::{
+    CheckReport, EXEC_HEADER, ErrorBody, ExecRequest, FollowQuery, HostInfo, SshAccess,
+    SubmitRequest, TaskStatus, UPGRADE_EXEC, UPGRADE_TCP, chain,
+};
+
+use crate::command::{Caller, CommandError, Commands};
+use crate::exec;
+use crate::logs::Stream;
+use crate::store::Owner;
+use crate::task::TaskHandle;
+
+/// Largest request, bytes: a document of the largest size with every character escaped.
+const MAX_BODY: usize = 8 << 20;
+/// Piece of a log that is sent at a time, bytes.
+const LOG_CHUNK: usize = 64 << 10;
+/// How often a console, which is written by the hypervisor, is looked at for more.
+const CONSOLE_INTERVAL: Duration = Duration::from_millis(200);
+
+/// All routes.
+pub fn router(commands: Commands) -> Router {
+    Router::new()
+        .route("/v1/host", get(host))
+        .route("/v1/check", post(check))
+        .route("/v1/tasks", get(list).post(submit))
+        .route("/v1/tasks/{id}", get(status).delete(remove))
+        .route("/v1/tasks/{id}/events", get(events))
+        .route("/v1/tasks/{id}/logs/{stream}", get(logs))
+        .route("/v1/tasks/{id}/terminate", post(terminate))
+        .route("/v1/tasks/{id}/ssh", get(ssh))
+        .route("/v1/tasks/{id}/exec", post(exec_upgrade))
+        .route("/v1/tasks/{id}/forward", post(forward_upgrade))
+        .fallback(no_route)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(commands)
+}
+
+/// Serves until `stop` resolves; open streams are then cut.
+pub async fn serve(
+    listener: UnixListener,
+    commands: Commands,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    let service = router(commands).into_make_service_with_connect_info::<Peer>();
+    let server = axum::serve(listener, service);
+    tokio::select! {
+        served = server => served,
+        () = stop => Ok(()),
+    }
+}
+
+/// Credentials of the process at the other end.
+#[derive(Debug, Clone, Copy)]
+struct Peer(Option<UCred>);
+
+impl Connected<IncomingStream<'_, UnixListener>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        Peer(stream.io().peer_cred().ok())
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Failure> {
+        let peer = parts.extensions.get::<ConnectInfo<Peer>>();
+        match peer.and_then(|ConnectInfo(Peer(credentials))| *credentials) {
+            Some(credentials) => Ok(Caller {
+                owner: Owner {
+                    uid: credentials.uid(),
+                    gid: credentials.gid(),
+                },
+            }),
+            None => Err(failure(
+                StatusCode::FORBIDDEN,
+                "no-credentials",
+                "the kernel does not say who is at the other end of this connection",
+            )),
+        }
+    }
+}
+
+/// An error answer.
+#[derive(Debug)]
+pub struct Failure(StatusCode, ErrorBody);
+
+fn failure(status: StatusCode, code: &str, message: impl Into<String>) -> Failure {
+    Failure(
+        status,
+        ErrorBody {
+            code: code.into(),
+            message: message.into(),
+        },
+    )
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        (self.0, Json(self.1)).into_response()
+    }
+}
+
+impl From<CommandError> for Failure {
+    fn from(error: CommandError) -> Self {
+        let status = match &error {
+            CommandError::NotFound(_) => StatusCode::NOT_FOUND,
+            CommandError::Ambiguous { .. } | CommandError::Plan(_) => StatusCode::BAD_REQUEST,
+            CommandError::Queue(_) => StatusCode::SERVICE_UNAVAILABLE,
+            CommandError::NotFinal(_) | CommandError::NoDomain(_) | CommandError::NoSsh(_) => {
+                StatusCode::CONFLICT
+            }
+            CommandError::Agent(_) => StatusCode::BAD_GATEWAY,
+            CommandError::Store(_) | CommandError::Hypervisor(_) => {
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
+        };
+        failure(status, error.code(), chain(&error))
+    }
+}
+
+type Answer<T> = Result<T, Failure>;
+
+async fn no_route(request: Request) -> Failure {
+    failure(
+        StatusCode::NOT_FOUND,
+        "no-such-route",
+        format!(
+            "{} {} is not part of the API",
+            request.method(),
+            request.uri().path()
+        ),
+    )
+}
+
+async fn host(State(commands): State<Commands>) -> Json<HostInfo> {
+    Json(commands.host())
+}
+
+fn body<T>(body: Result<Json<T>, JsonRejection>) -> Answer<T> {
+    match body {
+        Ok(Json(value)) => Ok(value),
+        Err(rejection) => Err(failure(
+            rejection.status(),
+            "invalid-request",
+            rejection.body_text(),
+        )),
+    }
+}
+
+async fn check(
+    State(commands): State<Commands>,
+    request: Result<Json<SubmitRequest>, JsonRejection>,
+) -> Answer<Json<CheckReport>> {
+    Ok(Json(commands.check(&body(request)?)))
+}
+
+async fn submit(
+    State(commands): State<Commands>,
+    caller: Caller,
+    request: Result<Json<SubmitRequest>, JsonRejection>,
+) -> Answer<(StatusCode, Json<TaskStatus>)> {
+    let status = commands.submit(caller, body(request)?).await?;
+    Ok((StatusCode::CREATED, Json(status)))
+}
+
+#[derive(Deserialize)]
+struct ListQuery {
+    #[serde(default)]
+    all: bool,
+}
+
+async fn list(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Query(query): Query<ListQuery>,
+) -> Json<Vec<TaskStatus>> {
+    Json(commands.list(caller, query.all))
+}
+
+async fn status(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Answer<Json<TaskStatus>> {
+    Ok(Json(commands.task(caller, &id)?.status()))
+}
+
+async fn terminate(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Answer<(StatusCode, Json<TaskStatus>)> {
+    let task = commands.task(caller, &id)?;
+    Ok((StatusCode::ACCEPTED, Json(commands.terminate(&task))))
+}
+
+async fn remove(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Answer<StatusCode> {
+    let task = commands.task(caller, &id)?;
+    commands.remove(&task).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn ssh(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Answer<Json<SshAccess>> {
+    let task = commands.task(caller, &id)?;
+    Ok(Json(commands.ssh(&task)?))
+}
+
+async fn events(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Path(id): Path<String>,
+    Query(query): Query<FollowQuery>,
+) -> Answer<Response> {
+    let task = commands.task(caller, &id)?;
+    let start = (
+        commands,
+        task.clone(),
+        task.watch(),
+        query.from.max(1),
+        false,
+    );
+    let lines = stream::unfold(
+        start,
+        move |(commands, task, mut changed, from, over)| async move {
+            if over {
+                return None;
+            }
+            loop {
+                // Final is looked at before the events are read: the last event is never missed.
+                let last = !query.follow || task.is_final();
+                changed.borrow_and_update();
+                let news = commands.events(&task, from);
+                if news.is_empty() && !last {
+                    changed.changed().await.ok()?;
+                    continue;
+                }
+                let next = news.last().map_or(from, |event| event.seq + 1);
+                let mut text = vec![];
+                for event in news {
+                    if serde_json::to_writer(&mut text, &event).is_ok() {
+                        text.push(b'\n');
+                    }
+                }
+                let piece: io::Result<Bytes> = Ok(text.into());
+                return Some((piece, (commands, task, changed, next, last)));
+            }
+        },
+    );
+    Ok(streaming("application/x-ndjson", Body::from_stream(lines)))
+}
+
+fn streaming(content_type: &'static str, body: Body) -> Response {
+    (
+        [(header::CONTENT_TYPE, HeaderValue::from_static(content_type))],
+        body,
+    )
+        .into_response()
+}
+
+async fn logs(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Path((id, stream)): Path<(String, String)>,
+    Query(query): Query<FollowQuery>,
+) -> Answer<Response> {
+    let task = commands.task(caller, &id)?;
+    let source = match stream.as_str() {
+        "stdout" => LogSource::Stream(Stream::Stdout),
+        "stderr" => LogSource::Stream(Stream::Stderr),
+        "console" => LogSource::Console,
+        other => {
+            return Err(failure(
+                StatusCode::NOT_FOUND,
+                "no-such-stream",
+                format!("no stream {other:?}: expected stdout, stderr or console"),
+            ));
+        }
+    };
+    let reader = LogReader {
+        task,
+        source,
+        offset: query.from,
+        follow: query.follow,
+    };
+    let pieces = stream::unfold(reader, |mut reader| async move {
+        match reader.next().await {
+            Ok(None) => None,
+            Ok(Some(piece)) => Some((Ok(piece), reader)),
+            Err(error) => Some((Err(error), reader)),
+        }
+    });
+    Ok(streaming(
+        "application/octet-stream",
+        Body::from_stream(pieces),
+    ))
+}
+
+#[derive(Clone, Copy)]
+enum LogSource {
+    Stream(Stream),
+    Console,
+}
+
+/// Reads a log piece by piece, waiting for more where it is followed.
+struct LogReader {
+    task: Arc<TaskHandle>,
+    source: LogSource,
+    offset: u64,
+    follow: bool,
+}
+
+impl LogReader {
+    async fn next(&mut self) -> io::Result<Option<Bytes>> {
+        let mut changed = self.task.watch();
+        let mut grown = self.task.log_lengths();
+        loop {
+            let last = !self.follow || self.task.is_final();
+            changed.borrow_and_update();
+            grown.borrow_and_update();
+            let path = match self.source {
+                LogSource::Stream(stream) => stream.path(&self.task.spool),
+                LogSource::Console => self.task.console_path(),
+            };
+            let piece = read_piece(&path, self.offset).await?;
+            if !piece.is_empty() {
+                self.offset += piece.len() as u64;
+                return Ok(Some(piece));
+            }
+            if last {
+                return Ok(None);
+            }
+            let is_console = matches!(self.source, LogSource::Console);
+            tokio::select! {
+                _ = changed.changed() => {}
+                _ = grown.changed() => {}
+                () = tokio::time::sleep(CONSOLE_INTERVAL), if is_console => {}
+            }
+        }
+    }
+}
+
+/// Up to [`LOG_CHUNK`] bytes of a file; none where there is no such file.
+async fn read_piece(path: &FilePath, offset: u64) -> io::Result<Bytes> {
+    let mut file = match File::open(path).await {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Bytes::new()),
+        Err(error) => return Err(error),
+    };
+    file.seek(io::SeekFrom::Start(offset)).await?;
+    let mut piece = Vec::with_capacity(LOG_CHUNK);
+    file.take(LOG_CHUNK as u64).read_to_end(&mut piece).await?;
+    Ok(piece.into())
+}
+
+/// The upgrade that a request asks for, if it is the expected one.
+fn upgrade(request: &mut Request, token: &'static str) -> Answer<OnUpgrade> {
+    let asked = request.headers().get(header::UPGRADE);
+    if asked.is_none_or(|asked| asked.as_bytes() != token.as_bytes()) {
+        return Err(failure(
+            StatusCode::UPGRADE_REQUIRED,
+            "upgrade-required",
+            format!("this route needs `Upgrade: {token}`"),
+        ));
+    }
+    request
+        .extensions_mut()
+        .remove::<OnUpgrade>()
+        .ok_or_else(|| {
+            failure(
+                StatusCode::UPGRADE_REQUIRED,
+                "upgrade-required",
+                "this connection cannot be upgraded",
+            )
+        })
+}
+
+fn switching(token: &'static str) -> Response {
+    (
+        StatusCode::SWITCHING_PROTOCOLS,
+        [(header::CONNECTION, "upgrade"), (header::UPGRADE, token)],
+    )
+        .into_response()
+}
+
+async fn exec_upgrade(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Path(id): Path<String>,
+    mut request: Request,
+) -> Answer<Response> {
+    let task = commands.task(caller, &id)?;
+    let invalid = |what: String| failure(StatusCode::BAD_REQUEST, "invalid-request", what);
+    let header = request
+        .headers()
+        .get(EXEC_HEADER)
+        .map(HeaderValue::as_bytes);
+    let Some(header) = header else {
+        return Err(invalid(format!("the header {EXEC_HEADER} is missing")));
+    };
+    let command: ExecRequest = serde_json::from_slice(header).map_err(|error| {
+        invalid(format!(
+            "the header {EXEC_HEADER} is not as expected: {error}"
+        ))
+    })?;
+    let upgrade = upgrade(&mut request, UPGRADE_EXEC)?;
+    let agent = commands.agent(&task)?;
+    let process = exec::begin(&agent, command)
+        .await
+        .map_err(CommandError::from)?;
+    tokio::spawn(async move {
+        match upgrade.await {
+            Ok(connection) => exec::relay(process, TokioIo::new(connection)).await,
+            Err(error) => tracing::debug!(%error, "exec connection was not upgraded"),
+        }
+    });
+    Ok(switching(UPGRADE_EXEC))
+}
+
+#[derive(Deserialize)]
+struct ForwardQuery {
+    port: u16,
+}
+
+async fn forward_upgrade(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Path(id): Path<String>,
+    Query(query): Query<ForwardQuery>,
+    mut request: Request,
+) -> Answer<Response> {
+    let task = commands.task(caller, &id)?;
+    let upgrade = upgrade(&mut request, UPGRADE_TCP)?;
+    let agent = commands.agent(&task)?;
+    let mut guest = agent
+        .forward(query.port)
+        .await
+        .map_err(CommandError::from)?;
+    tokio::spawn(async move {
+        match upgrade.await {
+            Ok(connection) => {
+                let mut client = TokioIo::new(connection);
+                // Either side may vanish at any time: the end of a copy is not an error.
+                let _ = tokio::io::copy_bidirectional(&mut client, &mut guest).await;
+            }
+            Err(error) => tracing::debug!(%error, "forward connection was not upgraded"),
+        }
+    });
+    Ok(switching(UPGRADE_TCP))
+}
+
+/// Why `xbed` cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another one is there.
+    #[error("another xbed listens on {0}: stop it, or use another --socket")]
+    InUse(PathBuf),
+    /// The file system's word.
+    #[error("cannot listen on {path}")]
+    Io {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Binds the socket; one left behind by a killed `xbed` is taken over. Root's socket is for every
+/// user of the host (each sees their own tasks), another user's is for that user alone.
+pub fn listen(path: &FilePath) -> Result<UnixListener, ListenError> {
+    use std::os::unix::fs::PermissionsExt;
+    let failed = |source| ListenError::Io {
+        path: path.into(),
+        source,
+    };
+    if let Some(parent) = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+    {
+        std::fs::create_dir_all(parent).map_err(failed)?;
+    }
+    if path.exists() {
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(ListenError::InUse(path.into()));
+        }
+        std::fs::remove_file(path).map_err(failed)?;
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    let mode = if rustix::process::geteuid().is_root() {
+        0o666
+    } else {
+        0o600
+    };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(failed)?;
+    Ok(listener)
+}

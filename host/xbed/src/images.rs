@@ -1,0 +1,231 @@
+//! The image store: one directory an image, described by its `image.toml`, made by `make images`.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use xbee_hypervisor::{Disk, DiskFormat};
+
+/// The image of a job that names none.
+pub const DEFAULT_IMAGE: &str = "base";
+/// Memory of a domain where neither job nor image says, MiB.
+const DEFAULT_MEMORY_MIB: u64 = 192;
+
+/// `image.toml`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Manifest {
+    #[serde(default)]
+    #[allow(dead_code, reason = "for people who read the file")]
+    description: String,
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    disk: Option<PathBuf>,
+    #[serde(default = "raw")]
+    disk_format: DiskFormat,
+    #[serde(default)]
+    kernel_args: Vec<String>,
+    #[serde(default = "root")]
+    ssh_user: String,
+    memory_mib: Option<u64>,
+}
+
+fn raw() -> DiskFormat {
+    DiskFormat::Raw
+}
+
+fn root() -> String {
+    "root".into()
+}
+
+/// What a domain boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Kernel.
+    pub kernel: PathBuf,
+    /// Initial RAM file system with the agent as `/init`.
+    pub initramfs: PathBuf,
+    /// Root file system, where it is not the initramfs itself.
+    pub disk: Option<Disk>,
+    /// Kernel arguments.
+    pub kernel_args: Vec<String>,
+    /// User for SSH.
+    pub ssh_user: String,
+    /// Memory where the job does not say, bytes.
+    pub memory_bytes: u64,
+}
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// No such image.
+    #[error(
+        "no image {name:?} in {directory}: {}; build the images with `make images`",
+        there_are(known)
+    )]
+    Unknown {
+        /// Asked for.
+        name: String,
+        /// Where it was looked for.
+        directory: PathBuf,
+        /// What there is.
+        known: Vec<String>,
+    },
+    /// `image.toml` cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// `image.toml` makes no sense.
+    #[error("{path} is not as expected")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+}
+
+fn there_are(known: &[String]) -> String {
+    if known.is_empty() {
+        "there are none".into()
+    } else {
+        format!("there are {}", known.join(", "))
+    }
+}
+
+/// The directory of images.
+#[derive(Debug, Clone)]
+pub struct ImageStore {
+    directory: PathBuf,
+    simulated: bool,
+}
+
+impl ImageStore {
+    /// A store in this directory, which need not exist.
+    pub fn new(directory: PathBuf) -> Self {
+        ImageStore {
+            directory,
+            simulated: false,
+        }
+    }
+
+    /// For simulated domains, which read no files: the default image is there in any case.
+    pub fn with_simulated_base(mut self) -> Self {
+        self.simulated = true;
+        self
+    }
+
+    /// Names of the images, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let Ok(entries) = std::fs::read_dir(&self.directory) else {
+            return vec![];
+        };
+        let mut names: Vec<String> = entries
+            .flatten()
+            .filter(|entry| entry.path().join("image.toml").is_file())
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// Reads an image's description.
+    pub fn get(&self, name: &str) -> Result<Image, ImageError> {
+        // A name is one component: `image:../../etc` is no image.
+        let plain = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
+        let directory = self.directory.join(name);
+        let there = plain && directory.join("image.toml").is_file();
+        if !there && self.simulated && name == DEFAULT_IMAGE {
+            return Ok(Image {
+                kernel: directory.join("kernel"),
+                initramfs: directory.join("initramfs"),
+                disk: None,
+                kernel_args: vec![],
+                ssh_user: root(),
+                memory_bytes: DEFAULT_MEMORY_MIB << 20,
+            });
+        }
+        if !there {
+            return Err(ImageError::Unknown {
+                name: name.into(),
+                directory: self.directory.clone(),
+                known: self.names(),
+            });
+        }
+        read(&directory)
+    }
+}
+
+/// Reads `image.toml` of a directory; paths in it are relative to the directory.
+fn read(directory: &Path) -> Result<Image, ImageError> {
+    let path = directory.join("image.toml");
+    let text = std::fs::read_to_string(&path).map_err(|source| ImageError::Read {
+        path: path.clone(),
+        source,
+    })?;
+    let manifest: Manifest = toml::from_str(&text).map_err(|source| ImageError::Parse {
+        path,
+        source: Box::new(source),
+    })?;
+    Ok(Image {
+        kernel: directory.join(manifest.kernel),
+        initramfs: directory.join(manifest.initramfs),
+        disk: manifest.disk.map(|disk| Disk {
+            image: directory.join(disk),
+            format: manifest.disk_format,
+            read_only: false,
+        }),
+        kernel_args: manifest.kernel_args,
+        ssh_user: manifest.ssh_user,
+        memory_bytes: manifest.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB) << 20,
+    })
+}
+
+/// Where `make images` puts images.
+pub fn default_directory() -> PathBuf {
+    std::env::var_os("XBEE_IMAGES")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| home_directory("XDG_CACHE_HOME", ".cache").join("xbee/images"))
+}
+
+/// A directory of the XDG base directory specification.
+pub fn home_directory(variable: &str, below_home: &str) -> PathBuf {
+    std::env::var_os(variable)
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .unwrap_or_else(|| {
+            let home = std::env::var_os("HOME").unwrap_or_else(|| "/".into());
+            PathBuf::from(home).join(below_home)
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_found_by_its_plain_name_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("tiny");
+        std::fs::create_dir(&image).unwrap();
+        std::fs::write(
+            image.join("image.toml"),
+            "kernel = \"../kernel/vmlinux\"\ninitramfs = \"i.cpio\"\ndisk = \"root.img\"\nmemory_mib = 64\n",
+        )
+        .unwrap();
+        let store = ImageStore::new(dir.path().into());
+        assert_eq!(store.names(), ["tiny"]);
+        let found = store.get("tiny").unwrap();
+        assert_eq!(found.memory_bytes, 64 << 20);
+        assert_eq!(found.disk.unwrap().image, image.join("root.img"));
+        for name in ["", "..", "../tiny", "tiny/", "huge"] {
+            let error = store.get(name).unwrap_err().to_string();
+            assert!(error.contains("there are tiny"), "{error}");
+        }
+    }
+}

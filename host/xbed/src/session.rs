@@ -1,0 +1,323 @@
+//! The conversation with the agent of one domain, across lost connections and restarts of `xbed`.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Mutex, watch};
+use tokio::task::JoinSet;
+use tracing::{debug, info, warn};
+use xbee_agent::protocol::{Exited, OutputStream, ResumePoint, Secret};
+use xbee_agent::{Agent, Event, Resume};
+use xbee_api::{PublishedPort, chain};
+use xbee_engine::Failure;
+use xbee_hypervisor::Error as HypervisorError;
+
+use crate::host::Host;
+use crate::logs::{LogError, LogWriter, Stream};
+use crate::task::TaskHandle;
+
+/// How long a domain that runs may go without a connection to its agent.
+const CONTACT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Connections through published ports at a time, for each port.
+const MAX_CONNECTIONS: usize = 256;
+/// Lines of the console that are quoted when a domain is lost.
+const CONSOLE_LINES: usize = 5;
+/// How much of the console is read for them, bytes.
+const CONSOLE_TAIL_BYTES: u64 = 4096;
+/// Longest quoted line, characters.
+const CONSOLE_LINE_CHARS: usize = 200;
+
+/// What is known of the task in the guest.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Progress {
+    /// Nothing yet, or it runs.
+    Open,
+    /// It ran to its end.
+    Exited(Exited),
+    /// The agent could not run it, or the domain or its agent was lost.
+    Failed(Failure),
+}
+
+/// Keeps the connection; ends with its last user.
+#[derive(Debug)]
+pub struct Session {
+    progress: watch::Receiver<Progress>,
+    // Dropping the set ends what runs in it.
+    workers: Mutex<JoinSet<()>>,
+}
+
+impl Session {
+    /// Begins to wait for the agent of the task's domain and publishes the task's ports.
+    pub async fn open(host: Arc<Host>, task: Arc<TaskHandle>) -> Result<Session, Failure> {
+        let log = LogWriter::open(&task.spool, task.lengths.clone()).map_err(log_failure)?;
+        let mut workers = JoinSet::new();
+        let mut ports = vec![];
+        for port in &task.record.request.publish {
+            let (listener, port) = bind(*port).await?;
+            ports.push(port);
+            workers.spawn(publish(listener, port, task.clone()));
+        }
+        task.ports.send_replace(ports);
+        let (sender, progress) = watch::channel(Progress::Open);
+        workers.spawn(keep(host, task, log, sender));
+        Ok(Session {
+            progress,
+            workers: Mutex::new(workers),
+        })
+    }
+
+    /// What is known of the task, now and later.
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.clone()
+    }
+
+    /// Ends the connection and gives the published ports back.
+    pub async fn close(&self) {
+        self.workers.lock().await.shutdown().await;
+    }
+}
+
+async fn keep(
+    host: Arc<Host>,
+    task: Arc<TaskHandle>,
+    mut log: LogWriter,
+    progress: watch::Sender<Progress>,
+) {
+    let secret = Secret(task.record.secret);
+    let id = task.record.id;
+    let lost = |code: &str, what: String| {
+        let failure = with_console(&task.console_path(), code, what);
+        warn!(task = %id, code, reason = failure.reason, "domain lost");
+        progress.send_if_modified(|now| {
+            let open = *now == Progress::Open;
+            if open {
+                *now = Progress::Failed(failure);
+            }
+            open
+        });
+    };
+    let mut first = true;
+    loop {
+        let limit = if first {
+            host.config.boot_timeout
+        } else {
+            CONTACT_TIMEOUT
+        };
+        let contact = async {
+            loop {
+                let stream = host.hypervisor.channel(id).await?;
+                let resume = Resume {
+                    points: vec![ResumePoint {
+                        conversation: id,
+                        stdout_bytes: log.length(Stream::Stdout),
+                        stderr_bytes: log.length(Stream::Stderr),
+                    }],
+                };
+                match Agent::connect(stream, &secret, resume).await {
+                    Ok(connected) => return Ok::<_, HypervisorError>(connected),
+                    Err(error) => warn!(task = %id, error = chain(&error), "agent not accepted"),
+                }
+            }
+        };
+        let (agent, mut events) = match tokio::time::timeout(limit, contact).await {
+            Ok(Ok(connected)) => connected,
+            Ok(Err(HypervisorError::Gone { reason, .. })) => {
+                lost("domain-lost", format!("the domain ended: {reason}"));
+                return;
+            }
+            Ok(Err(error)) => {
+                lost("domain-lost", chain(&error));
+                return;
+            }
+            Err(_) if first => {
+                let seconds = limit.as_secs();
+                lost(
+                    "agent-never-came",
+                    format!(
+                        "the domain was started but its agent did not report within {seconds} s: does the image's kernel boot, and does its initramfs hold the agent?"
+                    ),
+                );
+                return;
+            }
+            Err(_) => {
+                let seconds = limit.as_secs();
+                lost(
+                    "agent-silent",
+                    format!("the agent in the domain has not been heard of for {seconds} s"),
+                );
+                return;
+            }
+        };
+        first = false;
+        info!(task = %id, "agent connected");
+        task.agent.send_replace(Some(agent.clone()));
+        while let Some(event) = events.recv().await {
+            if let Err(failure) = take(event, &agent, &mut log, &progress).await {
+                progress.send_replace(Progress::Failed(failure));
+            }
+        }
+        task.agent.send_replace(None);
+        info!(task = %id, "agent disconnected");
+    }
+}
+
+async fn take(
+    event: Event,
+    agent: &Agent,
+    log: &mut LogWriter,
+    progress: &watch::Sender<Progress>,
+) -> Result<(), Failure> {
+    match event {
+        Event::Output {
+            conversation,
+            stream,
+            offset,
+            data,
+        } => {
+            let to = match stream {
+                OutputStream::Stdout => Stream::Stdout,
+                OutputStream::Stderr => Stream::Stderr,
+            };
+            let held = log.append(to, offset, &data).map_err(log_failure)?;
+            // A lost connection is reported by its own event, and the bytes are asked for again.
+            let _ = agent.ack_output(conversation, stream, held);
+        }
+        Event::Exited { exited, .. } => {
+            progress.send_replace(Progress::Exited(exited));
+        }
+        Event::Failed { failure, .. } => {
+            progress.send_replace(Progress::Failed(Failure {
+                code: failure.code,
+                reason: failure.message,
+            }));
+        }
+        Event::Lost(error) => debug!(error = chain(&error), "connection to the agent ended"),
+    }
+    Ok(())
+}
+
+fn log_failure(error: LogError) -> Failure {
+    let code = match error {
+        LogError::Limit => "output-limit",
+        LogError::Gap { .. } | LogError::Io { .. } => "output-lost",
+    };
+    Failure {
+        code: code.into(),
+        reason: chain(&error),
+    }
+}
+
+/// A failure with the console's last lines, which often say why.
+pub fn with_console(console: &Path, code: &str, mut reason: String) -> Failure {
+    let lines = console_tail(console);
+    if lines.is_empty() {
+        reason.push_str("; its console is empty");
+    } else {
+        reason.push_str("; the last lines of its console:\n");
+        reason.push_str(&lines.join("\n"));
+    }
+    Failure {
+        code: code.into(),
+        reason,
+    }
+}
+
+/// The last lines of a console. The guest wrote them: control characters are taken out.
+fn console_tail(path: &Path) -> Vec<String> {
+    use std::io::{Read, Seek, SeekFrom};
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = std::fs::File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(CONSOLE_TAIL_BYTES)))?;
+        let mut bytes = vec![];
+        file.take(CONSOLE_TAIL_BYTES).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read().unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let mut lines: Vec<String> = text
+        .lines()
+        .map(|line| {
+            line.chars()
+                .filter(|c| !c.is_control())
+                .take(CONSOLE_LINE_CHARS)
+                .collect::<String>()
+        })
+        .filter(|line| !line.trim().is_empty())
+        .collect();
+    lines.split_off(lines.len().saturating_sub(CONSOLE_LINES))
+}
+
+async fn bind(port: PublishedPort) -> Result<(TcpListener, PublishedPort), Failure> {
+    let bound = TcpListener::bind(("127.0.0.1", port.host)).await;
+    let bound = bound.and_then(|listener| {
+        let host = listener.local_addr()?.port();
+        Ok((listener, PublishedPort { host, ..port }))
+    });
+    bound.map_err(|error| Failure {
+        code: "port-unavailable".into(),
+        reason: format!(
+            "cannot publish the domain's port {} on 127.0.0.1:{}: {error}; choose another with -p",
+            port.guest, port.host
+        ),
+    })
+}
+
+/// Carries connections to a port of the host into the domain.
+async fn publish(listener: TcpListener, port: PublishedPort, task: Arc<TaskHandle>) {
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        if connections.len() >= MAX_CONNECTIONS {
+            connections.join_next().await;
+        }
+        match listener.accept().await {
+            Ok((client, _)) => {
+                connections.spawn(forward(client, port.guest, task.clone()));
+            }
+            Err(error) => {
+                warn!(task = %task.record.id, %error, "published port cannot accept");
+                // Most often no descriptors are left: it goes on when some are free again.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn forward(mut client: TcpStream, port: u16, task: Arc<TaskHandle>) {
+    let Some(agent) = task.agent() else {
+        return;
+    };
+    match agent.forward(port).await {
+        Ok(mut guest) => {
+            // Either side may vanish at any time: the end of a copy is not an error.
+            let _ = tokio::io::copy_bidirectional(&mut client, &mut guest).await;
+        }
+        Err(error) => debug!(task = %task.record.id, port, error = chain(&error), "not forwarded"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_console_is_quoted_without_control_characters() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console");
+        let mut text = String::from("long ago\n");
+        for n in 0..7 {
+            text.push_str(&format!("line {n}\x1b[31m\r\n\n"));
+        }
+        std::fs::write(&path, text).unwrap();
+        let failure = with_console(&path, "x", "gone".into());
+        assert_eq!(
+            failure.reason,
+            "gone; the last lines of its console:\nline 2[31m\nline 3[31m\nline 4[31m\nline 5[31m\nline 6[31m"
+        );
+        let failure = with_console(&dir.path().join("none"), "x", "gone".into());
+        assert_eq!(failure.reason, "gone; its console is empty");
+    }
+}

@@ -1,0 +1,147 @@
+//! Executing: the task runs in the guest.
+
+use std::time::Duration;
+
+use xbee_agent::Agent;
+use xbee_agent::protocol::{EndCause, Execute, Exited, Limits, Variable};
+use xbee_engine::Failure;
+
+use super::{agent, agent_failure, fail, session};
+use crate::exec::exit_code;
+use crate::plan::{Command, Work};
+use crate::session::Progress;
+use crate::task::StepContext;
+
+/// How much longer than the grace a task may take to be gone after KILL.
+const KILL_MARGIN: Duration = Duration::from_secs(5);
+
+/// Runs the task to its end, or until the step is cancelled: then the task's processes get TERM
+/// and, after the grace, KILL.
+pub async fn perform(context: &StepContext) -> Result<Option<i32>, Failure> {
+    match &context.task.record.plan.work {
+        Work::Command(command) => {
+            tokio::select! {
+                ended = run(context, command) => ended.map(Some),
+                () = context.cancel.cancelled() => {
+                    terminate(context).await;
+                    Err(fail("cancelled", "cancelled"))
+                }
+            }
+        }
+        Work::Continuous => {
+            let mut progress = session(context).await?.progress();
+            tokio::select! {
+                failure = lost(&mut progress) => Err(failure),
+                () = context.cancel.cancelled() => Err(fail("cancelled", "cancelled")),
+            }
+        }
+        Work::Nothing => Ok(None),
+    }
+}
+
+async fn run(context: &StepContext, command: &Command) -> Result<i32, Failure> {
+    let id = context.task.record.id;
+    let mut progress = session(context).await?.progress();
+    // The agent knows the conversation: asked again after an interruption, it runs nothing twice.
+    // A connection lost in between is waited for; the session says when to give up.
+    loop {
+        let agent = agent(context).await?;
+        match agent.execute(request(id, command)).await {
+            Ok(_) => break,
+            Err(error) if error.is_lost() => drop_contact(context, agent).await?,
+            Err(error) => return Err(agent_failure("the task could not be started", &error)),
+        }
+    }
+    loop {
+        match progress.borrow_and_update().clone() {
+            Progress::Open => {}
+            Progress::Exited(exited) => return ended(command, &exited),
+            Progress::Failed(failure) => return Err(failure),
+        }
+        if progress.changed().await.is_err() {
+            return Err(fail("internal", "the session ended without a word"));
+        }
+    }
+}
+
+/// Waits until a connection that is known to be lost is no longer offered.
+async fn drop_contact(context: &StepContext, lost: Agent) -> Result<(), Failure> {
+    drop(lost);
+    let mut agent = context.task.agent.subscribe();
+    let mut progress = session(context).await?.progress();
+    tokio::select! {
+        _ = agent.changed() => Ok(()),
+        failure = self::lost(&mut progress) => Err(failure),
+    }
+}
+
+async fn lost(progress: &mut tokio::sync::watch::Receiver<Progress>) -> Failure {
+    let failed = progress.wait_for(|now| matches!(now, Progress::Failed(_)));
+    match failed.await.as_deref() {
+        Ok(Progress::Failed(failure)) => failure.clone(),
+        _ => fail("internal", "the session ended without a word"),
+    }
+}
+
+/// A task that a limit ended has failed; any other end is its own affair.
+fn ended(command: &Command, exited: &Exited) -> Result<i32, Failure> {
+    match exited.cause {
+        Some(EndCause::WallClockLimit) => {
+            let limit = command.limits.wall_seconds.unwrap_or_default();
+            Err(fail(
+                "wall-time-limit",
+                format!("the task was ended after its WallTimeLimit of {limit} s"),
+            ))
+        }
+        _ => Ok(exit_code(exited.status)),
+    }
+}
+
+async fn terminate(context: &StepContext) {
+    let Some(agent) = context.task.agent() else {
+        return;
+    };
+    let grace = context.host.config.terminate_grace;
+    let ended = agent.terminate_task(context.task.record.id, grace);
+    match tokio::time::timeout(grace + KILL_MARGIN, ended).await {
+        Ok(Ok(())) => {}
+        // The domain is destroyed next, which ends the task in any case.
+        Ok(Err(error)) => crate::host::log_teardown("task not terminated by its agent", &error),
+        Err(elapsed) => crate::host::log_teardown("task not terminated by its agent", &elapsed),
+    }
+}
+
+fn request(conversation: uuid::Uuid, command: &Command) -> Execute {
+    let limits = &command.limits;
+    Execute {
+        conversation,
+        argv: command.argv.clone(),
+        environment: command
+            .environment
+            .iter()
+            .map(|(name, value)| Variable {
+                name: name.clone(),
+                value: value.clone(),
+            })
+            .collect(),
+        working_directory: Some(command.working_directory.clone()),
+        stdin: command.input.clone(),
+        stdout: command.output.clone(),
+        stderr: command.error.clone(),
+        user: command.user.clone(),
+        group: command.group.clone(),
+        umask: None,
+        limits: Limits {
+            cpu_seconds: limits.cpu_seconds,
+            file_size_bytes: limits.file_size_bytes,
+            core_bytes: limits.core_bytes,
+            data_bytes: limits.data_bytes,
+            stack_bytes: limits.stack_bytes,
+            open_files: limits.open_files,
+            processes: limits.processes,
+            address_space_bytes: limits.address_space_bytes,
+            locked_memory_bytes: limits.locked_memory_bytes,
+            wall_clock_ms: limits.wall_seconds.map(|s| s.saturating_mul(1000)),
+        },
+    }
+}

@@ -1,0 +1,253 @@
+//! Files between a task's spool on the host and its domain, through the agent.
+//!
+//! The host never mounts a guest's disk: what goes in and comes out is sent as bytes.
+
+use std::path::{Path, PathBuf};
+
+use tokio::fs;
+use tokio::io::AsyncWriteExt;
+use xbee_agent::protocol::{MakeDirectory, MakeSymlink, code};
+use xbee_agent::{Agent, Error as AgentError, FileMeta};
+use xbee_engine::Failure;
+
+use super::{agent_failure, fail, io_failure};
+use crate::plan::{Creation, StageIn, StageOut};
+use crate::task::StepContext;
+
+/// What a spool holds only while its task is under way.
+pub const TEMPORARY: [&str; 5] = ["in", "out", "boot", "scripts", "boot.json"];
+/// Largest file that comes out of a domain, bytes.
+const MAX_RESULT_BYTES: u64 = 1 << 40;
+/// Deepest directory of an unpacked archive.
+const MAX_DEPTH: usize = 64;
+
+/// Where a staged-in file or unpacked archive is kept.
+pub fn staged(spool: &Path, index: usize) -> PathBuf {
+    spool.join("in").join(index.to_string())
+}
+
+/// Where a result is kept on its way out.
+pub fn result(spool: &Path, index: usize) -> PathBuf {
+    spool.join("out").join(index.to_string())
+}
+
+/// Where a script is kept.
+pub fn script(spool: &Path, index: usize) -> PathBuf {
+    spool.join("scripts").join(index.to_string())
+}
+
+/// Attributes of a text put into the guest.
+#[derive(Debug, Clone, Copy)]
+pub struct Text<'a> {
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner; root without.
+    pub user: Option<&'a str>,
+}
+
+/// Makes a directory with those above it; one that is there stays as it is.
+pub async fn make_directory(agent: &Agent, path: &str) -> Result<(), Failure> {
+    if path == "/" {
+        return Ok(());
+    }
+    let directory = MakeDirectory {
+        path: path.into(),
+        mode: 0o755,
+        user: None,
+        group: None,
+    };
+    let what = || format!("the directory {path} could not be made in the domain");
+    match agent.mkdir(directory).await {
+        Err(error) => Err(agent_failure(&what(), &error)),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// Puts a short text.
+pub async fn put_text(
+    agent: &Agent,
+    path: &str,
+    text: &str,
+    attributes: Text<'_>,
+) -> Result<(), Failure> {
+    let meta = FileMeta {
+        path: path.into(),
+        mode: attributes.mode,
+        user: attributes.user.map(Into::into),
+        group: None,
+        size: Some(text.len() as u64),
+    };
+    agent
+        .put_file(meta, text.as_bytes())
+        .await
+        .map_err(|error| put_failure(path, &error))?;
+    Ok(())
+}
+
+fn put_failure(path: &str, error: &AgentError) -> Failure {
+    agent_failure(&format!("{path} could not be put into the domain"), error)
+}
+
+/// Puts a file of the host.
+pub async fn put(agent: &Agent, from: &Path, path: &str, mode: u32) -> Result<(), Failure> {
+    let unreadable = |error| io_failure(from.display(), &error);
+    let file = fs::File::open(from).await.map_err(unreadable)?;
+    let size = file.metadata().await.map_err(unreadable)?.len();
+    let meta = FileMeta {
+        path: path.into(),
+        mode,
+        user: None,
+        group: None,
+        size: Some(size),
+    };
+    agent
+        .put_file(meta, file)
+        .await
+        .map_err(|error| put_failure(path, &error))?;
+    Ok(())
+}
+
+/// Puts what one DataStaging element fetched: a file, or the tree of an archive.
+pub async fn stage_into_guest(
+    context: &StepContext,
+    agent: &Agent,
+    index: usize,
+    file: &StageIn,
+) -> Result<(), Failure> {
+    let from = staged(&context.task.spool, index);
+    let meta = fs::symlink_metadata(&from)
+        .await
+        .map_err(|error| io_failure(from.display(), &error))?;
+    if meta.is_dir() {
+        return put_tree(agent, &from, &file.path).await;
+    }
+    match file.creation {
+        Creation::Overwrite => {}
+        Creation::DontOverwrite if exists(agent, &file.path).await? => return Ok(()),
+        Creation::DontOverwrite => {}
+        Creation::Append => prepend_guests_own(agent, &file.path, &from).await?,
+    }
+    put(agent, &from, &file.path, file.mode).await
+}
+
+/// The protocol has no question for this alone; the file is read and dropped.
+async fn exists(agent: &Agent, path: &str) -> Result<bool, Failure> {
+    match agent
+        .get_file(path, tokio::io::sink(), MAX_RESULT_BYTES)
+        .await
+    {
+        Ok(_) => Ok(true),
+        Err(AgentError::Failed { code, .. }) if code == code::FILE_NOT_FOUND => Ok(false),
+        Err(error) => Err(agent_failure(
+            &format!("{path} could not be looked for in the domain"),
+            &error,
+        )),
+    }
+}
+
+/// Makes the staged file what the guest's file becomes by appending.
+async fn prepend_guests_own(agent: &Agent, path: &str, staged: &Path) -> Result<(), Failure> {
+    let failed = |error| io_failure(staged.display(), &error);
+    let joined = staged.with_extension("joined");
+    let mut own = fs::File::create(&joined).await.map_err(failed)?;
+    match agent.get_file(path, &mut own, MAX_RESULT_BYTES).await {
+        Ok(_) => {}
+        Err(AgentError::Failed { code, .. }) if code == code::FILE_NOT_FOUND => return Ok(()),
+        Err(error) => {
+            return Err(agent_failure(
+                &format!("{path} could not be read in the domain"),
+                &error,
+            ));
+        }
+    }
+    let mut new = fs::File::open(staged).await.map_err(failed)?;
+    tokio::io::copy(&mut new, &mut own).await.map_err(failed)?;
+    own.flush().await.map_err(failed)?;
+    fs::rename(&joined, staged).await.map_err(failed)
+}
+
+/// Puts a directory of the host with all that is in it.
+async fn put_tree(agent: &Agent, from: &Path, to: &str) -> Result<(), Failure> {
+    use std::os::unix::fs::PermissionsExt;
+    make_directory(agent, to).await?;
+    let mut todo = vec![(from.to_path_buf(), to.trim_end_matches('/').to_owned(), 0)];
+    while let Some((directory, guest, depth)) = todo.pop() {
+        let failed = |error| io_failure(directory.display(), &error);
+        if depth > MAX_DEPTH {
+            return Err(fail(
+                "archive-too-deep",
+                format!("{guest} lies more than {MAX_DEPTH} directories deep in its archive"),
+            ));
+        }
+        let mut entries = fs::read_dir(&directory).await.map_err(failed)?;
+        while let Some(entry) = entries.next_entry().await.map_err(failed)? {
+            let name = entry.file_name().into_string().map_err(|name| {
+                fail(
+                    "archive-name",
+                    format!(
+                        "{guest}/{} in the archive: the name is not UTF-8",
+                        name.display()
+                    ),
+                )
+            })?;
+            let path = format!("{guest}/{name}");
+            let kind = entry.file_type().await.map_err(failed)?;
+            let mode = entry.metadata().await.map_err(failed)?.permissions().mode() & 0o7777;
+            if kind.is_dir() {
+                let made = MakeDirectory {
+                    path: path.clone(),
+                    mode,
+                    user: None,
+                    group: None,
+                };
+                agent
+                    .mkdir(made)
+                    .await
+                    .map_err(|error| put_failure(&path, &error))?;
+                todo.push((entry.path(), path, depth + 1));
+            } else if kind.is_symlink() {
+                let target = fs::read_link(entry.path()).await.map_err(failed)?;
+                let link = MakeSymlink {
+                    path: path.clone(),
+                    target: target.to_string_lossy().into_owned(),
+                    user: None,
+                    group: None,
+                };
+                agent
+                    .symlink(link)
+                    .await
+                    .map_err(|error| put_failure(&path, &error))?;
+            } else {
+                put(agent, &entry.path(), &path, mode).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Takes a result out of the guest to the spool.
+pub async fn take_from_guest(
+    context: &StepContext,
+    agent: &Agent,
+    index: usize,
+    file: &StageOut,
+) -> Result<(), Failure> {
+    let to = result(&context.task.spool, index);
+    let failed = |error| io_failure(to.display(), &error);
+    if let Some(parent) = to.parent() {
+        fs::create_dir_all(parent).await.map_err(failed)?;
+    }
+    let mut sink = fs::File::create(&to).await.map_err(failed)?;
+    let path = &file.path;
+    match agent.get_file(path, &mut sink, MAX_RESULT_BYTES).await {
+        Ok(_) => sink.flush().await.map_err(failed),
+        Err(AgentError::Failed { code, .. }) if code == code::FILE_NOT_FOUND => Err(fail(
+            "result-missing",
+            format!("{path}, to be staged out, is not there: the task did not make it"),
+        )),
+        Err(error) => Err(agent_failure(
+            &format!("{path} could not be taken out of the domain"),
+            &error,
+        )),
+    }
+}

@@ -1,0 +1,156 @@
+//! The steps of a task. Each can be performed again after a crash; what they made is undone by
+//! [`release`].
+
+mod execute;
+mod files;
+mod release;
+mod stage_in;
+mod stage_out;
+mod start;
+mod stop;
+
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt;
+use xbee_agent::{Agent, ExecSpec, StreamReader};
+use xbee_api::chain;
+use xbee_engine::{Failure, Step};
+
+use crate::exec::exit_code;
+use crate::plan::When;
+use crate::session::{Progress, Session};
+use crate::task::StepContext;
+
+pub use release::release;
+
+/// Where scripts are put in the guest.
+const SCRIPT_DIRECTORY: &str = "/tmp/xbee-scripts";
+/// How much of a script's standard error is quoted, bytes.
+const QUOTED_BYTES: u64 = 2048;
+/// How long a script may take.
+const SCRIPT_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Carries out a step; the exit code is that of the task, given by [`Step::Execute`].
+pub async fn perform(step: Step, context: &StepContext) -> Result<Option<i32>, Failure> {
+    match step {
+        Step::StageIn => stage_in::perform(context).await?,
+        Step::Start => until_cancelled(context, start::perform(context)).await?,
+        Step::Execute => return execute::perform(context).await,
+        Step::Stop => until_cancelled(context, stop::perform(context)).await?,
+        Step::StageOut => stage_out::perform(context).await?,
+    }
+    Ok(None)
+}
+
+/// For steps that may be dropped at any point.
+async fn until_cancelled<T>(
+    context: &StepContext,
+    step: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    tokio::select! {
+        () = context.cancel.cancelled() => Err(fail("cancelled", "cancelled")),
+        done = step => done,
+    }
+}
+
+fn fail(code: &str, reason: impl Into<String>) -> Failure {
+    Failure {
+        code: code.into(),
+        reason: reason.into(),
+    }
+}
+
+fn hypervisor_failure(error: &xbee_hypervisor::Error) -> Failure {
+    fail(error.code(), chain(error))
+}
+
+/// An agent's failure, with what was tried.
+fn agent_failure(what: &str, error: &xbee_agent::Error) -> Failure {
+    fail(error.code(), format!("{what}: {}", chain(error)))
+}
+
+fn io_failure(what: impl std::fmt::Display, error: &std::io::Error) -> Failure {
+    fail("host-io", format!("{what}: {error}"))
+}
+
+/// The session of the task's domain; opened if this is the first step that needs it.
+async fn session(context: &StepContext) -> Result<&Session, Failure> {
+    let open = || Session::open(context.host.clone(), context.task.clone());
+    context.session.get_or_try_init(open).await
+}
+
+/// The agent, as soon as there is a connection to it.
+async fn agent(context: &StepContext) -> Result<Agent, Failure> {
+    let mut progress = session(context).await?.progress();
+    let mut agent = context.task.agent.subscribe();
+    loop {
+        if let Some(agent) = agent.borrow_and_update().clone() {
+            return Ok(agent);
+        }
+        let lost = || fail("internal", "the session ended without a word");
+        tokio::select! {
+            changed = agent.changed() => changed.map_err(|_| lost())?,
+            changed = progress.changed() => {
+                if let Progress::Failed(failure) = progress.borrow_and_update().clone() {
+                    return Err(failure);
+                }
+                changed.map_err(|_| lost())?;
+            }
+        }
+    }
+}
+
+/// Runs the scripts of one occasion in the guest.
+async fn run_scripts(context: &StepContext, agent: &Agent, when: When) -> Result<(), Failure> {
+    for (index, _) in context.task.record.plan.scripts_at(when) {
+        let path = format!("{SCRIPT_DIRECTORY}/{index}-{}", when.name());
+        let spool = files::script(&context.task.spool, index);
+        files::put(agent, &spool, &path, 0o755).await?;
+        let spec = ExecSpec {
+            argv: vec![path, "/".into()],
+            ..ExecSpec::default()
+        };
+        let what = format!("the {} script", when.name());
+        let run = async {
+            let mut process = agent.exec(spec).await?;
+            drop(process.stdin.take());
+            let (stdout, stderr) = (process.stdout.take(), process.stderr.take());
+            let (_, quoted) = tokio::join!(beginning(stdout, 0), beginning(stderr, QUOTED_BYTES));
+            Ok::<_, xbee_agent::Error>((process.wait().await?, quoted))
+        };
+        let (status, quoted) = tokio::time::timeout(SCRIPT_TIMEOUT, run)
+            .await
+            .map_err(|_| {
+                let seconds = SCRIPT_TIMEOUT.as_secs();
+                fail(
+                    "script-timeout",
+                    format!("{what} did not end within {seconds} s"),
+                )
+            })?
+            .map_err(|error| agent_failure(&what, &error))?;
+        let code = exit_code(status);
+        if code != 0 {
+            let text = xbee_agent::protocol::sanitise(
+                String::from_utf8_lossy(&quoted).trim(),
+                quoted.len(),
+            );
+            return Err(fail(
+                "script-failed",
+                format!("{what} ended with exit code {code}: {text}"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The first bytes of a stream; the rest is read and dropped, so that the writer is not held up.
+async fn beginning(stream: Option<StreamReader>, bytes: u64) -> Vec<u8> {
+    let mut kept = vec![];
+    if let Some(stream) = stream {
+        let mut limited = stream.take(bytes);
+        // A stream that breaks off ends the command too, and that is reported.
+        let _ = limited.read_to_end(&mut kept).await;
+        let _ = tokio::io::copy(&mut limited.into_inner(), &mut tokio::io::sink()).await;
+    }
+    kept
+}

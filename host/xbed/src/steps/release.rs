@@ -1,0 +1,58 @@
+//! Takes back all that a task holds: the domain, its connections, its temporary files.
+
+use std::io;
+use std::path::Path;
+
+use tokio::fs;
+
+use crate::host::log_teardown;
+use crate::task::{StepContext, kept_console};
+
+/// How much of the console is kept, bytes from its end.
+const KEPT_CONSOLE_BYTES: u64 = 1 << 20;
+/// How long to wait before a failed destroy is tried again.
+const RETRY: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// Does not fail: a domain that does not go is tried again until it does, for its capacity must
+/// not be given to another while it holds it.
+pub async fn release(context: &StepContext) {
+    let task = &context.task;
+    let live = task.console.borrow().clone();
+    if let Some(live) = live.filter(|path| path.exists())
+        && let Err(error) = keep_end(&live, &kept_console(&task.spool)).await
+    {
+        log_teardown("console not kept", &error);
+    }
+    while let Err(error) = context.host.hypervisor.destroy(task.record.id).await {
+        log_teardown("domain not destroyed; trying again", &error);
+        tokio::time::sleep(RETRY).await;
+    }
+    if let Some(session) = context.session.get() {
+        session.close().await;
+    }
+    task.console.send_replace(None);
+    task.agent.send_replace(None);
+    for name in super::files::TEMPORARY {
+        let path = task.spool.join(name);
+        let removed = match fs::symlink_metadata(&path).await {
+            Ok(meta) if meta.is_dir() => fs::remove_dir_all(&path).await,
+            Ok(_) => fs::remove_file(&path).await,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
+            log_teardown("temporary files not removed", &error);
+        }
+    }
+}
+
+async fn keep_end(from: &Path, to: &Path) -> io::Result<()> {
+    use tokio::io::{AsyncReadExt, AsyncSeekExt};
+    let mut file = fs::File::open(from).await?;
+    let length = file.metadata().await?.len();
+    let start = length.saturating_sub(KEPT_CONSOLE_BYTES);
+    file.seek(io::SeekFrom::Start(start)).await?;
+    let mut kept = fs::File::create(to).await?;
+    tokio::io::copy(&mut file.take(KEPT_CONSOLE_BYTES), &mut kept).await?;
+    Ok(())
+}

@@ -1,0 +1,328 @@
+//! Stage-In: image and files come to the host.
+//!
+//! A local image that needs no unpacking is used where it is; domains write to overlays only.
+
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tokio::fs;
+use tokio::sync::watch;
+use xbee_api::{Progress, chain};
+use xbee_engine::Failure;
+use xbee_hypervisor::{Disk, DiskFormat};
+use xbee_staging::{Compression, Destination, Digest, FetchRequest, Identity, Uri};
+
+use super::{fail, files, io_failure};
+use crate::images::{DEFAULT_IMAGE, Image};
+use crate::plan::{Boot, Source, redacted};
+use crate::task::StepContext;
+
+/// First bytes of a qcow2 image.
+const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
+/// Name of a root file system, kernel and initial RAM file system in an XSDL package.
+const PACKAGE_IMAGE: [&str; 2] = ["image", "root.img"];
+const PACKAGE_KERNEL: [&str; 2] = ["kernel", "vmlinuz"];
+const PACKAGE_INITRD: [&str; 2] = ["initrd", "initramfs.cpio"];
+
+/// What the domain boots, as files of the host. Kept in the spool for the step that starts it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct BootFiles {
+    /// Kernel.
+    pub kernel: PathBuf,
+    /// Initial RAM file system that holds the agent.
+    pub initramfs: PathBuf,
+    /// Root file system.
+    pub disk: Option<Disk>,
+    /// Kernel arguments.
+    pub kernel_args: Vec<String>,
+    /// User for SSH.
+    pub ssh_user: String,
+}
+
+impl BootFiles {
+    fn path(spool: &Path) -> PathBuf {
+        spool.join("boot.json")
+    }
+
+    /// Reads what stage-in found.
+    pub fn load(spool: &Path) -> Result<BootFiles, Failure> {
+        let path = Self::path(spool);
+        let text = std::fs::read(&path).map_err(|error| io_failure(path.display(), &error))?;
+        serde_json::from_slice(&text)
+            .map_err(|error| fail("spool-damaged", format!("{}: {error}", path.display())))
+    }
+
+    fn save(&self, spool: &Path) -> Result<(), Failure> {
+        let path = Self::path(spool);
+        let draft = path.with_extension("new");
+        let saved = serde_json::to_vec(self)
+            .map_err(io::Error::other)
+            .and_then(|text| std::fs::write(&draft, text))
+            .and_then(|()| std::fs::rename(&draft, &path));
+        saved.map_err(|error| io_failure(path.display(), &error))
+    }
+}
+
+/// Fetches everything. Begins anew when repeated.
+pub async fn perform(context: &StepContext) -> Result<(), Failure> {
+    let spool = &context.task.spool;
+    for directory in ["in", "boot", "scripts"] {
+        let path = spool.join(directory);
+        let cleared = match fs::remove_dir_all(&path).await {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => fs::create_dir_all(&path).await,
+        };
+        cleared.map_err(|error| io_failure(path.display(), &error))?;
+    }
+    let plan = &context.task.record.plan;
+    boot_files(context, &plan.boot).await?.save(spool)?;
+    for (index, script) in plan.scripts.iter().enumerate() {
+        let to = files::script(spool, index);
+        fetch(context, &script.source, Destination::File(to)).await?;
+    }
+    for (index, file) in plan.stage_in.iter().enumerate() {
+        let to = files::staged(spool, index);
+        fetch(context, &file.source, destination(&file.source, to)?).await?;
+    }
+    Ok(())
+}
+
+fn destination(source: &Source, to: PathBuf) -> Result<Destination, Failure> {
+    let archive = compression(source)?.is_some_and(Compression::is_archive);
+    Ok(if archive {
+        Destination::Unpack(to)
+    } else {
+        Destination::File(to)
+    })
+}
+
+async fn boot_files(context: &StepContext, boot: &Boot) -> Result<BootFiles, Failure> {
+    let store = |name: &str| {
+        let image = context.host.images.get(name);
+        image.map_err(|error| fail("image-unusable", chain(&error)))
+    };
+    let directory = context.task.spool.join("boot");
+    match boot {
+        Boot::Store { name } => Ok(of_store(store(name)?)),
+        Boot::Instance {
+            kernel,
+            kernel_args,
+            initrd,
+            image,
+        } => {
+            let base = store(DEFAULT_IMAGE)?;
+            let kernel = match kernel {
+                Some(kernel) => Some(local(context, kernel, directory.join("kernel")).await?),
+                None => None,
+            };
+            let initrd = match initrd {
+                Some(initrd) => Some(local(context, initrd, directory.join("initrd")).await?),
+                None => None,
+            };
+            let image = local(context, image, directory.join("image")).await?;
+            assemble(base, kernel, initrd, image, kernel_args, &directory)
+        }
+        Boot::Package { package } => {
+            let unpacked = directory.join("package");
+            let to = Destination::Unpack(unpacked.clone());
+            fetch(context, package, to).await?;
+            let find = |names: &[&str]| {
+                let path = names.iter().map(|name| unpacked.join(name));
+                path.into_iter().find(|path| path.is_file())
+            };
+            let image = find(&PACKAGE_IMAGE).ok_or_else(|| {
+                fail(
+                    "package-incomplete",
+                    format!(
+                        "{} holds no file called {}: expected a root file system and, beside it, optionally {} and {}",
+                        redacted(&package.uri),
+                        PACKAGE_IMAGE.join(" or "),
+                        PACKAGE_KERNEL.join(" or "),
+                        PACKAGE_INITRD.join(" or "),
+                    ),
+                )
+            })?;
+            let base = store(DEFAULT_IMAGE)?;
+            let (kernel, initrd) = (find(&PACKAGE_KERNEL), find(&PACKAGE_INITRD));
+            assemble(base, kernel, initrd, image, &[], &directory)
+        }
+    }
+}
+
+fn of_store(image: Image) -> BootFiles {
+    BootFiles {
+        kernel: image.kernel,
+        initramfs: image.initramfs,
+        disk: image.disk,
+        kernel_args: image.kernel_args,
+        ssh_user: image.ssh_user,
+    }
+}
+
+/// The user's parts, completed by those of the base image. The agent travels in the initial RAM
+/// file system, so the image itself needs none: it is appended to the user's own.
+fn assemble(
+    base: Image,
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    image: PathBuf,
+    kernel_args: &[String],
+    directory: &Path,
+) -> Result<BootFiles, Failure> {
+    let format = if has_magic(&image, QCOW2_MAGIC)? {
+        DiskFormat::Qcow2
+    } else {
+        DiskFormat::Raw
+    };
+    let mut kernel_args = kernel_args.to_vec();
+    let initramfs = match initrd {
+        None => base.initramfs,
+        Some(initrd) => {
+            let joined = directory.join("initramfs");
+            join(&[&initrd, &base.initramfs], &joined)?;
+            // The user's `/init` would boot the image without us.
+            kernel_args.push("rdinit=/xbee/xbeinstd".into());
+            joined
+        }
+    };
+    Ok(BootFiles {
+        kernel: kernel.unwrap_or(base.kernel),
+        initramfs,
+        disk: Some(Disk {
+            image,
+            format,
+            read_only: false,
+        }),
+        kernel_args,
+        ssh_user: "root".into(),
+    })
+}
+
+/// Archives of an initial RAM file system one after another, each at a multiple of four bytes
+/// (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
+fn join(parts: &[&Path], to: &Path) -> Result<(), Failure> {
+    let write = || -> io::Result<()> {
+        let mut joined = std::fs::File::create(to)?;
+        for part in parts {
+            let length = io::copy(&mut std::fs::File::open(part)?, &mut joined)?;
+            let padding = usize::try_from(length.next_multiple_of(4) - length).unwrap_or(0);
+            io::Write::write_all(&mut joined, &[0; 4][..padding])?;
+        }
+        Ok(())
+    };
+    write().map_err(|error| io_failure(to.display(), &error))
+}
+
+fn has_magic(path: &Path, magic: &[u8]) -> Result<bool, Failure> {
+    let read = || -> io::Result<bool> {
+        let mut head = vec![];
+        let file = std::fs::File::open(path)?;
+        file.take(magic.len() as u64).read_to_end(&mut head)?;
+        Ok(head == magic)
+    };
+    read().map_err(|error| io_failure(path.display(), &error))
+}
+
+/// A file of the host with the source's content: the source itself if that will do.
+async fn local(context: &StepContext, source: &Source, to: PathBuf) -> Result<PathBuf, Failure> {
+    let here = uri(source)?.file_path();
+    match here {
+        Some(path) if source.compression.is_none() => {
+            // Checks the owner's right to read it, and the digest.
+            fetch(context, source, Destination::Verify).await?;
+            Ok(path)
+        }
+        _ => {
+            fetch(context, source, Destination::File(to.clone())).await?;
+            Ok(to)
+        }
+    }
+}
+
+pub(super) fn uri(source: &Source) -> Result<Uri, Failure> {
+    parse_uri(&source.uri)
+}
+
+pub(super) fn parse_uri(uri: &str) -> Result<Uri, Failure> {
+    uri.parse()
+        .map_err(|error: xbee_staging::Error| fail(error.code(), chain(&error)))
+}
+
+fn compression(source: &Source) -> Result<Option<Compression>, Failure> {
+    let parse = |name: &String| name.parse::<Compression>();
+    let parsed = source.compression.as_ref().map(parse).transpose();
+    parsed.map_err(|error| fail("unknown-compression", chain(&error)))
+}
+
+async fn fetch(
+    context: &StepContext,
+    source: &Source,
+    destination: Destination,
+) -> Result<(), Failure> {
+    let digest = match &source.hash {
+        Some((algorithm, hex)) => {
+            let invalid = |reason: String| {
+                fail(
+                    "invalid-hash",
+                    format!("{}: {reason}", redacted(&source.uri)),
+                )
+            };
+            let algorithm = algorithm.parse().map_err(|e| invalid(chain(&e)))?;
+            Some(Digest::from_hex(algorithm, hex).map_err(|e| invalid(chain(&e)))?)
+        }
+        None => None,
+    };
+    let request = FetchRequest {
+        uri: uri(source)?,
+        hash: digest,
+        compression: compression(source)?,
+        destination,
+        identity: identity(context),
+    };
+    let (progress, seen) = watch::channel(xbee_staging::Progress::default());
+    let transfer = context
+        .host
+        .stager
+        .fetch(request, progress, &context.cancel);
+    let fetched = with_progress(context, &source.uri, seen, transfer).await;
+    fetched.map_err(|error| fail(error.code(), chain(&error)))?;
+    Ok(())
+}
+
+/// Whose rights open `file:` URIs.
+pub(super) fn identity(context: &StepContext) -> Identity {
+    let owner = context.task.record.owner;
+    Identity {
+        uid: owner.uid,
+        gid: owner.gid,
+        groups: vec![],
+    }
+}
+
+/// Shows a transfer's progress in the task's status while it runs.
+pub(super) async fn with_progress<T>(
+    context: &StepContext,
+    uri: &str,
+    mut seen: watch::Receiver<xbee_staging::Progress>,
+    transfer: impl Future<Output = T>,
+) -> T {
+    let what = redacted(uri);
+    let show = async {
+        while seen.changed().await.is_ok() {
+            let now = *seen.borrow_and_update();
+            context.task.progress.send_replace(Some(Progress {
+                what: what.clone(),
+                done_bytes: now.transferred_bytes,
+                total_bytes: now.total_bytes,
+            }));
+        }
+        std::future::pending::<()>().await;
+    };
+    let ended = tokio::select! {
+        ended = transfer => ended,
+        () = show => unreachable!("`show` does not end"),
+    };
+    context.task.progress.send_replace(None);
+    ended
+}

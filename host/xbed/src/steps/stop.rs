@@ -1,0 +1,67 @@
+//! Instance-Stopping: results are taken out of the domain, then it is shut down.
+
+use std::time::Duration;
+
+use xbee_engine::Failure;
+use xbee_hypervisor::DomainState;
+
+use super::{agent, agent_failure, files, hypervisor_failure, run_scripts};
+use crate::plan::When;
+use crate::task::StepContext;
+
+/// Time that processes in the guest have to end by themselves. The task is over by now.
+const PROCESS_GRACE: Duration = Duration::from_secs(2);
+
+/// Takes the results and ends the domain, gracefully if the guest plays along.
+pub async fn perform(context: &StepContext) -> Result<(), Failure> {
+    let agent = agent(context).await?;
+    let plan = &context.task.record.plan;
+    run_scripts(context, &agent, When::Cleanup).await?;
+    for (index, file) in plan.stage_out.iter().enumerate() {
+        files::take_from_guest(context, &agent, index, file).await?;
+    }
+    run_scripts(context, &agent, When::PostCleanup).await?;
+    shut_down(context, &agent).await
+}
+
+async fn shut_down(context: &StepContext, agent: &xbee_agent::Agent) -> Result<(), Failure> {
+    let id = context.task.record.id;
+    let hypervisor = &context.host.hypervisor;
+    // Subscribed before the guest is asked: its end cannot be missed.
+    let mut events = hypervisor.events();
+    match agent.shutdown(PROCESS_GRACE).await {
+        Ok(()) => {}
+        Err(error) if error.is_lost() => {}
+        Err(error) => return Err(agent_failure("the guest could not be shut down", &error)),
+    }
+    let stopped = async {
+        loop {
+            match events.recv().await {
+                Ok(event)
+                    if event.id == id && matches!(event.state, DomainState::Stopped { .. }) =>
+                {
+                    return;
+                }
+                Ok(_) => {}
+                // Too many events at once: look instead.
+                Err(_) => {
+                    let list = hypervisor.list().await.unwrap_or_default();
+                    let running = list.iter().any(|domain| {
+                        domain.id == id && !matches!(domain.state, DomainState::Stopped { .. })
+                    });
+                    if !running {
+                        return;
+                    }
+                }
+            }
+        }
+    };
+    let grace = context.host.config.shutdown_grace;
+    if tokio::time::timeout(grace, stopped).await.is_err() {
+        tracing::warn!(task = %id, ?grace, "guest did not switch off in time, forced");
+    }
+    hypervisor
+        .destroy(id)
+        .await
+        .map_err(|error| hypervisor_failure(&error))
+}

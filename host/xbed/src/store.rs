@@ -1,0 +1,340 @@
+//! What survives `kill -9` and a power cut: tasks and their journal, in SQLite.
+//!
+//! A task's row never changes; its journal only grows. The last journal entry *is* the task's
+//! state, and the entries that change the BES state are its history: one place for each fact.
+//! WAL with `synchronous = FULL`: what was written when a call returns is on the disk.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
+
+use rusqlite::{Connection, params};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+use xbee_api::SubmitRequest;
+use xbee_engine::Task;
+
+use crate::plan::Plan;
+
+/// Version of the tables below.
+const SCHEMA_VERSION: i32 = 1;
+const SCHEMA: &str = "
+CREATE TABLE task (
+    number  INTEGER PRIMARY KEY AUTOINCREMENT,
+    id      TEXT NOT NULL UNIQUE,
+    record  TEXT NOT NULL
+) STRICT;
+CREATE TABLE journal (
+    task    INTEGER NOT NULL REFERENCES task(number) ON DELETE CASCADE,
+    seq     INTEGER NOT NULL,
+    at_ms   INTEGER NOT NULL,
+    state   TEXT NOT NULL,
+    PRIMARY KEY (task, seq)
+) STRICT, WITHOUT ROWID;
+";
+
+/// A task as it was accepted.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TaskRecord {
+    /// Its id.
+    pub id: Uuid,
+    /// Its owner.
+    pub owner: Owner,
+    /// The request, word for word.
+    pub request: SubmitRequest,
+    /// What it means on this host.
+    pub plan: Plan,
+    /// The secret that its domain's agent proves to know.
+    pub secret: [u8; 32],
+}
+
+/// Who a task belongs to, in the kernel's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// User id.
+    pub uid: u32,
+    /// Primary group id.
+    pub gid: u32,
+}
+
+/// An entry of a task's journal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Milliseconds since the Unix epoch.
+    pub at_ms: u64,
+    /// The state entered.
+    pub state: Task,
+}
+
+/// A task read back.
+#[derive(Debug)]
+pub struct StoredTask {
+    /// Number, never used twice; the domain's vsock context identifier comes from it.
+    pub number: i64,
+    /// What was accepted.
+    pub record: TaskRecord,
+    /// All that happened, oldest first; never empty.
+    pub journal: Vec<Entry>,
+}
+
+/// What goes wrong with the store.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// SQLite's word.
+    #[error("the task store {path} failed")]
+    Sqlite {
+        /// The data base.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// Made by another version.
+    #[error(
+        "the task store {path} has version {found}, this xbed knows version {SCHEMA_VERSION}: start the xbed that made it, or use another --data directory"
+    )]
+    Version {
+        /// The data base.
+        path: PathBuf,
+        /// Its version.
+        found: i32,
+    },
+    /// A row is not what this program writes.
+    #[error("the task store {path} holds a damaged entry for task {task}")]
+    Damaged {
+        /// The data base.
+        path: PathBuf,
+        /// Which task.
+        task: String,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// The data base.
+#[derive(Debug)]
+pub struct Store {
+    path: PathBuf,
+    connection: Mutex<Connection>,
+}
+
+impl Store {
+    /// Opens or makes the data base.
+    pub fn open(path: &Path) -> Result<Store, StoreError> {
+        let failed = |source| StoreError::Sqlite {
+            path: path.into(),
+            source,
+        };
+        let connection = Connection::open(path).map_err(failed)?;
+        connection
+            .execute_batch(
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA busy_timeout = 5000;",
+            )
+            .map_err(failed)?;
+        let found: i32 = connection
+            .query_row("PRAGMA user_version", [], |row| row.get(0))
+            .map_err(failed)?;
+        match found {
+            0 => connection
+                .execute_batch(&format!(
+                    "BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+                ))
+                .map_err(failed)?,
+            SCHEMA_VERSION => {}
+            found => {
+                return Err(StoreError::Version {
+                    path: path.into(),
+                    found,
+                });
+            }
+        }
+        Ok(Store {
+            path: path.into(),
+            connection: Mutex::new(connection),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connection> {
+        // A panic while the lock is held leaves SQLite's own transaction rolled back: go on.
+        self.connection
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn failed(&self, source: rusqlite::Error) -> StoreError {
+        StoreError::Sqlite {
+            path: self.path.clone(),
+            source,
+        }
+    }
+
+    fn damaged(&self, task: impl ToString, source: serde_json::Error) -> StoreError {
+        StoreError::Damaged {
+            path: self.path.clone(),
+            task: task.to_string(),
+            source,
+        }
+    }
+
+    /// Accepts a task with its first journal entry; returns its number. Durable on return.
+    pub fn insert(&self, record: &TaskRecord, first: &Entry) -> Result<i64, StoreError> {
+        let text = serde_json::to_string(record).map_err(|e| self.damaged(record.id, e))?;
+        let state = serde_json::to_string(&first.state).map_err(|e| self.damaged(record.id, e))?;
+        let mut connection = self.lock();
+        let insert = |connection: &mut Connection| {
+            let transaction = connection.transaction()?;
+            transaction.execute(
+                "INSERT INTO task (id, record) VALUES (?1, ?2)",
+                params![record.id.to_string(), text],
+            )?;
+            let number = transaction.last_insert_rowid();
+            transaction.execute(
+                "INSERT INTO journal (task, seq, at_ms, state) VALUES (?1, 0, ?2, ?3)",
+                params![number, first.at_ms.cast_signed(), state],
+            )?;
+            transaction.commit()?;
+            Ok(number)
+        };
+        insert(&mut connection).map_err(|e| self.failed(e))
+    }
+
+    /// Adds entry `seq` to a task's journal. Durable on return.
+    pub fn append(&self, number: i64, seq: usize, entry: &Entry) -> Result<(), StoreError> {
+        let state = serde_json::to_string(&entry.state).map_err(|e| self.damaged(number, e))?;
+        self.lock()
+            .execute(
+                "INSERT INTO journal (task, seq, at_ms, state) VALUES (?1, ?2, ?3, ?4)",
+                params![
+                    number,
+                    i64::try_from(seq).unwrap_or(i64::MAX),
+                    entry.at_ms.cast_signed(),
+                    state
+                ],
+            )
+            .map_err(|e| self.failed(e))?;
+        Ok(())
+    }
+
+    /// Forgets a task.
+    pub fn remove(&self, id: Uuid) -> Result<(), StoreError> {
+        self.lock()
+            .execute("DELETE FROM task WHERE id = ?1", [id.to_string()])
+            .map_err(|e| self.failed(e))?;
+        Ok(())
+    }
+
+    /// All tasks, in the order in which they were accepted.
+    pub fn load(&self) -> Result<Vec<StoredTask>, StoreError> {
+        let connection = self.lock();
+        let mut tasks: Vec<StoredTask> = vec![];
+        let rows = || -> rusqlite::Result<Vec<(i64, String)>> {
+            connection
+                .prepare("SELECT number, record FROM task ORDER BY number")?
+                .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+                .collect()
+        };
+        for (number, text) in rows().map_err(|e| self.failed(e))? {
+            let record = serde_json::from_str(&text).map_err(|e| self.damaged(number, e))?;
+            let entries = || -> rusqlite::Result<Vec<(i64, String)>> {
+                connection
+                    .prepare_cached(
+                        "SELECT at_ms, state FROM journal WHERE task = ?1 ORDER BY seq",
+                    )?
+                    .query_map([number], |row| Ok((row.get(0)?, row.get(1)?)))?
+                    .collect()
+            };
+            let mut journal = vec![];
+            for (at_ms, state) in entries().map_err(|e| self.failed(e))? {
+                journal.push(Entry {
+                    at_ms: at_ms.cast_unsigned(),
+                    state: serde_json::from_str(&state).map_err(|e| self.damaged(number, e))?,
+                });
+            }
+            tasks.push(StoredTask {
+                number,
+                record,
+                journal,
+            });
+        }
+        Ok(tasks)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use xbee_engine::Input;
+
+    fn record() -> TaskRecord {
+        TaskRecord {
+            id: Uuid::new_v4(),
+            owner: Owner { uid: 1, gid: 2 },
+            request: SubmitRequest {
+                jsdl: "<x/>".into(),
+                lenient: false,
+                publish: vec![],
+            },
+            plan: Plan::example(),
+            secret: [7; 32],
+        }
+    }
+
+    #[test]
+    fn what_was_written_is_read_back_after_a_reopen() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tasks.sqlite");
+        let record = record();
+        let mut state = Task::default();
+        let first = Entry {
+            at_ms: 10,
+            state: state.clone(),
+        };
+        state.apply(Input::Admitted).unwrap();
+        let second = Entry { at_ms: 11, state };
+        {
+            let store = Store::open(&path).unwrap();
+            let number = store.insert(&record, &first).unwrap();
+            store.append(number, 1, &second).unwrap();
+            assert!(
+                store.append(number, 1, &second).is_err(),
+                "one entry a place"
+            );
+        }
+        let store = Store::open(&path).unwrap();
+        let tasks = store.load().unwrap();
+        assert_eq!(tasks.len(), 1);
+        assert_eq!(tasks[0].record.id, record.id);
+        assert_eq!(tasks[0].record.secret, record.secret);
+        assert_eq!(tasks[0].journal, [first, second]);
+        store.remove(record.id).unwrap();
+        assert!(store.load().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_number_is_never_used_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("t")).unwrap();
+        let entry = Entry {
+            at_ms: 0,
+            state: Task::default(),
+        };
+        let one = record();
+        let first = store.insert(&one, &entry).unwrap();
+        store.remove(one.id).unwrap();
+        let second = store.insert(&record(), &entry).unwrap();
+        assert!(second > first);
+    }
+
+    #[test]
+    fn a_store_of_another_version_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t");
+        drop(Store::open(&path).unwrap());
+        Connection::open(&path)
+            .unwrap()
+            .execute_batch("PRAGMA user_version = 99")
+            .unwrap();
+        let error = Store::open(&path).unwrap_err().to_string();
+        assert!(error.contains("version 99"), "{error}");
+    }
+}

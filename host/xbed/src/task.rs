@@ -1,0 +1,324 @@
+//! One actor a task. It alone changes the task's state, writes each change down before it acts on
+//! it, and runs one step at a time.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{OnceCell, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+use xbee_agent::Agent;
+use xbee_api::{Progress, PublishedPort, TaskEvent, TaskStatus, chain};
+use xbee_engine::{Action, Failure, Input, Phase, Step, Task};
+
+use crate::host::Host;
+use crate::session::Session;
+use crate::steps;
+use crate::store::{Entry, StoredTask, TaskRecord};
+use crate::view;
+
+/// How long to wait before a failed write to the store is tried again.
+const STORE_RETRY: Duration = Duration::from_secs(1);
+
+/// What others want of a task. Bounded by its shape: asking twice is asking once.
+#[derive(Debug, Default, Clone)]
+struct Wishes {
+    admitted: bool,
+    terminate: Option<String>,
+}
+
+/// A task, for everybody else. All of it can be looked at and waited for at any time.
+pub struct TaskHandle {
+    /// Its number, which is never used twice.
+    pub number: i64,
+    /// What was accepted.
+    pub record: TaskRecord,
+    /// Directory of its files on the host.
+    pub spool: PathBuf,
+    wishes: watch::Sender<Wishes>,
+    journal: watch::Sender<Vec<Entry>>,
+    /// Lengths of standard output and error.
+    pub(crate) lengths: watch::Sender<[u64; 2]>,
+    pub(crate) progress: watch::Sender<Option<Progress>>,
+    pub(crate) ports: watch::Sender<Vec<PublishedPort>>,
+    pub(crate) agent: watch::Sender<Option<Agent>>,
+    pub(crate) console: watch::Sender<Option<PathBuf>>,
+}
+
+impl TaskHandle {
+    /// A handle of a stored task. Its actor is started apart, with [`run`].
+    pub fn new(stored: StoredTask, spool: PathBuf) -> TaskHandle {
+        TaskHandle {
+            number: stored.number,
+            lengths: watch::Sender::new([0, 0]),
+            progress: watch::Sender::new(None),
+            ports: watch::Sender::new(stored.record.request.publish.clone()),
+            agent: watch::Sender::new(None),
+            console: watch::Sender::new(None),
+            wishes: watch::Sender::new(Wishes::default()),
+            journal: watch::Sender::new(stored.journal),
+            record: stored.record,
+            spool,
+        }
+    }
+
+    /// The engine's state.
+    pub fn state(&self) -> Task {
+        self.journal
+            .borrow()
+            .last()
+            .map(|entry| entry.state.clone())
+            .unwrap_or_default()
+    }
+
+    /// Nothing more happens to it.
+    pub fn is_final(&self) -> bool {
+        self.journal
+            .borrow()
+            .last()
+            .is_some_and(|entry| entry.state.is_final())
+    }
+
+    /// Entries so far.
+    pub fn journal_len(&self) -> usize {
+        self.journal.borrow().len()
+    }
+
+    /// Takes an entry that has been written down.
+    pub fn push(&self, entry: Entry) {
+        self.journal.send_modify(|journal| journal.push(entry));
+    }
+
+    /// It waits for capacity.
+    pub fn is_queued(&self) -> bool {
+        self.state().phase == Phase::Queued
+    }
+
+    /// Gives it its capacity.
+    pub fn admit(&self) {
+        self.wishes.send_modify(|wishes| wishes.admitted = true);
+    }
+
+    /// Wants its end.
+    pub fn terminate(&self, reason: &str) {
+        self.wishes.send_modify(|wishes| {
+            wishes.terminate.get_or_insert_with(|| reason.into());
+        });
+    }
+
+    /// Wakes at each change of state.
+    pub fn watch(&self) -> watch::Receiver<Vec<Entry>> {
+        self.journal.subscribe()
+    }
+
+    /// Wakes when output arrives.
+    pub fn log_lengths(&self) -> watch::Receiver<[u64; 2]> {
+        self.lengths.subscribe()
+    }
+
+    /// The agent of its domain while there is a connection.
+    pub fn agent(&self) -> Option<Agent> {
+        self.agent.borrow().clone()
+    }
+
+    /// Where the console is: the hypervisor's log while the domain lives, else the kept end of it.
+    pub fn console_path(&self) -> PathBuf {
+        self.console
+            .borrow()
+            .clone()
+            .filter(|path| path.exists())
+            .unwrap_or_else(|| kept_console(&self.spool))
+    }
+
+    /// All state changes so far.
+    pub fn events(&self) -> Vec<TaskEvent> {
+        view::events(&self.journal.borrow())
+    }
+
+    /// The task as the API shows it.
+    pub fn status(&self) -> TaskStatus {
+        let state = self.state();
+        let (bes, substate) = view::bes(&state);
+        let (reason, reason_code) = view::reason(&state);
+        let events = self.events();
+        TaskStatus {
+            id: self.record.id,
+            name: self.record.plan.name.clone(),
+            owner: self.record.owner.uid,
+            state: bes,
+            substate,
+            exit_code: state.exit_code,
+            reason,
+            reason_code,
+            times: events.into_iter().map(|event| event.transition).collect(),
+            progress: self.progress.borrow().clone(),
+            image: self.record.plan.boot.label(),
+            ports: self.ports.borrow().clone(),
+        }
+    }
+}
+
+/// Where the end of the console is kept after the domain is gone.
+pub fn kept_console(spool: &Path) -> PathBuf {
+    spool.join("console")
+}
+
+/// What a step works with.
+#[derive(Clone)]
+pub struct StepContext {
+    /// The host.
+    pub host: Arc<Host>,
+    /// The task.
+    pub task: Arc<TaskHandle>,
+    /// The conversation with the domain's agent, once the domain has been started.
+    pub session: Arc<OnceCell<Session>>,
+    /// The step shall end.
+    pub cancel: CancellationToken,
+}
+
+/// The actor: lives until the task is final.
+pub async fn run(host: Arc<Host>, task: Arc<TaskHandle>, recovered: Vec<Action>) {
+    let mut actor = Actor {
+        wishes: task.wishes.subscribe(),
+        session: Arc::default(),
+        work: None,
+        cancel: CancellationToken::new(),
+        terminating: false,
+        host,
+        task,
+    };
+    actor.carry_out(recovered);
+    while !actor.task.is_final() {
+        let input = actor.next_input().await;
+        actor.take(input).await;
+    }
+    actor.host.done(&actor.task);
+}
+
+struct Actor {
+    host: Arc<Host>,
+    task: Arc<TaskHandle>,
+    wishes: watch::Receiver<Wishes>,
+    session: Arc<OnceCell<Session>>,
+    work: Option<(Step, JoinHandle<Input>)>,
+    cancel: CancellationToken,
+    terminating: bool,
+}
+
+impl Actor {
+    async fn next_input(&mut self) -> Input {
+        loop {
+            let wishes = self.wishes.borrow_and_update().clone();
+            if let Some(reason) = wishes.terminate.filter(|_| !self.terminating) {
+                self.terminating = true;
+                return Input::Terminate { reason };
+            }
+            if wishes.admitted && self.task.is_queued() {
+                return Input::Admitted;
+            }
+            let Some((step, work)) = &mut self.work else {
+                // The handle keeps the sender: this waits for a wish, and never fails.
+                let _ = self.wishes.changed().await;
+                continue;
+            };
+            let step = *step;
+            tokio::select! {
+                _ = self.wishes.changed() => {}
+                ended = work => {
+                    self.work = None;
+                    return ended.unwrap_or_else(|panic| {
+                        error!(task = %self.task.record.id, ?step, %panic, "step broke");
+                        Input::Failed { step, failure: Failure {
+                            code: "internal".into(),
+                            reason: format!("xbed broke while working on this task: {panic}"),
+                        }}
+                    });
+                }
+            }
+        }
+    }
+
+    /// The new state is on the disk before anything is done about it.
+    async fn take(&mut self, input: Input) {
+        let mut state = self.task.state();
+        let actions = match state.apply(input) {
+            Ok(actions) => actions,
+            Err(error) => {
+                error!(task = %self.task.record.id, %error, "input refused");
+                return;
+            }
+        };
+        if state != self.task.state() {
+            let entry = Entry {
+                at_ms: view::now_ms(),
+                state,
+            };
+            self.write(&entry).await;
+            info!(task = %self.task.record.id, state = ?view::bes(&entry.state), "state");
+            self.task.progress.send_replace(None);
+            self.task.push(entry);
+        }
+        self.carry_out(actions);
+    }
+
+    /// A full disk stops the task where it is until there is room; it loses nothing.
+    async fn write(&self, entry: &Entry) {
+        let seq = self.task.journal_len();
+        loop {
+            let (host, entry, number) = (self.host.clone(), entry.clone(), self.task.number);
+            let written =
+                tokio::task::spawn_blocking(move || host.store.append(number, seq, &entry)).await;
+            match written {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => {
+                    warn!(task = %self.task.record.id, error = chain(&error), "journal entry not written; trying again");
+                }
+                Err(panic) => error!(task = %self.task.record.id, %panic, "store broke"),
+            }
+            tokio::time::sleep(STORE_RETRY).await;
+        }
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Perform(step) => self.begin(step),
+                Action::Cancel(_) => self.cancel.cancel(),
+                Action::Release => self.release(),
+            }
+        }
+    }
+
+    fn context(&mut self) -> StepContext {
+        self.cancel = CancellationToken::new();
+        StepContext {
+            host: self.host.clone(),
+            task: self.task.clone(),
+            session: self.session.clone(),
+            cancel: self.cancel.clone(),
+        }
+    }
+
+    fn begin(&mut self, step: Step) {
+        let context = self.context();
+        let work = async move {
+            match steps::perform(step, &context).await {
+                Ok(exit_code) => Input::Done { step, exit_code },
+                Err(failure) => Input::Failed { step, failure },
+            }
+        };
+        self.work = Some((step, tokio::spawn(work)));
+    }
+
+    fn release(&mut self) {
+        let context = self.context();
+        let work = async move {
+            steps::release(&context).await;
+            Input::Released
+        };
+        // A release has no step of its own; the name is only for the log.
+        self.work = Some((Step::Stop, tokio::spawn(work)));
+    }
+}

@@ -1,0 +1,268 @@
+//! The errors of the first day, word for word.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::process::Command;
+
+use serde_json::Value;
+use xbee_tests::{Xbed, images, program, qemu, run, sim};
+
+const HEAD: &str = r#"<?xml version="1.0" encoding="UTF-8"?>
+<jsdl:JobDefinition xmlns:jsdl="http://schemas.ggf.org/jsdl/2005/11/jsdl"
+  xmlns:posix="http://schemas.ggf.org/jsdl/2005/11/jsdl-posix"
+  xmlns:xsdl="http://www.example.com/schemas/xbe/2007/01/xsdl">
+<jsdl:JobDescription>
+<jsdl:Application><posix:POSIXApplication>
+<posix:Executable>/bin/sh</posix:Executable><posix:Argument>-c</posix:Argument><posix:Argument>SCRIPT</posix:Argument>
+</posix:POSIXApplication></jsdl:Application>
+"#;
+const TAIL: &str = "</jsdl:JobDescription></jsdl:JobDefinition>\n";
+
+/// A document with a script, resources and staging.
+fn job(script: &str, rest: &str) -> String {
+    format!("{}{rest}{TAIL}", HEAD.replace("SCRIPT", script))
+}
+
+fn stage(file: &str, inner: &str) -> String {
+    format!(
+        "<jsdl:DataStaging><jsdl:FileName>{file}</jsdl:FileName><jsdl:CreationFlag>overwrite</jsdl:CreationFlag>{inner}</jsdl:DataStaging>"
+    )
+}
+
+fn source(uri: &str, more: &str) -> String {
+    stage(
+        "in",
+        &format!("<jsdl:Source><jsdl:URI>{uri}</jsdl:URI>{more}</jsdl:Source>"),
+    )
+}
+
+fn instance(image: &str) -> String {
+    let kernel = images().join("kernel/vmlinux");
+    format!(
+        "<jsdl:Resources><xsdl:InstanceDefinition><xsdl:InstanceDescription><xsdl:Instance>
+        <xsdl:Kernel><xsdl:Location><xsdl:URI>file://{}</xsdl:URI></xsdl:Location></xsdl:Kernel>
+        <xsdl:Image><xsdl:Location><xsdl:URI>file://{image}</xsdl:URI></xsdl:Location></xsdl:Image>
+        </xsdl:Instance></xsdl:InstanceDescription></xsdl:InstanceDefinition></jsdl:Resources>",
+        kernel.display()
+    )
+}
+
+/// Waits for the task's failure; gives code and reason.
+fn failure(xbed: &Xbed, document: &str) -> (String, String) {
+    let task = xbed.submit(document);
+    let status = xbed.wait_for(&task, "Failed");
+    let text = |key: &str| status[key].as_str().unwrap_or_default().to_owned();
+    (text("reason_code"), text("reason"))
+}
+
+#[test]
+fn xbed_not_running() {
+    let ran = run(Command::new(program("xbe")).args(["--server", "/tmp/xbee-none/s", "ps"]));
+    assert_eq!(ran.code, 125);
+    assert_eq!(
+        ran.stderr,
+        "xbe: no xbed answers at /tmp/xbee-none/s (no such file or directory): start one with `xbed`, or name another with --server\n"
+    );
+}
+
+#[test]
+fn not_well_formed_and_invalid_documents_are_refused_with_their_line() {
+    let xbed = sim();
+    let path = xbed.document("broken.xsdl", "<a>\n<b></a>\n");
+    let ran = xbed.xbe(["submit".as_ref(), path.as_os_str()]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (125, ""));
+    assert!(
+        ran.stderr.contains("broken.xsdl:2") || ran.stderr.contains("line 2"),
+        "{ran:?}"
+    );
+    let text = job("true", "<jsdl:Nonsense/>");
+    let path = xbed.document("invalid.xsdl", &text);
+    let ran = xbed.xbe(["submit".as_ref(), path.as_os_str()]);
+    assert_eq!(ran.code, 125);
+    assert!(ran.stderr.contains("Nonsense"), "{ran:?}");
+    assert_eq!(
+        xbed.xbe(["ps", "-a", "--json"]).json(),
+        Value::Array(vec![])
+    );
+}
+
+#[test]
+fn an_unknown_scheme_is_refused_before_anything_begins() {
+    let xbed = sim();
+    let path = xbed.document("job.xsdl", &job("true", &source("gopher://h/x", "")));
+    let ran = xbed.xbe(["submit".as_ref(), path.as_os_str()]);
+    assert_eq!(ran.code, 125);
+    assert!(ran.stderr.contains("gopher"), "{ran:?}");
+    assert!(ran.stderr.contains("file, ftp, http, https"), "{ran:?}");
+}
+
+#[test]
+fn a_missing_file_and_a_wrong_hash_fail_in_stage_in() {
+    let xbed = sim();
+    let (code, reason) = failure(&xbed, &job("true", &source("file:///no/such/file", "")));
+    assert_eq!(code, "not-found");
+    assert!(reason.contains("file:///no/such/file"), "{reason}");
+    let file = xbed.scratch().join("data");
+    fs::write(&file, "abc").unwrap();
+    let zeros = "0".repeat(40);
+    let hash = format!("<xsdl:Hash algorithm=\"sha1\">{zeros}</xsdl:Hash>");
+    let uri = format!("file://{}", file.display());
+    let (code, reason) = failure(&xbed, &job("true", &source(&uri, &hash)));
+    assert_eq!(code, "hash-mismatch");
+    assert_eq!(
+        reason,
+        format!(
+            "{uri}: wrong sha1 digest: expected {zeros}, got a9993e364706816aba3e25717850c26c9cd0d89d"
+        )
+    );
+}
+
+#[test]
+fn an_image_that_is_none_says_what_it_is() {
+    let Some(xbed) = qemu() else { return };
+    let path = xbed.scratch().join("image");
+    fs::write(&path, "this is a text\n".repeat(10_000)).unwrap();
+    let (code, reason) = failure(&xbed, &job("true", &instance(path.to_str().unwrap())));
+    assert_eq!(code, "not-an-image");
+    assert!(
+        reason.starts_with(&format!("{} is not a disk image: it holds", path.display())),
+        "{reason}"
+    );
+    xbed.assert_nothing_left();
+}
+
+#[test]
+fn an_agent_that_never_comes_is_reported_with_the_console() {
+    if qemu().is_none() {
+        return;
+    }
+    let home = tempfile::tempdir().unwrap();
+    let image = home.path().join("base");
+    fs::create_dir(&image).unwrap();
+    // An initramfs without an init: the kernel finds nothing to run.
+    fs::write(image.join("empty.cpio"), trailer()).unwrap();
+    let kernel = images().join("kernel/vmlinux");
+    fs::write(
+        image.join("image.toml"),
+        format!("kernel = {kernel:?}\ninitramfs = \"empty.cpio\"\n"),
+    )
+    .unwrap();
+    let config = [
+        format!("images = {:?}", home.path()),
+        "boot-timeout-s = 8".into(),
+    ];
+    let xbed = Xbed::start("qemu", &config.each_ref().map(String::as_str));
+    let (code, reason) = failure(&xbed, &job("true", ""));
+    assert!(
+        ["agent-never-came", "domain-lost"].contains(&code.as_str()),
+        "{code}: {reason}"
+    );
+    assert!(
+        reason.contains("the last lines of its console:"),
+        "{reason}"
+    );
+    assert!(
+        reason.contains("panic") || reason.contains("init"),
+        "{reason}"
+    );
+    xbed.assert_nothing_left();
+}
+
+/// An empty newc archive.
+fn trailer() -> Vec<u8> {
+    let mut archive = b"070701".to_vec();
+    let name = b"TRAILER!!!\0";
+    for field in 0..13 {
+        let value = if field == 11 { name.len() } else { 0 };
+        archive.extend(format!("{value:08x}").bytes());
+    }
+    archive.extend(name);
+    archive.resize(archive.len().next_multiple_of(512), 0);
+    archive
+}
+
+#[test]
+fn a_result_that_was_not_made_is_named() {
+    let Some(xbed) = qemu() else { return };
+    let target = "<jsdl:Target><jsdl:URI>file:///tmp/xbee-never</jsdl:URI></jsdl:Target>";
+    let (code, reason) = failure(&xbed, &job("exit 0", &stage("/tmp/none", target)));
+    assert_eq!(code, "result-missing");
+    assert!(
+        reason.starts_with("/tmp/none, to be staged out, is not there"),
+        "{reason}"
+    );
+}
+
+/// A server that accepts and then says nothing: a transfer from or to it does not end.
+fn silent_server() -> (TcpListener, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let accepting = listener.try_clone().unwrap();
+    std::thread::spawn(move || {
+        let mut held = vec![];
+        while let Ok((mut stream, _)) = accepting.accept() {
+            // The request is read, so that the client waits for an answer and not for room.
+            let mut reader = stream.try_clone().unwrap();
+            std::thread::spawn(move || {
+                let mut sink = [0; 4096];
+                while reader.read(&mut sink).is_ok_and(|n| n > 0) {}
+            });
+            let _ = stream.flush();
+            held.push(stream);
+        }
+    });
+    (listener, address)
+}
+
+#[test]
+fn terminate_works_in_each_state_and_leaves_nothing() {
+    if qemu().is_none() {
+        return;
+    }
+    let xbed = Xbed::start("qemu", &["domains = 1"]);
+    let (_server, address) = silent_server();
+    let slow_script = {
+        let path = xbed.scratch().join("cleanup");
+        fs::write(&path, "#!/bin/sh\nsleep 1000\n").unwrap();
+        format!(
+            "<jsdl:Resources><xsdl:InstanceDefinition><xsdl:InstanceDescription>
+            <xsdl:Package><xsdl:Location><xsdl:URI>image:base</xsdl:URI></xsdl:Location></xsdl:Package>
+            <xsdl:Control><xsdl:Script target=\"cleanup\"><xsdl:Location><xsdl:URI>file://{}</xsdl:URI></xsdl:Location></xsdl:Script></xsdl:Control>
+            </xsdl:InstanceDescription></xsdl:InstanceDefinition></jsdl:Resources>",
+            path.display()
+        )
+    };
+    let slow_put = stage(
+        "/tmp/r",
+        &format!("<jsdl:Target><jsdl:URI>http://{address}/r</jsdl:URI></jsdl:Target>"),
+    );
+    let states = [
+        (
+            "Stage-In",
+            job("true", &source(&format!("http://{address}/x"), "")),
+        ),
+        ("Instance-Starting", job("true", "")),
+        ("Executing", job("sleep 1000", "")),
+        ("Instance-Stopping", job("true", &slow_script)),
+        ("Stage-Out", job("echo x > /tmp/r", &slow_put)),
+    ];
+    for (state, document) in states {
+        let task = xbed.submit(&document);
+        xbed.wait_for(&task, state);
+        // One domain at a time: a second task waits, and ends at once.
+        let pending = xbed.submit(&job("true", ""));
+        assert_eq!(xbed.status(&pending)["state"], "Pending");
+        xbed.xbe(["terminate", pending.as_str()]).ok();
+        xbed.wait_for(&pending, "Terminated");
+        xbed.xbe(["terminate", task.as_str()]).ok();
+        let status = xbed.wait_for(&task, "Terminated");
+        assert_eq!(status["reason"], "terminated on request", "{state}");
+        xbed.assert_nothing_left();
+        for part in ["in", "out", "boot", "scripts"] {
+            let path = xbed.data().join("tasks").join(&task).join(part);
+            assert!(!path.exists(), "{state}: {} is left", path.display());
+        }
+    }
+}
