@@ -1,10 +1,32 @@
-# The work is done by the scripts in ci/ and images/; they can be called directly too.
-.PHONY: help images
+# The work is done by the scripts in ci/ and images/, which can be called directly too.
+.PHONY: help images kernel run test lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
 
 images: ## build the VM images (kernel, base, povray, server) into the cache
-	@ci/install images
+	@ci/install run images
 	@images/build
+
+kernel: ## build the tuned kernel; `XBEE_KERNEL=tuned make images` uses it
+	@ci/install run kernel
+	@images/tuned-kernel/make
+
+run: ## run the hello-world job in a virtual machine
+	@ci/run-hello
+
+test: ## images, lint, and all tests, on real virtual machines
+	@ci/test
+
+lint: ## formatting, clippy, licences, spelling
+	@ci/install test
+	@ci/lint
+
+bench: ## measure, into bench/results.md
+	@ci/install run
+	@images/build base
+	@cargo run --release -p xbee-tests --bin bench
+
+clean: ## remove what cargo built; the images' cache stays
+	@cargo clean

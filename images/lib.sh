@@ -154,3 +154,22 @@ disk_from_tar() {
         "$work" "$tar" "$setup" "$recipes/mkdisk" "$disk" "$size_mib" "$name"
     rm -rf "$work"
 }
+
+# The static busybox of the distribution, unpacked into directory $1; prints its path.
+busybox_static() {
+    local version
+    version=$(candidate busybox-static)
+    [[ -n $version ]] || die "apt knows no package busybox-static; run: apt-get update"
+    dpkg -x "$(package busybox-static "$version")" "$1"
+    printf '%s\n' "$1/bin/busybox"
+}
+
+# Hash of all that the tuned kernel is made from, and the directory it is kept in.
+tuned_kernel_hash() {
+    {
+        candidate linux-source-6.12
+        cat "$recipes/tuned-kernel/config" "$recipes/tuned-kernel/make"
+    } | sha256sum | cut -c 1-16
+}
+
+tuned_kernel() { printf '%s\n' "$images/.tuned-$(tuned_kernel_hash)"; }
