@@ -1,6 +1,6 @@
 //! The agent: one thread, one loop, nothing that blocks for long.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -153,7 +153,15 @@ impl Agent {
         if session.is_ready() {
             let out = &mut session.out;
             send_output(&mut self.tasks, out);
+            let before = self.streams.len();
             self.streams.retain(|_, stream| !advance(stream, now, out));
+            if self.streams.len() < before {
+                let processes: BTreeSet<u32> = self.streams.keys().copied().collect();
+                self.streams.retain(|_, stream| match stream {
+                    Stream::StandardError(process) => processes.contains(process),
+                    _ => true,
+                });
+            }
         }
         if let Err(error) = session.write() {
             self.hang_up(failure(code::PROTOCOL_ERROR, error.to_string()), now);
