@@ -2,7 +2,6 @@
 
 use std::rc::Rc;
 
-use crate::chars::is_space;
 use crate::diagnostic::Position;
 use crate::namespace;
 
@@ -33,7 +32,8 @@ pub(crate) struct Attribute {
 #[derive(Debug, Clone)]
 pub(crate) enum Node {
     Element(Element),
-    Text(String, Position),
+    /// Text, and the place of its first character other than white space.
+    Text(String, Option<Position>),
 }
 
 /// The namespace declarations of one element and, by `outer`, of those around it.
@@ -41,6 +41,8 @@ pub(crate) enum Node {
 pub(crate) struct Scope {
     /// Prefix (empty for the default namespace) and namespace (empty where it is undone).
     pub bindings: Vec<(String, Rc<str>)>,
+    /// How many declarations there are, those around it included.
+    pub total: usize,
     pub outer: Option<Rc<Scope>>,
 }
 
@@ -107,10 +109,8 @@ impl Element {
     /// The first character content other than white space.
     pub(crate) fn stray_text(&self) -> Option<(&str, Position)> {
         self.children.iter().find_map(|node| match node {
-            Node::Text(text, position) if !text.chars().all(is_space) => {
-                Some((text.as_str(), *position))
-            }
-            _ => None,
+            Node::Text(text, stray) => stray.map(|position| (text.as_str(), position)),
+            Node::Element(_) => None,
         })
     }
 

@@ -214,7 +214,7 @@ fn add_creation_flag(parent: &mut Element, forgiven: &mut Vec<Diagnostic>) {
         ),
     ));
     let mut flag = like(parent, JSDL, "CreationFlag");
-    let text = Node::Text("overwrite".to_owned(), parent.position);
+    let text = Node::Text("overwrite".to_owned(), Some(parent.position));
     flag.children.push(text);
     let names = parent
         .children

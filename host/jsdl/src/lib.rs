@@ -23,6 +23,7 @@ mod job;
 mod lenient;
 pub mod limits;
 mod namespace;
+mod prolog;
 mod range;
 mod read;
 mod schema;

@@ -8,6 +8,8 @@ pub const MAX_DEPTH: usize = 64;
 pub const MAX_ELEMENTS: usize = 50_000;
 /// Most attributes (namespace declarations included) of one element.
 pub const MAX_ATTRIBUTES: usize = 64;
+/// Most namespace declarations in force at one place.
+pub const MAX_NAMESPACES: usize = 256;
 /// Most diagnostics reported for one document; the rest is cut off.
 pub const MAX_DIAGNOSTICS: usize = 50;
 /// Most characters of a document's own text repeated in one message.

@@ -13,8 +13,9 @@ use quick_xml::reader::Reader;
 use crate::chars::{is_char, is_name, is_ncname, is_space, split_qname, trim};
 use crate::diagnostic::{Diagnostic, Position, quoted, shown};
 use crate::document::{Attribute, Element, Node, Scope, resolve};
-use crate::limits::{MAX_ATTRIBUTES, MAX_DEPTH, MAX_ELEMENTS, MAX_QUOTED_CHARS};
+use crate::limits::{MAX_ATTRIBUTES, MAX_DEPTH, MAX_ELEMENTS, MAX_NAMESPACES, MAX_QUOTED_CHARS};
 use crate::namespace;
+use crate::prolog;
 use crate::uri::is_uri_reference;
 
 const NOT_WELL_FORMED: &str = "not-well-formed";
@@ -203,18 +204,17 @@ impl<'t> Builder<'t> {
 
     /// Adds character content to the innermost open element.
     fn append(&mut self, start: usize, text: &str) {
-        let leading = text.len() - text.trim_start_matches(is_space).len();
-        let position = self.position(start + leading);
+        let stray = text
+            .find(|c| !is_space(c))
+            .map(|leading| self.position(start + leading));
         let Some(parent) = self.open.last_mut() else {
             return;
         };
-        match parent.children.last_mut() {
-            Some(Node::Text(before, _)) if !before.chars().all(is_space) => before.push_str(text),
-            Some(Node::Text(before, at)) => {
-                before.push_str(text);
-                *at = position;
-            }
-            _ => parent.children.push(Node::Text(text.to_owned(), position)),
+        if let Some(Node::Text(before, first)) = parent.children.last_mut() {
+            before.push_str(text);
+            *first = first.or(stray);
+        } else {
+            parent.children.push(Node::Text(text.to_owned(), stray));
         }
     }
 
@@ -420,7 +420,19 @@ impl<'t> Builder<'t> {
         Ok(if bindings.is_empty() {
             outer
         } else {
-            Some(Rc::new(Scope { bindings, outer }))
+            let total = bindings.len() + outer.as_ref().map_or(0, |outer| outer.total);
+            if total > MAX_NAMESPACES {
+                let at = attributes.first().map_or(0, |(at, ..)| *at);
+                return Err(self.position(at).diagnostic(
+                    "document-too-large",
+                    format!("more than {MAX_NAMESPACES} namespaces are declared at once"),
+                ));
+            }
+            Some(Rc::new(Scope {
+                bindings,
+                total,
+                outer,
+            }))
         })
     }
 
@@ -487,7 +499,6 @@ impl<'t> Builder<'t> {
         Ok(())
     }
 
-    /// `version`, `encoding`, `standalone`, in this order (XML 1.0, 2.8).
     fn declaration(&self, start: usize, text: &str) -> Result<(), Diagnostic> {
         if start != 0 {
             return Err(self.ill_formed(
@@ -496,27 +507,7 @@ impl<'t> Builder<'t> {
             ));
         }
         let attributes = self.attributes(start + "<?xml".len(), text)?;
-        let mut names = attributes.iter().map(|(_, name, _)| *name).peekable();
-        let is_valid = names.next() == Some("version")
-            && {
-                names.next_if_eq(&"encoding");
-                names.next_if_eq(&"standalone");
-                names.next().is_none()
-            }
-            && attributes.iter().all(|(_, name, value)| match *name {
-                "version" => value
-                    .strip_prefix("1.")
-                    .is_some_and(|minor| minor.bytes().all(|c| c.is_ascii_digit())),
-                "standalone" => matches!(value.as_str(), "yes" | "no"),
-                _ => {
-                    value.starts_with(|c: char| c.is_ascii_alphabetic())
-                        && value
-                            .chars()
-                            .all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
-                }
-            })
-            && !text.contains('&');
-        if is_valid {
+        if prolog::is_declaration(&attributes) && !text.contains('&') {
             Ok(())
         } else {
             Err(self.ill_formed(
@@ -540,46 +531,13 @@ impl<'t> Builder<'t> {
         Ok(())
     }
 
-    /// A document type without internal subset changes nothing here: no external subset is read.
     fn doctype(&mut self, start: usize, text: &str) -> Result<(), Diagnostic> {
         if self.has_doctype || self.root.is_some() || !self.open.is_empty() {
             return Err(self.ill_formed(start, "a document type declaration in the wrong place"));
         }
         self.has_doctype = true;
-        if text.contains("<!ENTITY") {
-            return Err(self.position(start).diagnostic(
-                "entity-declaration",
-                "the document declares entities, expected none: they are not expanded",
-            ));
-        }
-        let (text, subset) = match text.split_once('[') {
-            Some((before, subset)) => (before, subset),
-            None => (text, "]"),
-        };
-        if subset.trim_matches(is_space) != "]" {
-            return Err(self.position(start).diagnostic(
-                "document-type-subset",
-                "the document type declares something, expected no declarations",
-            ));
-        }
-        let (name, external) = match text.trim_start_matches(is_space).split_once(is_space) {
-            Some((name, external)) => (name, external.trim_matches(is_space)),
-            None => (text.trim_matches(is_space), ""),
-        };
-        let literals = external.matches(['"', '\'']).count();
-        let is_valid = text.starts_with(is_space)
-            && is_name(name)
-            && match external.split(is_space).next() {
-                None | Some("") => true,
-                Some("SYSTEM") => literals == 2,
-                Some("PUBLIC") => literals == 4,
-                Some(_) => false,
-            };
-        if is_valid {
-            Ok(())
-        } else {
-            Err(self.ill_formed(start, "malformed document type declaration"))
-        }
+        prolog::doctype(text)
+            .map_err(|(code, message)| self.position(start).diagnostic(code, message))
     }
 }
 
