@@ -120,6 +120,17 @@ pub enum Error {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The vsock switch did not do its part.
+    #[error("domain {id} could not be {action} the vsock switch")]
+    Switch {
+        /// Which.
+        id: DomainId,
+        /// `added to` or `removed from`.
+        action: &'static str,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The operating system refused something.
     #[error("cannot {action} {path}", path = path.display())]
     Io {
@@ -151,6 +162,7 @@ impl Error {
             Self::HypervisorBroken { .. } => "hypervisor-broken",
             Self::StartFailed { .. } => "start-failed",
             Self::Control { .. } => "hypervisor-control",
+            Self::Switch { .. } => "vsock-switch",
             Self::Io { .. } => "host-io",
         }
     }

@@ -102,6 +102,15 @@ pub(crate) fn args(
         &json!({ "driver": "virtio-rng-pci", "rng": "rng" }),
     );
 
+    args.option(
+        "-chardev",
+        format!("socket,id=vsock,path={}", rundir::VHOST_SOCKET),
+    );
+    args.json(
+        "-device",
+        &json!({ "driver": "vhost-user-vsock-pci", "chardev": "vsock" }),
+    );
+
     for (index, (disk, fd)) in spec.disks.iter().zip(&fds.disks).enumerate() {
         args.option("-add-fd", format!("fd={fd},set={index}"));
         args.json(

@@ -18,11 +18,14 @@ pub enum Accelerator {
 /// Settings of the QEMU back end.
 #[derive(Debug, Clone)]
 pub struct QemuConfig {
-    /// Holds the run directories, each named by its domain's identity, and nothing else. Made on
-    /// demand. What is found here at start is adopted, and what is incomplete is removed.
+    /// Holds the run directories, each named by its domain's identity. Made on
+    /// demand. What is found here at start is adopted, and what is incomplete is removed. The vsock
+    /// switch's control socket and log are here too.
     pub domains_dir: PathBuf,
     /// The QEMU program; `None`: `qemu-system-x86_64` in `PATH`.
     pub program: Option<PathBuf>,
+    /// The vsock switch; `None`: `vswitch` in the directory of the running program.
+    pub vswitch_program: Option<PathBuf>,
     /// What executes guests.
     pub accelerator: Accelerator,
     /// With root's rights, a domain's process runs as user and group `uid_base + cid`. The range
@@ -45,6 +48,7 @@ impl QemuConfig {
         Self {
             domains_dir,
             program: None,
+            vswitch_program: None,
             accelerator: Accelerator::Auto,
             uid_base: 200_000,
             console_max_bytes: 4 << 20,

@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use tokio::sync::{broadcast, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
+use xbee_vswitch::switch::DomainSpec as Port;
 
 use super::agent_port::AgentPort;
 use super::command::{self, Descriptors};
@@ -21,6 +22,7 @@ use super::pipe_log::PipeLog;
 use super::process::{self, Exit, Identity, Launch, Process};
 use super::qmp::{GuestStatus, Qmp};
 use super::rundir::{Record, RunDir};
+use super::switch::Switch;
 use crate::domain::{
     DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
 };
@@ -145,15 +147,29 @@ impl Domain {
         self: &Arc<Self>,
         host: &Host,
         config: &QemuConfig,
+        switch: &Switch,
     ) -> Result<(), Error> {
-        let started = self.try_start(host, config).await;
+        let started = self.try_start(host, config, switch).await;
         if let Err(error) = &started {
             self.fail(format!("it did not start: {}", chain(error)))?;
         }
         started
     }
 
-    async fn try_start(self: &Arc<Self>, host: &Host, config: &QemuConfig) -> Result<(), Error> {
+    async fn try_start(
+        self: &Arc<Self>,
+        host: &Host,
+        config: &QemuConfig,
+        switch: &Switch,
+    ) -> Result<(), Error> {
+        let port = Port {
+            cid: self.spec.cid,
+            vhost_socket: self.dir.vhost_socket(),
+            uds: self.dir.vsock(),
+            owner: self.spec.owner.clone(),
+            uid: identity(&self.spec, config),
+        };
+        switch.add(self.spec.id, port).await?;
         let (process, logs) = {
             let (domain, host, config) = (Arc::clone(self), host.clone(), config.clone());
             // Opens files and forks.
@@ -451,7 +467,7 @@ pub(crate) fn identity(spec: &DomainSpec, config: &QemuConfig) -> Option<u32> {
 }
 
 /// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes
         .map(ToString::to_string)

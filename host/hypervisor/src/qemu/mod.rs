@@ -13,6 +13,7 @@ mod pipe_log;
 mod process;
 mod qmp;
 mod rundir;
+mod switch;
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -27,6 +28,7 @@ pub use config::{Accelerator, QemuConfig};
 use domain::Domain;
 use host::Host;
 use rundir::RunDir;
+use switch::Switch;
 
 use crate::domain::{
     AgentStream, DomainEvent, DomainId, DomainInfo, DomainSpec, DomainState, DomainStats,
@@ -47,6 +49,7 @@ struct Inner {
     config: QemuConfig,
     boot_id: String,
     host: OnceCell<Host>,
+    switch: Switch,
     domains: Mutex<HashMap<DomainId, Arc<Domain>>>,
     events: broadcast::Sender<DomainEvent>,
 }
@@ -72,10 +75,18 @@ impl QemuHypervisor {
             tracing::info!(domain = %id, state = %domain.state(), "domain found");
             domains.insert(id, domain);
         }
+        let vswitch = match &config.vswitch_program {
+            Some(program) => program.clone(),
+            None => std::env::current_exe()
+                .map_err(Error::io("find the directory of", "/proc/self/exe"))?
+                .with_file_name("vswitch"),
+        };
+        let switch = Switch::new(vswitch, &config.domains_dir);
         Ok(Self(Arc::new(Inner {
             config,
             boot_id,
             host: OnceCell::new(),
+            switch,
             domains: Mutex::new(domains),
             events,
         })))
@@ -97,16 +108,18 @@ impl QemuHypervisor {
 }
 
 impl Drop for QemuHypervisor {
-    /// Lets go of the domains; they run on.
+    /// Lets go of the domains; they run on, and so does their switch.
     fn drop(&mut self) {
-        for domain in self
+        let domains = self
             .0
             .domains
             .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .values()
-        {
+            .unwrap_or_else(PoisonError::into_inner);
+        for domain in domains.values() {
             domain.discard();
+        }
+        if domains.is_empty() {
+            self.0.switch.stop();
         }
     }
 }
@@ -187,7 +200,7 @@ impl Inner {
         let host = self.host().await?;
         let _operation = domain.operation.lock().await;
         match domain.state() {
-            DomainState::Created => domain.start(host, &self.config).await,
+            DomainState::Created => domain.start(host, &self.config, &self.switch).await,
             DomainState::Running | DomainState::Paused => Ok(()),
             DomainState::Stopped { .. } => Err(domain.wrong_state("start")),
         }
@@ -201,6 +214,7 @@ impl Inner {
         };
         let _operation = domain.operation.lock().await;
         domain.kill(self.config.command_limit).await?;
+        self.switch.remove(id, domain.spec.cid).await?;
         let dir = domain.dir.clone();
         blocking(move || dir.remove()).await?;
         domain.discard();

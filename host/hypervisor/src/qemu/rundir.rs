@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FileType, Mode};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+use xbee_protocol::AGENT_VSOCK_PORT;
 
 use super::overlay;
 use crate::domain::{DomainId, DomainSpec, StopReason};
@@ -26,7 +27,10 @@ const CONSOLE_LOG: &str = "console.log";
 const ERROR_PIPE: &str = "qemu.err";
 const ERROR_LOG: &str = "qemu.log";
 const KERNEL: &str = "kernel";
-const AGENT_SOCKET: &str = "vsock_22594";
+/// Where programs of the host connect to the guest; with `_` and a port added, where they await the
+/// guest's connections.
+const VSOCK: &str = "vsock";
+pub(crate) const VHOST_SOCKET: &str = "vhost.sock";
 const QMP_SOCKET: &str = "qmp.sock";
 const RECORD: &str = "domain.json";
 const STOPPED: &str = "stopped.json";
@@ -301,9 +305,17 @@ impl RunDir {
         self.path(ERROR_PIPE)
     }
 
+    pub(crate) fn vsock(&self) -> PathBuf {
+        self.path(VSOCK)
+    }
+
+    pub(crate) fn vhost_socket(&self) -> PathBuf {
+        self.path(VHOST_SOCKET)
+    }
+
     /// Where the vsock switch delivers connections to the agent's port.
     pub(crate) fn agent_socket(&self) -> PathBuf {
-        self.path(AGENT_SOCKET)
+        self.path(&format!("{VSOCK}_{AGENT_VSOCK_PORT}"))
     }
 
     /// Copies a kernel that the domain's user may not read.

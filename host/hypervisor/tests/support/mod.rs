@@ -87,7 +87,11 @@ pub struct Fixture {
 }
 
 enum Backend {
-    Qemu { kernel: PathBuf, initramfs: PathBuf },
+    Qemu {
+        kernel: PathBuf,
+        initramfs: PathBuf,
+        vswitch: PathBuf,
+    },
     Sim(Arc<SimHost>),
 }
 
@@ -121,6 +125,19 @@ impl Fixture {
                 return None;
             }
         }
+        // Cargo puts the programs of the workspace above the tests.
+        let vswitch = std::env::current_exe()
+            .unwrap()
+            .parent()
+            .unwrap()
+            .with_file_name("vswitch");
+        if !vswitch.exists() {
+            println!(
+                "skipped: {} is missing (cargo build -p xbee-vswitch)",
+                vswitch.display()
+            );
+            return None;
+        }
         let dir = tempfile::tempdir().unwrap();
         // Where the images are, only root may be able to look.
         let initramfs = dir.path().join("test.cpio");
@@ -131,7 +148,11 @@ impl Fixture {
         .unwrap();
         Some(Self {
             dir,
-            backend: Backend::Qemu { kernel, initramfs },
+            backend: Backend::Qemu {
+                kernel,
+                initramfs,
+                vswitch,
+            },
         })
     }
 
@@ -147,9 +168,10 @@ impl Fixture {
     pub async fn open(&self) -> Box<dyn Hypervisor> {
         match &self.backend {
             Backend::Sim(host) => Box::new(SimHypervisor::new(Arc::clone(host))),
-            Backend::Qemu { .. } => {
+            Backend::Qemu { vswitch, .. } => {
                 let mut config = QemuConfig::new(self.domains_dir());
                 config.console_max_bytes = CONSOLE_MAX_BYTES;
+                config.vswitch_program = Some(vswitch.clone());
                 Box::new(QemuHypervisor::new(config).await.unwrap())
             }
         }
@@ -159,7 +181,9 @@ impl Fixture {
     pub fn spec(&self, guest: Guest) -> DomainSpec {
         let id = Uuid::new_v4();
         let (kernel, initramfs) = match &self.backend {
-            Backend::Qemu { kernel, initramfs } => (kernel.clone(), initramfs.clone()),
+            Backend::Qemu {
+                kernel, initramfs, ..
+            } => (kernel.clone(), initramfs.clone()),
             Backend::Sim(_) => (self.path("kernel"), self.path("initramfs")),
         };
         DomainSpec {

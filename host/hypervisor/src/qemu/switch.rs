@@ -1,0 +1,146 @@
+//! The vsock switch: one process for all domains, started on demand, which like them outlives this
+//! one.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+use xbee_vswitch::control::{Client, ClientError};
+use xbee_vswitch::switch::DomainSpec as Port;
+
+use crate::domain::DomainId;
+use crate::error::Error;
+
+const CONTROL_SOCKET: &str = "vswitch.sock";
+const LOG: &str = "vswitch.log";
+
+/// The log is begun anew when the switch is started and it is longer than this, in bytes.
+const LOG_MAX_BYTES: u64 = 1 << 20;
+
+/// Drives the switch of one directory of domains.
+#[derive(Debug)]
+pub(crate) struct Switch {
+    program: PathBuf,
+    control: PathBuf,
+    log: PathBuf,
+    client: Mutex<Option<Client>>,
+}
+
+impl Switch {
+    pub(crate) fn new(program: PathBuf, domains_dir: &Path) -> Self {
+        Self {
+            program,
+            control: domains_dir.join(CONTROL_SOCKET),
+            log: domains_dir.join(LOG),
+            client: Mutex::default(),
+        }
+    }
+
+    /// Adds a domain. When this returns, QEMU can connect.
+    pub(crate) async fn add(&self, id: DomainId, port: Port) -> Result<(), Error> {
+        let mut slot = self.client.lock().await;
+        let client = match slot.take() {
+            Some(client) => client,
+            None => self.spawn().await?,
+        };
+        let client = slot.insert(client);
+        let mut added = client.add(port.clone()).await;
+        match &added {
+            // Left by a domain whose end nobody saw.
+            Err(error) if matches!(error.code(), "cid-in-use" | "path-in-use") => {
+                added = match client.remove(port.cid).await {
+                    Ok(()) => client.add(port).await,
+                    Err(error) => Err(error),
+                };
+            }
+            Err(ClientError::Refused { .. }) | Ok(()) => {}
+            // The switch was restarted since; whatever it served is gone.
+            Err(_) => {
+                *slot = None;
+                added = slot.insert(self.spawn().await?).add(port).await;
+            }
+        }
+        if !matches!(added, Ok(()) | Err(ClientError::Refused { .. })) {
+            *slot = None;
+        }
+        added.map_err(|source| Error::Switch {
+            id,
+            action: "added to",
+            source: Box::new(source),
+        })
+    }
+
+    /// Removes a domain; one that is not there, or no switch, is fine.
+    pub(crate) async fn remove(&self, id: DomainId, cid: u32) -> Result<(), Error> {
+        let mut slot = self.client.lock().await;
+        let removed = match slot.take() {
+            Some(mut client) => {
+                let removed = client.remove(cid).await;
+                (removed, Some(client))
+            }
+            None => (Err(ClientError::NoAnswer), None),
+        };
+        let (removed, client) = match removed {
+            (Ok(()) | Err(ClientError::Refused { .. }), Some(_)) => removed,
+            // A broken connection says nothing: ask anew.
+            _ => match Client::connect(&self.control).await {
+                Ok(mut client) => (client.remove(cid).await, Some(client)),
+                // Without a switch there is nothing to remove.
+                Err(ClientError::Connect { .. }) => return Ok(()),
+                Err(error) => (Err(error), None),
+            },
+        };
+        match removed {
+            Err(error) if error.code() != "unknown-cid" => Err(Error::Switch {
+                id,
+                action: "removed from",
+                source: Box::new(error),
+            }),
+            _ => {
+                *slot = client;
+                Ok(())
+            }
+        }
+    }
+
+    async fn spawn(&self) -> Result<Client, Error> {
+        if !self.program.is_file() {
+            return Err(Error::HypervisorMissing {
+                program: self.program.display().to_string(),
+                remedy: "put the program vswitch beside this one, or name it in the configuration",
+            });
+        }
+        let log = || {
+            let file = OpenOptions::new()
+                .append(true)
+                .create(true)
+                .open(&self.log)?;
+            if file.metadata()?.len() > LOG_MAX_BYTES {
+                file.set_len(0)?;
+            }
+            io::Result::Ok(())
+        };
+        log().map_err(Error::io("write", &self.log))?;
+        Client::spawn(&self.program, &self.control, &self.log)
+            .await
+            .map_err(|source| Error::HypervisorBroken {
+                detail: super::domain::chain(&source),
+            })
+    }
+
+    /// Ends the switch, for when no domain is left. Does not wait.
+    pub(crate) fn stop(&self) {
+        let stop = || {
+            let mut stream = UnixStream::connect(&self.control)?;
+            stream.set_write_timeout(Some(Duration::from_secs(1)))?;
+            stream.write_all(b"{\"op\":\"stop\"}\n")
+        };
+        if let Err(error) = stop() {
+            // Most likely it never ran.
+            tracing::debug!(%error, "the vsock switch is not stopped");
+        }
+    }
+}
