@@ -79,7 +79,7 @@ pub(crate) async fn put(
     let path = uri.ftp_path()?;
     let prepare = async {
         let mut ftp = login(uri, limits, meter).await?;
-        if creation == Creation::Refuse && ftp.size(&path).await.is_ok() {
+        if creation == Creation::DontOverwrite && ftp.size(&path).await.is_ok() {
             return Err(ErrorKind::Exists);
         }
         meter.peer_turn();
@@ -151,7 +151,7 @@ async fn open_upload(
 ) -> Result<suppaftp::tokio::TransferStream<suppaftp::tokio::AsyncNoTlsStream>, FtpError> {
     match creation {
         Creation::Append => ftp.append_with_stream(path).await,
-        Creation::Overwrite | Creation::Refuse => ftp.put_with_stream(path).await,
+        Creation::Overwrite | Creation::DontOverwrite => ftp.put_with_stream(path).await,
     }
 }
 

@@ -116,7 +116,7 @@ pub(crate) async fn put(
         .body(reqwest::Body::wrap_stream(body));
     match creation {
         Creation::Overwrite => {}
-        Creation::Refuse => request = request.header(IF_NONE_MATCH, "*"),
+        Creation::DontOverwrite => request = request.header(IF_NONE_MATCH, "*"),
         Creation::Append => {
             return Err(ErrorKind::Unsupported {
                 what: "appending over HTTP",
@@ -125,7 +125,9 @@ pub(crate) async fn put(
     }
     let response = request.send().await.map_err(failed)?;
     match response.status() {
-        StatusCode::PRECONDITION_FAILED if creation == Creation::Refuse => Err(ErrorKind::Exists),
+        StatusCode::PRECONDITION_FAILED if creation == Creation::DontOverwrite => {
+            Err(ErrorKind::Exists)
+        }
         _ => accept(response).map(|_| ()),
     }
 }

@@ -38,7 +38,7 @@ impl Identity {
     ///
     /// The effective ids are changed, not only the file system ids: that drops every effective
     /// capability, so quotas and reserved blocks hold too. The real and saved ids stay root's, so the
-    /// user cannot signal or trace the thread.
+    /// user cannot signal or trace the thread. A side effect is that the process no longer dumps core.
     fn take(&self) -> rustix::io::Result<()> {
         if !rustix::process::geteuid().is_root() || self.uid == 0 {
             return Ok(());

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use rustix::fs::OFlags;
+use rustix::fs::{CWD, Mode, OFlags, PROC_SUPER_MAGIC, ResolveFlags};
 use rustix::io::Errno;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -56,6 +56,9 @@ pub(crate) fn open_own(path: PathBuf) -> oneshot::Receiver<Result<File, ErrorKin
 }
 
 /// Opens a regular file. Looks before it opens: opening a device may already do something.
+///
+/// Neither magic links nor `/proc` itself: to a thread of this process, whatever its user, they open the
+/// process's own descriptors and state (`/proc/self/fd/7`).
 fn open_regular(path: &Path, extra: OFlags) -> Result<File, ErrorKind> {
     let failed = |error| access("cannot read", path, error);
     let metadata = match extra.contains(OFlags::NOFOLLOW) {
@@ -63,14 +66,25 @@ fn open_regular(path: &Path, extra: OFlags) -> Result<File, ErrorKind> {
         false => fs::metadata(path),
     };
     regular(&metadata.map_err(failed)?)?;
-    let flags = OFlags::NONBLOCK | OFlags::NOCTTY | extra;
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(flags.bits().cast_signed())
-        .open(path)
-        .map_err(failed)?;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC | extra;
+    let resolve = ResolveFlags::NO_MAGICLINKS;
+    let file = match rustix::fs::openat2(CWD, path, flags, Mode::empty(), resolve) {
+        Ok(file) => File::from(file),
+        Err(Errno::LOOP) => return Err(not_for_users()),
+        Err(errno) => return Err(failed(errno.into())),
+    };
+    let system = rustix::fs::fstatfs(&file).map_err(|errno| failed(errno.into()))?;
+    if system.f_type == PROC_SUPER_MAGIC {
+        return Err(not_for_users());
+    }
     regular(&file.metadata().map_err(failed)?)?;
     Ok(file)
+}
+
+fn not_for_users() -> ErrorKind {
+    ErrorKind::AccessDenied {
+        detail: "it leads into /proc, or links lead in a circle".into(),
+    }
 }
 
 fn regular(metadata: &Metadata) -> Result<(), ErrorKind> {
@@ -270,8 +284,7 @@ pub(crate) async fn put(
 ) -> Result<u64, ErrorKind> {
     let path = path_of(uri)?;
     let copied = identity.run(move || {
-        // A link is written through, as by cp; the new file must be beside the one it replaces.
-        let path = fs::canonicalize(&path).unwrap_or(path);
+        let path = real_path(&path).map_err(|error| access("cannot write", &path, error))?;
         let existing = match fs::metadata(&path) {
             Ok(metadata) => Some(metadata),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -281,12 +294,23 @@ pub(crate) async fn put(
             regular(existing)?;
         }
         match (creation, &existing) {
-            (Creation::Refuse, Some(_)) => Err(ErrorKind::Exists),
+            (Creation::DontOverwrite, Some(_)) => Err(ErrorKind::Exists),
             (Creation::Append, Some(_)) => append(&source, &path, &meter, &stop),
             _ => replace(&source, &path, existing.as_ref(), creation, &meter, &stop),
         }
     });
     finished(copied.await)
+}
+
+/// `path` without links in it; its last part need not exist. A link is written through, as by cp: the new
+/// file must be beside the one it replaces. Without links it also leads through no link of `/proc`.
+fn real_path(path: &Path) -> io::Result<PathBuf> {
+    match (fs::canonicalize(path), path.parent(), path.file_name()) {
+        (Err(error), Some(parent), Some(name)) if error.kind() == io::ErrorKind::NotFound => {
+            Ok(fs::canonicalize(parent)?.join(name))
+        }
+        (real, _, _) => real,
+    }
 }
 
 fn replace(
@@ -313,7 +337,7 @@ fn replace(
         return Err(ErrorKind::Cancelled);
     }
     match creation {
-        Creation::Refuse => partial.commit_new()?,
+        Creation::DontOverwrite => partial.commit_new()?,
         _ => partial.commit()?,
     }
     Ok(copied.bytes)

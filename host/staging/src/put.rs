@@ -10,7 +10,7 @@ use crate::Stager;
 use crate::error::{Error, ErrorKind};
 use crate::fetch::finished;
 use crate::identity::Identity;
-use crate::inflow::{Feed, Halt, channel};
+use crate::inflow::{Feed, Halt, Piece, channel};
 use crate::meter::{Meter, Progress};
 use crate::uri::{Scheme, Uri};
 use crate::{ftp, http, local};
@@ -28,7 +28,7 @@ pub struct PutRequest {
     pub identity: Identity,
 }
 
-/// What to do if the destination exists: JSDL's CreationFlag (JSDL 1.0 section 6.5.3).
+/// What to do if the destination exists: JSDL 1.0, element CreationFlag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Creation {
     /// Replace it. A `file` is replaced as a whole; an FTP server may show a half file meanwhile.
@@ -36,7 +36,7 @@ pub enum Creation {
     /// Add to its end. Not supported by HTTP.
     Append,
     /// Fail.
-    Refuse,
+    DontOverwrite,
 }
 
 impl Stager {
@@ -88,7 +88,9 @@ impl Stager {
             };
             let pump = async {
                 local::pump(file, source.clone(), feed.clone()).await?;
-                feed.end().await
+                // Whose turn it is, the sending side knows.
+                let ended = feed.pieces.send(Piece::End).await;
+                ended.map_err(|_| Halt::Consumer)
             };
             let interrupted = self.interrupted(&meter, &stop);
             let send = async {

@@ -184,7 +184,7 @@ async fn http_put() {
     }
     let uri = format!("http://{server}/exists");
     let error = bench
-        .put(&source, &uri, Creation::Refuse)
+        .put(&source, &uri, Creation::DontOverwrite)
         .await
         .unwrap_err();
     assert_eq!(error.code(), "exists");
@@ -261,11 +261,14 @@ async fn ftp_down_and_up() {
 
     let source = bench.write("result", &body);
     let uri = format!("ftp://{server}/in/new");
-    let sent = bench.put(&source, &uri, Creation::Refuse).await.unwrap();
+    let sent = bench
+        .put(&source, &uri, Creation::DontOverwrite)
+        .await
+        .unwrap();
     assert_eq!(sent, 900_000);
     assert!(std::fs::read(site.path().join("in/new")).unwrap() == body);
     let error = bench
-        .put(&source, &uri, Creation::Refuse)
+        .put(&source, &uri, Creation::DontOverwrite)
         .await
         .unwrap_err();
     assert_eq!(error.code(), "exists");
@@ -285,10 +288,13 @@ async fn file_put() {
     let source = bench.write("result", b"one");
     let target = bench.path("target");
     let uri = file_uri(&target);
-    bench.put(&source, &uri, Creation::Refuse).await.unwrap();
+    bench
+        .put(&source, &uri, Creation::DontOverwrite)
+        .await
+        .unwrap();
     assert_eq!(std::fs::read(&target).unwrap(), b"one");
     let error = bench
-        .put(&source, &uri, Creation::Refuse)
+        .put(&source, &uri, Creation::DontOverwrite)
         .await
         .unwrap_err();
     assert_eq!(

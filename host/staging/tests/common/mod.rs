@@ -153,7 +153,12 @@ pub fn pack(compression: Compression, bytes: &[u8]) -> Vec<u8> {
             encoder.write_all(bytes).unwrap();
             encoder.finish().unwrap()
         }
-        Compression::Zstd | Compression::Tzst => zstd::stream::encode_all(bytes, 1).unwrap(),
+        Compression::Zstd | Compression::Tzst => {
+            let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+            encoder.include_checksum(true).unwrap();
+            encoder.write_all(bytes).unwrap();
+            encoder.finish().unwrap()
+        }
         Compression::Tar => bytes.to_vec(),
     }
 }
