@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();
+    raise_open_files();
     let result = Server::bind(&args.control).and_then(|server| {
         // Whoever started this waits for the line; it may also be nobody.
         let _ = std::io::Write::write_all(&mut std::io::stdout(), b"ready\n");
@@ -40,5 +41,15 @@ fn main() -> ExitCode {
             }
             ExitCode::FAILURE
         }
+    }
+}
+
+/// A domain takes about a dozen descriptors and one a connection; the usual soft limit is 1024.
+fn raise_open_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(e) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(error = %e, "cannot raise the limit of open files");
     }
 }

@@ -1,15 +1,13 @@
 //! Real guests talk through the switch. Needs `XBEE_KERNEL` (a bzImage) and, if vsock is modular
 //! there, `XBEE_MODULES` (its module tree); skipped with a printed reason otherwise.
 
-mod vm;
-
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vm::{Boot, Guest, Pattern, Switch, eventually, read_all, read_line};
+use crate::vm::{Boot, Guest, Pattern, Switch, eventually, read_all, read_line};
 
 const MIB: u64 = 1 << 20;
 

@@ -151,23 +151,35 @@ pub struct Switch {
 
 impl Switch {
     pub fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        let client = runtime
+        let mut switch = Self {
+            runtime: tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap(),
+            client: None,
+            dir: tempfile::tempdir().unwrap(),
+        };
+        switch.start_again();
+        switch
+    }
+
+    /// Starts a switch in the place of one that has died.
+    pub fn start_again(&mut self) {
+        let client = self
+            .runtime
             .block_on(Client::spawn(
                 Path::new(env!("CARGO_BIN_EXE_vswitch")),
-                &dir.path().join("control"),
-                &dir.path().join("log"),
+                &self.control(),
+                &self.dir.path().join("log"),
             ))
             .unwrap();
-        Self {
-            runtime,
-            client: Some(client),
-            dir,
-        }
+        self.client = Some(client);
+    }
+
+    pub fn stop(&mut self) {
+        let client = self.client.take().unwrap();
+        self.runtime.block_on(client.stop()).unwrap();
+        eventually("the switch ends", || !self.control().exists());
     }
 
     pub fn control(&self) -> PathBuf {
@@ -189,7 +201,10 @@ impl Switch {
     }
 
     pub fn add(&mut self, cid: u32, owner: &str) -> Result<(), ClientError> {
-        let spec = self.spec(cid, owner);
+        self.add_spec(self.spec(cid, owner))
+    }
+
+    pub fn add_spec(&mut self, spec: DomainSpec) -> Result<(), ClientError> {
         let client = self.client.as_mut().unwrap();
         self.runtime.block_on(client.add(spec))
     }
@@ -250,7 +265,9 @@ impl Guest {
     fn start(boot: &Boot, spec: &DomainSpec) -> Self {
         let qemu = std::env::var_os("XBEE_QEMU").unwrap_or("qemu-system-x86_64".into());
         let mut qemu = Command::new(qemu)
-            .args(["-M", "q35,memory-backend=mem", "-cpu", "max", "-m", "256"])
+            .args(["-M", "q35,memory-backend=mem", "-m", "256"])
+            // QEMU 7.2.22 emulates cmpxchg16b with wrong flags: 6.12 kernels crash at random.
+            .args(["-cpu", "max,-cx16"])
             .args(["-object", "memory-backend-memfd,id=mem,size=256M,share=on"])
             .args(["-nodefaults", "-display", "none", "-action", "panic=none"])
             .args(["-serial", "stdio"])

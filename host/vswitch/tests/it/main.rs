@@ -1,0 +1,8 @@
+//! The switch as a process: its control socket, hostile drivers on its rings, and real guests.
+#![allow(clippy::unwrap_used)]
+
+mod control;
+mod driver;
+mod guests;
+mod rings;
+mod vm;
