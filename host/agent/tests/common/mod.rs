@@ -12,7 +12,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use xbee_agent::protocol::{
-    BootConfig, Execute, Exited, Failure, GENERATION, Limits, OutputStream, Secret, Transport, Uuid,
+    BootConfig, Execute, Exited, Failure, GENERATION, Limits, Secret, Transport, Uuid,
 };
 use xbee_agent::{Agent, Event, Resume};
 
@@ -25,25 +25,22 @@ pub fn binary() -> PathBuf {
         return path.into();
     }
     const TARGET: &str = "x86_64-unknown-linux-musl";
+    let arguments = ["-p", "xbeinstd", "--profile", "agent", "--target", TARGET];
+    workspace_binary(&arguments, &format!("{TARGET}/agent/xbeinstd"))
+}
+
+/// Builds a program of the workspace; `path` is where it is in the target directory.
+pub fn workspace_binary(arguments: &[&str], path: &str) -> PathBuf {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let built = std::process::Command::new(env!("CARGO"))
-        .args([
-            "build",
-            "--quiet",
-            "-p",
-            "xbeinstd",
-            "--profile",
-            "agent",
-            "--target",
-            TARGET,
-        ])
+        .args(["build", "--quiet"])
+        .args(arguments)
         .current_dir(&workspace)
         .status()
         .unwrap();
-    assert!(built.success(), "the agent does not build");
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or(workspace.join("target"), PathBuf::from);
-    target.join(TARGET).join("agent/xbeinstd")
+    assert!(built.success(), "cargo build {arguments:?} fails");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or(workspace.join("target"), PathBuf::from);
+    target.join(path)
 }
 
 /// An agent's process and the socket that it dials.
@@ -195,5 +192,7 @@ pub async fn gone(pid: i32) {
     panic!("process {pid} is still there");
 }
 
-/// Not used by all tests.
-pub const BOTH: [OutputStream; 2] = [OutputStream::Stdout, OutputStream::Stderr];
+/// Asserts that no line of a list of processes has a word.
+pub fn gone_text(processes: &str, word: &str) {
+    assert!(!processes.lines().any(|line| line.contains(word)), "{processes}");
+}
