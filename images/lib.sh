@@ -56,18 +56,21 @@ apt_offer() {
     kept=$downloads/apt-$state
     if [[ ! -s $kept ]]; then
         mkdir -p "$downloads"
-        rm -f "$downloads"/apt-*
         apt-cache show --no-all-versions linux-image-cloud-amd64 linux-source-6.12 busybox-static |
-            sed -n '/^Package: /p; /^Version: /p; /^Depends: /p' >"$kept.new" ||
+            sed -n '/^Package: /p; /^Version: /p; /^Depends: /p' >"$kept.$$" ||
             die "apt does not know the packages; run: apt-get update"
-        mv "$kept.new" "$kept"
+        find "$downloads" -maxdepth 1 -name 'apt-????????????????' -delete
+        mv "$kept.$$" "$kept"
     fi
     cat "$kept"
 }
 
 # Version of package $1 (one of those in apt_offer) that apt would install.
 candidate() {
-    apt_offer | sed -n "/^Package: $1\$/,/^Version: /s/^Version: //p"
+    local version
+    version=$(apt_offer | sed -n "/^Package: $1\$/,/^Version: /s/^Version: //p")
+    [[ -n $version ]] || die "apt knows no package $1; run: apt-get update"
+    printf '%s\n' "$version"
 }
 
 # Package of the distribution's cloud kernel, and its version.
@@ -157,19 +160,25 @@ disk_from_tar() {
 
 # The static busybox of the distribution, unpacked into directory $1; prints its path.
 busybox_static() {
-    local version
+    local version archive
     version=$(candidate busybox-static)
-    [[ -n $version ]] || die "apt knows no package busybox-static; run: apt-get update"
-    dpkg -x "$(package busybox-static "$version")" "$1"
+    archive=$(package busybox-static "$version")
+    dpkg -x "$archive" "$1"
     printf '%s\n' "$1/bin/busybox"
 }
 
 # Hash of all that the tuned kernel is made from, and the directory it is kept in.
 tuned_kernel_hash() {
+    local version
+    version=$(candidate linux-source-6.12)
     {
-        candidate linux-source-6.12
+        echo "$version"
         cat "$recipes/tuned-kernel/config" "$recipes/tuned-kernel/make"
     } | sha256sum | cut -c 1-16
 }
 
-tuned_kernel() { printf '%s\n' "$images/.tuned-$(tuned_kernel_hash)"; }
+tuned_kernel() {
+    local hash
+    hash=$(tuned_kernel_hash)
+    printf '%s\n' "$images/.tuned-$hash"
+}
