@@ -192,57 +192,17 @@ pub struct Resources {
     pub total_resource_count: Option<RangeValue>,
 }
 
-/// The file systems that need no declaration (GFD.56, 6.4.4.2), and where they are mounted if the
-/// document does not say it.
-pub const WELL_KNOWN_FILE_SYSTEMS: &[(&str, &str)] = &[
-    ("HOME", "/root"),
-    ("ROOT", "/"),
-    ("SCRATCH", "/tmp"),
-    ("TMP", "/tmp"),
-];
+/// The file systems that need no declaration (GFD.56, 6.4.4.2).
+pub const WELL_KNOWN_FILE_SYSTEMS: &[&str] = &["HOME", "ROOT", "SCRATCH", "TMP"];
 
 impl Resources {
     /// Whether paths may name the file system.
-    #[must_use]
-    pub fn has_file_system(&self, name: &str) -> bool {
-        self.file_systems
-            .iter()
-            .any(|declared| declared.name == name)
-            || WELL_KNOWN_FILE_SYSTEMS
+    pub(crate) fn has_file_system(&self, name: &str) -> bool {
+        WELL_KNOWN_FILE_SYSTEMS.contains(&name)
+            || self
+                .file_systems
                 .iter()
-                .any(|(known, _)| *known == name)
-    }
-
-    /// The path in the machine: behind the mount point of its file system, if it names one.
-    ///
-    /// A declared file system without mount point that is not well-known is at `/mnt/NAME`.
-    #[must_use]
-    pub fn path(&self, located: &Located) -> String {
-        let Some(name) = &located.file_system else {
-            return located.value.clone();
-        };
-        let declared = self
-            .file_systems
-            .iter()
-            .find(|declared| declared.name == *name)
-            .and_then(|declared| declared.mount_point.clone());
-        let well_known = || {
-            WELL_KNOWN_FILE_SYSTEMS
-                .iter()
-                .find(|(known, _)| known == name)
-                .map(|(_, mount_point)| (*mount_point).to_owned())
-        };
-        let mount_point = declared
-            .or_else(well_known)
-            .unwrap_or_else(|| format!("/mnt/{name}"));
-        match (
-            mount_point.trim_end_matches('/'),
-            located.value.trim_start_matches('/'),
-        ) {
-            ("", "") => "/".to_owned(),
-            (base, "") => base.to_owned(),
-            (base, relative) => format!("{base}/{relative}"),
-        }
+                .any(|declared| declared.name == name)
     }
 }
 

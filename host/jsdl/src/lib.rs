@@ -5,7 +5,7 @@
 //!
 //! - [`verdict`]: is the document valid JSDL, as any schema validator would have it?
 //! - [`parse`]: the typed [`Job`], or all that keeps it from being one that XenBEE can run.
-//! - [`write`]: a document for a job.
+//! - [`write()`]: a document for a job.
 //!
 //! Two conventions of ours: a package whose URI is `image:NAME` is the image `NAME` of the host
 //! ([`InstanceSource::image_name`]); white space around texts is dropped unless the element has

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use xbee_jsdl::{ApplicationKind, Compression, InstanceSource, Job, Options, parse, verdict};
+use xbee_jsdl::{
+    ApplicationKind, Compression, InstanceSource, Job, Located, Options, parse, verdict,
+};
 
 fn example(name: &str) -> Job {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -26,6 +28,18 @@ fn memory(job: &Job) -> Option<u64> {
     job.resources.individual_physical_memory.as_ref()?.choose(0)
 }
 
+/// The path of a file behind the mount point of its declared file system.
+fn path(job: &Job, file: &Located) -> String {
+    let mount_point = job
+        .resources
+        .file_systems
+        .iter()
+        .find(|declared| Some(&declared.name) == file.file_system.as_ref())
+        .and_then(|declared| declared.mount_point.as_deref())
+        .expect("a mount point");
+    format!("{mount_point}/{}", file.value)
+}
+
 #[test]
 fn hello_world() {
     let job = example("hello-world.xsdl");
@@ -44,7 +58,7 @@ fn povray() {
     let paths: Vec<String> = job
         .staging
         .iter()
-        .map(|staging| job.resources.path(&staging.file))
+        .map(|staging| path(&job, &staging.file))
         .collect();
     assert_eq!(paths, ["/work/scene.pov", "/work/scene.png"]);
     let source = job.staging[0].source.as_ref().expect("source");
@@ -64,5 +78,5 @@ fn server() {
     let source = job.staging[0].source.as_ref().expect("source");
     assert_eq!(source.compression, Some(Compression::Tbz));
     assert!(Compression::Tbz.is_archive());
-    assert_eq!(job.resources.path(&job.staging[0].file), "/var/www/html");
+    assert_eq!(path(&job, &job.staging[0].file), "/var/www/html");
 }
