@@ -22,7 +22,7 @@ pub struct Job {
     pub instance: Option<InstanceDefinition>,
 }
 
-/// Names of a job (GFD.56, 6.2).
+/// Names of a job (GFD.56, section 6.2).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Identification {
     /// Short name; need not be unique.
@@ -35,7 +35,7 @@ pub struct Identification {
     pub projects: Vec<String>,
 }
 
-/// The application (GFD.56, 6.3).
+/// The application (GFD.56, section 6.3).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Application {
     /// Name of the software.
@@ -118,7 +118,7 @@ pub struct EnvironmentVariable {
     pub value: Located,
 }
 
-/// Limits to a process (GFD.56, 8.1.9 to 8.1.21). All are soft and hard limit at once.
+/// Limits to a process (GFD.56, section 8.1).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Limits {
     /// Time from start to end, in seconds.
@@ -149,7 +149,7 @@ pub struct Limits {
     pub thread_count: Option<u64>,
 }
 
-/// What a job needs (GFD.56, 6.4).
+/// What a job needs (GFD.56, section 6.4).
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Resources {
     /// Hosts that may run it; empty for any.
@@ -192,7 +192,7 @@ pub struct Resources {
     pub total_resource_count: Option<RangeValue>,
 }
 
-/// The file systems that need no declaration (GFD.56, 6.4.4.2).
+/// The file systems that need no declaration (GFD.56, section 6.4).
 pub const WELL_KNOWN_FILE_SYSTEMS: &[&str] = &["HOME", "ROOT", "SCRATCH", "TMP"];
 
 impl Resources {
@@ -206,7 +206,7 @@ impl Resources {
     }
 }
 
-/// A file system (GFD.56, 6.4.4).
+/// A file system (GFD.56, section 6.4).
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct FileSystem {
     /// The name by which paths refer to it.
@@ -221,7 +221,7 @@ pub struct FileSystem {
     pub disk_space: Option<RangeValue>,
 }
 
-/// A file to bring in, out, or both (GFD.56, 6.5).
+/// A file to bring in, out, or both (GFD.56, section 6.5).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DataStaging {
     /// `name` of the element.
@@ -432,7 +432,7 @@ impl HashAlgorithm {
 }
 
 named! {
-    /// How a file is packed. The last four of XSDL's and our names are tar archives.
+    /// How a file is packed.
     Compression {
         /// One file, bzip2.
         Bzip2 = "bzip2",
@@ -450,17 +450,6 @@ named! {
         Txz = "txz",
         /// tar in zstd; not in XSDL's own list.
         Tzst = "tzst",
-    }
-}
-
-impl Compression {
-    /// Whether it is a tar archive, which becomes a directory.
-    #[must_use]
-    pub fn is_archive(self) -> bool {
-        matches!(
-            self,
-            Compression::Tbz | Compression::Tgz | Compression::Txz | Compression::Tzst
-        )
     }
 }
 

@@ -1,6 +1,6 @@
 //! The namespaces a job description is written in.
 
-/// JSDL 1.0 (GFD.56, normative extensions apart).
+/// JSDL 1.0 (GFD.56).
 pub const JSDL: &str = "http://schemas.ggf.org/jsdl/2005/11/jsdl";
 /// JSDL-POSIX, the POSIXApplication (GFD.56, section 8).
 pub const POSIX: &str = "http://schemas.ggf.org/jsdl/2005/11/jsdl-posix";

@@ -10,15 +10,6 @@ pub struct Bound {
 }
 
 impl Bound {
-    /// A bound that belongs to the range.
-    #[must_use]
-    pub fn inclusive(value: f64) -> Self {
-        Bound {
-            value,
-            exclusive: false,
-        }
-    }
-
     fn admits_below(self, number: f64) -> bool {
         number < self.value || (number == self.value && !self.exclusive)
     }
@@ -68,15 +59,6 @@ impl RangeValue {
                 value,
                 epsilon: 0.0,
             }],
-            ..RangeValue::default()
-        }
-    }
-
-    /// Everything from `value` on.
-    #[must_use]
-    pub fn at_least(value: f64) -> Self {
-        RangeValue {
-            lower_bounded: Some(Bound::inclusive(value)),
             ..RangeValue::default()
         }
     }
@@ -158,6 +140,20 @@ fn last_below(bound: Bound) -> f64 {
 mod tests {
     use super::*;
 
+    fn inclusive(value: f64) -> Bound {
+        Bound {
+            value,
+            exclusive: false,
+        }
+    }
+
+    fn at_least(value: f64) -> RangeValue {
+        RangeValue {
+            lower_bounded: Some(inclusive(value)),
+            ..RangeValue::default()
+        }
+    }
+
     fn below(value: f64, exclusive: bool) -> RangeValue {
         RangeValue {
             upper_bounded: Some(Bound { value, exclusive }),
@@ -195,19 +191,15 @@ mod tests {
             (below(10.0, false), 10.0, true),
             (below(10.0, true), 10.0, false),
             (below(10.0, true), -1e300, true),
-            (RangeValue::at_least(3.0), 3.0, true),
-            (RangeValue::at_least(3.0), 2.9, false),
-            (RangeValue::at_least(f64::NEG_INFINITY), f64::NAN, false),
+            (at_least(3.0), 3.0, true),
+            (at_least(3.0), 2.9, false),
+            (at_least(f64::NEG_INFINITY), f64::NAN, false),
             (RangeValue::exactly(f64::INFINITY), f64::INFINITY, true),
-            (between(exclusive(1.0), Bound::inclusive(2.0)), 1.0, false),
-            (between(exclusive(1.0), Bound::inclusive(2.0)), 2.0, true),
-            (between(Bound::inclusive(1.0), exclusive(2.0)), 1.0, true),
-            (between(Bound::inclusive(1.0), exclusive(2.0)), 2.0, false),
-            (
-                between(Bound::inclusive(2.0), Bound::inclusive(1.0)),
-                1.5,
-                false,
-            ),
+            (between(exclusive(1.0), inclusive(2.0)), 1.0, false),
+            (between(exclusive(1.0), inclusive(2.0)), 2.0, true),
+            (between(inclusive(1.0), exclusive(2.0)), 1.0, true),
+            (between(inclusive(1.0), exclusive(2.0)), 2.0, false),
+            (between(inclusive(2.0), inclusive(1.0)), 1.5, false),
         ];
         for (range, number, expected) in cases {
             assert_eq!(range.contains(number), expected, "{number} in {range:?}");
@@ -217,8 +209,8 @@ mod tests {
     #[test]
     fn parts_are_a_union() {
         let range = RangeValue {
-            upper_bounded: Some(Bound::inclusive(1.0)),
-            lower_bounded: Some(Bound::inclusive(10.0)),
+            upper_bounded: Some(inclusive(1.0)),
+            lower_bounded: Some(inclusive(10.0)),
             exact: vec![Exact {
                 value: 5.0,
                 epsilon: 0.0,
@@ -237,18 +229,18 @@ mod tests {
         };
         let cases = [
             (RangeValue::exactly(268_435_456.0), 64, Some(268_435_456)),
-            (RangeValue::at_least(100.0), 64, Some(100)),
-            (RangeValue::at_least(100.0), 128, Some(128)),
-            (RangeValue::at_least(0.5), 0, Some(1)),
+            (at_least(100.0), 64, Some(100)),
+            (at_least(100.0), 128, Some(128)),
+            (at_least(0.5), 0, Some(1)),
             (below(32.0, false), 64, Some(32)),
             (below(32.0, true), 64, Some(31)),
             (below(128.0, false), 64, Some(64)),
             (below(-1.0, false), 64, None),
-            (between(exclusive(2.0), Bound::inclusive(4.0)), 1, Some(3)),
+            (between(exclusive(2.0), inclusive(4.0)), 1, Some(3)),
             (between(exclusive(2.0), exclusive(3.0)), 1, None),
             (RangeValue::exactly(1.5), 1, None),
             (RangeValue::exactly(f64::INFINITY), 1, None),
-            (RangeValue::at_least(f64::NAN), 1, None),
+            (at_least(f64::NAN), 1, None),
             (RangeValue::default(), 1, None),
         ];
         for (range, preferred, expected) in cases {
