@@ -248,40 +248,28 @@ impl Worker {
             return self.commit(fetched, partial);
         };
         let (next, digested) = channel();
-        let (decoded, got) = std::thread::scope(|scope| {
-            let hasher = std::thread::Builder::new()
-                .name("stage-digest".into())
-                .spawn_scoped(scope, || {
-                    let next = next;
-                    digest(expected.algorithm(), pieces, &next)
-                })
-                .map_err(|error| ErrorKind::local("cannot start a thread", Path::new(""), error))?;
-            let mut inflow = Inflow::new(digested, self.stop.clone());
-            let decoded = self.decode(&mut inflow);
+        let algorithm = expected.algorithm();
+        let got = on_thread("stage-digest", move || Ok(digest(algorithm, pieces, &next)));
+        let mut inflow = Inflow::new(digested, self.stop.clone());
+        let decoded = self.decode(&mut inflow);
+        match decoded {
+            Ok(_) => {}
             // Wrong data seldom decodes. That it is the wrong data is what the user must know.
-            if matches!(
-                decoded,
-                Err(ErrorKind::CorruptArchive { .. } | ErrorKind::UnsafeArchiveEntry { .. })
-            ) && inflow.drain().is_err()
-            {
-                return Err(ErrorKind::Cancelled);
+            Err(ErrorKind::CorruptArchive { .. } | ErrorKind::UnsafeArchiveEntry { .. }) => {
+                inflow.drain().map_err(|_| ErrorKind::Cancelled)?;
             }
-            drop(inflow);
-            Ok((decoded, hasher.join().unwrap_or(None)))
-        })?;
-        match got {
-            Some(got) if got != *expected => Err(ErrorKind::HashMismatch {
-                algorithm: expected.algorithm(),
+            Err(kind) => return Err(kind),
+        }
+        let got = finished(got.blocking_recv())?.ok_or(ErrorKind::Cancelled)?;
+        if got != *expected {
+            return Err(ErrorKind::HashMismatch {
+                algorithm,
                 expected: expected.to_hex(),
                 got: got.to_hex(),
-            }),
-            Some(_) => {
-                let (fetched, partial) = decoded?;
-                self.commit(fetched, partial)
-            }
-            // Cut off on the way.
-            None => Err(decoded.err().unwrap_or(ErrorKind::Cancelled)),
+            });
         }
+        let (fetched, partial) = decoded?;
+        self.commit(fetched, partial)
     }
 
     fn commit(&self, mut fetched: Fetched, partial: Option<Partial>) -> Result<Fetched, ErrorKind> {

@@ -1,5 +1,8 @@
 //! HTTP and HTTPS: GET and PUT.
 
+use std::convert::Infallible;
+
+use bytes::Bytes;
 use reqwest::header::{CONTENT_LENGTH, IF_NONE_MATCH, LOCATION};
 use reqwest::redirect::{Attempt, Policy};
 use reqwest::{Client, Response, StatusCode};
@@ -39,13 +42,15 @@ impl Stager {
     }
 
     fn client(&self, policy: Policy) -> Result<Client, ErrorKind> {
-        let Limits { connect, .. } = *self.limits;
+        let Limits { connect, idle, .. } = *self.limits;
         Client::builder()
             .tls_backend_preconfigured(crate::tls::client_config(self.ca_file.as_deref())?)
             .redirect(policy)
             // The query of the first URI is no business of the second server.
             .referer(false)
             .connect_timeout(connect)
+            // Ends what the client still has open with a server that no longer reads.
+            .tcp_user_timeout(idle)
             .user_agent(concat!("xbed/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|error| ErrorKind::Connect {
@@ -93,23 +98,28 @@ pub(crate) async fn put(
     uri: &Uri,
     creation: Creation,
     len: u64,
-    pieces: mpsc::Receiver<Piece>,
-    meter: &std::sync::Arc<Meter>,
+    mut pieces: mpsc::Receiver<Piece>,
+    meter: &Meter,
 ) -> Result<(), ErrorKind> {
-    let meter = meter.clone();
-    let body = futures::stream::unfold(Some(pieces), move |pieces| {
-        let meter = meter.clone();
-        async move {
-            let mut pieces = pieces?;
-            let piece = pieces.recv().await;
-            meter.peer_turn();
-            match piece {
-                Some(Piece::Data(chunk)) => Some((Ok(chunk), Some(pieces))),
-                Some(Piece::End) => None,
-                None => Some((Err(std::io::Error::other("the source was cut off")), None)),
+    // The client's connection may outlive this call, with a server that answers but reads no further.
+    // It gets a channel of its own, so that the local source is let go whatever the server does.
+    let (chunks, mut body) = mpsc::channel::<std::io::Result<Bytes>>(1);
+    let body = futures::stream::poll_fn(move |context| body.poll_recv(context));
+    let relay = async move {
+        loop {
+            let chunk = match pieces.recv().await {
+                Some(Piece::Data(chunk)) => Ok(chunk),
+                Some(Piece::End) => break,
+                None => Err(std::io::Error::other("the source was cut off")),
+            };
+            if chunks.send(chunk).await.is_err() {
+                break;
             }
+            meter.peer_turn();
         }
-    });
+        drop(chunks);
+        std::future::pending::<Infallible>().await
+    };
     let mut request = client
         .put(uri.secret().clone())
         .header(CONTENT_LENGTH, len)
@@ -123,7 +133,10 @@ pub(crate) async fn put(
             });
         }
     }
-    let response = request.send().await.map_err(failed)?;
+    let response = tokio::select! {
+        response = request.send() => response.map_err(failed)?,
+        never = relay => match never {},
+    };
     match response.status() {
         StatusCode::PRECONDITION_FAILED if creation == Creation::DontOverwrite => {
             Err(ErrorKind::Exists)

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::http::{Step, answer};
 use common::{Bench, file_uri, http, noise, pack};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use xbee_staging::{
@@ -483,4 +484,53 @@ async fn put_failures() {
             .unwrap_err();
         assert_eq!(error.code(), code, "{error}");
     }
+}
+
+#[tokio::test]
+async fn a_server_may_answer_before_it_has_read_everything() {
+    let bench = Bench::new();
+    let source = bench.write("source", &vec![1; 64 << 20]);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let uri = format!("http://{}/", listener.local_addr().unwrap());
+    let server = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut head = [0; 4];
+        stream.read_exact(&mut head).await.unwrap();
+        stream
+            .write_all(b"HTTP/1.1 403 no\r\nContent-Length: 0\r\n\r\n")
+            .await
+            .unwrap();
+        // Neither reads on nor hangs up.
+        stream
+    };
+    let put = bench.put(&source, &uri, Creation::Overwrite);
+    let both = async { tokio::join!(server, put) };
+    let (_open, sent) = tokio::time::timeout(Duration::from_secs(10), both)
+        .await
+        .unwrap();
+    assert_eq!(sent.unwrap_err().code(), "access-denied");
+}
+
+#[tokio::test]
+async fn what_is_too_large_is_told_at_once_though_the_server_stalls() {
+    let bench = Bench::with_limits(Limits {
+        unpacked_bytes: 1 << 20,
+        ..Limits::default()
+    });
+    let bomb = pack(Compression::Gzip, &vec![0; 4 << 20]);
+    let server = http::serve(move |_| {
+        vec![
+            Step::Send(b"HTTP/1.1 200 OK\r\n\r\n".to_vec()),
+            Step::Send(bomb.clone()),
+            Step::Pause(Duration::from_secs(60)),
+        ]
+    })
+    .await;
+    let zeros = Digest::from_hex(Algorithm::Md5, &"0".repeat(32)).unwrap();
+    let uri = format!("http://{server}/");
+    let fetch = bench.fetch_as(&uri, Some(zeros), Some(Compression::Gzip));
+    let fetched = tokio::time::timeout(Duration::from_secs(10), fetch)
+        .await
+        .unwrap();
+    assert_eq!(fetched.unwrap_err().code(), "size-limit");
 }
