@@ -4,6 +4,8 @@
 //! (default `~/.cache/xbee/images`).
 #![allow(clippy::unwrap_used)]
 
+mod qemu_only;
+mod sim_only;
 mod support;
 
 use std::collections::HashSet;
@@ -13,6 +15,8 @@ use std::time::Duration;
 use support::{Fixture, Guest, LIMIT, READY, state};
 use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
+use xbee_agent::protocol::StartMode;
+use xbee_agent::{Agent, Event, Resume};
 use xbee_hypervisor::{
     Disk, DiskFormat, DomainId, DomainState, Error, Hypervisor, ShutdownOutcome, StopReason,
 };
@@ -53,6 +57,7 @@ contract!(
     a_console_flood_is_bounded,
     destroy_works_in_every_state,
     eight_domains_start_at_once,
+    the_agent_connects_and_dials_again,
     domains_outlive_their_manager,
     what_happened_meanwhile_is_known_after_a_restart,
     a_failed_create_leaves_nothing,
@@ -76,16 +81,22 @@ async fn a_domain_is_made_runs_and_is_destroyed(fixture: Fixture) {
     let hypervisor = fixture.open().await;
     let mut events = hypervisor.events();
     let spec = fixture.spec(Guest::Idle);
+    let begin = Instant::now();
     hypervisor.create(&spec).await.unwrap();
+    let created = begin.elapsed();
     assert_eq!(
         state(&*hypervisor, spec.id).await,
         Some(DomainState::Created)
     );
     assert_eq!(hypervisor.stats(spec.id).await.unwrap(), Default::default());
 
+    let begin = Instant::now();
     hypervisor.start(spec.id).await.unwrap();
+    let started = begin.elapsed();
     assert_eq!(events.recv().await.unwrap().state, DomainState::Running);
     fixture.wait_console(&*hypervisor, spec.id, READY).await;
+    let up = begin.elapsed();
+    println!("created in {created:?}, started in {started:?}, up {up:?} after the start");
     let stats = hypervisor.stats(spec.id).await.unwrap();
     assert!(stats.memory_bytes > 1 << 20, "{stats:?}");
     let list = hypervisor.list().await.unwrap();
@@ -417,6 +428,55 @@ async fn eight_domains_start_at_once(fixture: Fixture) {
     for spec in &specs {
         assert_gone(fixture, hypervisor, spec.id).await;
     }
+}
+
+async fn the_agent_connects_and_dials_again(fixture: Fixture) {
+    let mut hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Agent).await;
+    let stream = timeout(LIMIT, hypervisor.channel(spec.id))
+        .await
+        .unwrap()
+        .unwrap();
+    let (agent, mut events) = Agent::connect(stream, &support::SECRET, Resume::default())
+        .await
+        .unwrap();
+    assert_eq!(agent.domain(), spec.id);
+    agent.start(StartMode::Agent).await.unwrap();
+    let conversation = Uuid::new_v4();
+    assert!(!agent.execute(support::echo(conversation)).await.unwrap());
+    let Some(Event::Output { data, .. }) = events.recv().await else {
+        panic!("no output")
+    };
+    assert_eq!(data, b"hello\n");
+    assert!(matches!(events.recv().await, Some(Event::Exited { .. })));
+
+    let mut first = Some((agent, events));
+    // After a lost connection, and after a restart of the manager, it is the same agent.
+    for restart in [false, true] {
+        if restart {
+            drop(hypervisor);
+            hypervisor = fixture.open().await;
+        } else {
+            first.take();
+        }
+        let stream = timeout(LIMIT, hypervisor.channel(spec.id))
+            .await
+            .unwrap()
+            .unwrap();
+        let (agent, _events) = Agent::connect(stream, &support::SECRET, Resume::default())
+            .await
+            .unwrap();
+        assert!(
+            agent.execute(support::echo(conversation)).await.unwrap(),
+            "restart {restart}"
+        );
+        if restart {
+            agent.shutdown(Duration::ZERO).await.unwrap();
+        }
+    }
+    assert_eq!(end(&*hypervisor, spec.id).await, StopReason::GuestShutdown);
+    hypervisor.destroy(spec.id).await.unwrap();
+    assert_gone(&fixture, &*hypervisor, spec.id).await;
 }
 
 async fn domains_outlive_their_manager(fixture: Fixture) {

@@ -20,6 +20,8 @@ pub struct SimConfig {
     pub boot_ms: RangeInclusive<u64>,
     /// Time a domain needs to switch off, in milliseconds.
     pub shutdown_ms: RangeInclusive<u64>,
+    /// The init that every disk image has, if any.
+    pub init: Option<String>,
     /// Probability that a `create` fails.
     pub refused_create: f64,
     /// Probability that a `start` fails.
@@ -48,6 +50,7 @@ impl SimConfig {
             check_images: false,
             boot_ms: 5..=20,
             shutdown_ms: 1..=5,
+            init: None,
             refused_create: 0.0,
             refused_start: 0.0,
             lost_agent: 0.0,

@@ -9,7 +9,9 @@ use tokio::io::DuplexStream;
 use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
+use xbee_protocol::{BOOT_CONFIG_PATH, BootConfig};
 
+use super::agent::{Agent, Order};
 use super::config::{SimConfig, SimEvent};
 use super::random::Random;
 use crate::domain::{
@@ -173,6 +175,22 @@ impl Domain {
         let _ = state.wait_for(|state| *state != DomainState::Paused).await;
     }
 
+    async fn paused(&self) {
+        let mut state = self.state.subscribe();
+        // Fails only when the domain is no more.
+        let _ = state.wait_for(|state| *state == DomainState::Paused).await;
+    }
+
+    /// Gives the host its end of a new connection, in place of one that it has not taken.
+    fn offer(&self, stream: DuplexStream) {
+        let mut newest = self
+            .newest_connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *newest = Some(stream);
+        self.connected.notify_one();
+    }
+
     pub(super) fn forget_connection(&self) {
         *self
             .newest_connection
@@ -292,10 +310,10 @@ async fn end(
     let crash_at = random
         .happens(config.crash)
         .then(|| Instant::now() + Duration::from_millis(random.within(&config.crash_ms)));
+    let (orders, receiver) = mpsc::unbounded_channel();
+    let guest = guest(domain, config, random.clone(), receiver);
+    tokio::pin!(guest);
     let mut deaf = false;
-    let boot = sleep(Duration::from_millis(random.within(&config.boot_ms)));
-    tokio::pin!(boot);
-    let mut booted = false;
     loop {
         domain.unpaused().await;
         tokio::select! {
@@ -316,26 +334,51 @@ async fn end(
                     SimEvent::Crash { detail } => return StopReason::Failed { detail },
                     SimEvent::FloodConsole => flooding = true,
                     SimEvent::IgnorePowerButton => deaf = true,
-                    SimEvent::DropConnection | SimEvent::SilenceAgent => {}
+                    // Nobody takes them where no agent is.
+                    SimEvent::DropConnection => drop(orders.send(Order::Drop)),
+                    SimEvent::SilenceAgent => drop(orders.send(Order::Silence)),
                 },
             },
-            () = &mut boot, if !booted => {
-                booted = true;
-                domain.print("simulated guest: up\n");
+            () = &mut guest => {
+                sleep(Duration::from_millis(random.within(&config.shutdown_ms))).await;
+                return StopReason::GuestShutdown;
             }
-            () = at(crash_at), if crash_at.is_some() => {
+            () = super::at(crash_at) => {
                 return StopReason::Failed { detail: "simulated: the hypervisor crashed".to_owned() };
             }
             () = sleep(FLOOD_INTERVAL), if flooding => {
                 domain.print(&"flood\n".repeat(FLOOD_BYTES / 6));
             }
+            // Nothing above goes on while it is halted.
+            () = domain.paused() => {}
         }
     }
 }
 
-async fn at(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline).await,
-        None => std::future::pending().await,
+/// What runs in the domain. Returns when it switches itself off.
+async fn guest(
+    domain: &Domain,
+    config: &SimConfig,
+    mut random: Random,
+    orders: mpsc::UnboundedReceiver<Order>,
+) {
+    sleep(Duration::from_millis(random.within(&config.boot_ms))).await;
+    domain.print("simulated guest: up\n");
+    if random.happens(config.lost_agent) {
+        return std::future::pending().await;
+    }
+    match BootConfig::decode(&domain.spec.boot_config) {
+        Ok(boot) => {
+            let dial = |stream| domain.offer(stream);
+            let init = config.init.clone();
+            Agent::new(&domain.spec, boot, init, random, orders, dial)
+                .run()
+                .await;
+            domain.print("simulated guest: down\n");
+        }
+        Err(error) => {
+            domain.print(&format!("xbeinstd: {BOOT_CONFIG_PATH}: {error}\n"));
+            std::future::pending().await
+        }
     }
 }

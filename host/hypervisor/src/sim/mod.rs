@@ -4,9 +4,15 @@
 //! hour of a thousand domains passes at once. The state is in [`SimHost`], which several
 //! [`SimHypervisor`]s can share one after another, as a real host survives its manager's restart.
 
+mod agent;
+mod command;
 mod config;
 mod domain;
+mod files;
+mod machine;
 mod random;
+mod stream;
+mod task;
 
 use std::collections::HashMap;
 use std::fs;
@@ -17,6 +23,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::broadcast;
+use tokio::time::Instant;
 
 pub use config::{SimConfig, SimEvent};
 use domain::Domain;
@@ -31,6 +38,20 @@ use crate::{Hypervisor, image, spec};
 
 /// Events kept for a receiver that lags.
 const EVENTS_MAX: usize = 65_536;
+
+fn failure(code: &str, message: impl Into<String>) -> xbee_protocol::Failure {
+    xbee_protocol::Failure {
+        code: code.to_owned(),
+        message: message.into(),
+    }
+}
+
+async fn at(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
 
 /// A simulated host: what goes on when its manager is restarted.
 #[derive(Debug)]

@@ -9,6 +9,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
+use xbee_agent::protocol::{
+    AGENT_VSOCK_PORT, BootConfig, Execute, GENERATION, Limits, Secret, Transport,
+};
 use xbee_hypervisor::qemu::{QemuConfig, QemuHypervisor};
 use xbee_hypervisor::sim::{SimConfig, SimEvent, SimHost, SimHypervisor};
 use xbee_hypervisor::{DomainId, DomainSpec, DomainState, Hypervisor};
@@ -16,8 +19,8 @@ use xbee_hypervisor::{DomainId, DomainSpec, DomainState, Hypervisor};
 /// Printed by every guest when its own program runs.
 pub const READY: &str = "guest: up";
 
-/// Printed on the console as proof that the guest sees its boot configuration.
-pub const BOOT_CONFIG: &[u8] = b"boot-config-of-the-test\n";
+/// The secret of every guest's boot.
+pub const SECRET: Secret = Secret([5; 32]);
 
 /// No guest here takes longer for anything, even with others compiling beside it.
 pub const LIMIT: Duration = Duration::from_secs(90);
@@ -40,6 +43,10 @@ pub enum Guest {
     Panic,
     /// Prints without end.
     Flood,
+    /// Reads and writes its disks.
+    Disks,
+    /// Runs the agent.
+    Agent,
 }
 
 impl Guest {
@@ -57,7 +64,7 @@ while read -r module; do insmod "$module"; done </xbee/modules
 for module in /test/*.ko; do insmod "$module"; done
 exec </dev/console >/dev/console 2>&1
 echo guest: up
-cat /xbee/boot
+[ -s /xbee/boot ] || echo no boot configuration
 for word in $(cat /proc/cmdline); do
     case $word in
     xbee.test=button) dd if=/dev/input/event0 bs=24 count=1 of=/dev/null; poweroff -f ;;
@@ -89,6 +96,7 @@ pub struct Fixture {
 enum Backend {
     Qemu {
         kernel: PathBuf,
+        base: PathBuf,
         initramfs: PathBuf,
         vswitch: PathBuf,
     },
@@ -150,6 +158,7 @@ impl Fixture {
             dir,
             backend: Backend::Qemu {
                 kernel,
+                base,
                 initramfs,
                 vswitch,
             },
@@ -181,6 +190,9 @@ impl Fixture {
     pub fn spec(&self, guest: Guest) -> DomainSpec {
         let id = Uuid::new_v4();
         let (kernel, initramfs) = match &self.backend {
+            Backend::Qemu { kernel, base, .. } if guest == Guest::Agent => {
+                (kernel.clone(), base.clone())
+            }
             Backend::Qemu {
                 kernel, initramfs, ..
             } => (kernel.clone(), initramfs.clone()),
@@ -198,7 +210,16 @@ impl Fixture {
             disks: Vec::new(),
             // Tests run in processes of their own, at the same time.
             cid: (std::process::id() % 50_000) * 16 + NEXT_CID.fetch_add(1, Ordering::Relaxed),
-            boot_config: BOOT_CONFIG.to_vec(),
+            boot_config: BootConfig {
+                generation: GENERATION,
+                domain: id,
+                hostname: "guest".to_owned(),
+                secret: SECRET,
+                transport: Transport::Vsock {
+                    port: AGENT_VSOCK_PORT,
+                },
+            }
+            .encode(),
             run_dir: self.domains_dir().join(id.to_string()),
         }
     }
@@ -216,7 +237,7 @@ impl Fixture {
     fn act(&self, spec: &DomainSpec, guest: Guest) {
         if let Backend::Sim(host) = &self.backend {
             let event = match guest {
-                Guest::Button => return,
+                Guest::Button | Guest::Disks | Guest::Agent => return,
                 Guest::Idle => SimEvent::IgnorePowerButton,
                 Guest::PowerOff => SimEvent::PowerOff,
                 Guest::Reset => SimEvent::Reset,
@@ -325,6 +346,23 @@ impl Drop for Fixture {
                 let _ = kill_process(pid, Signal::KILL);
             }
         }
+    }
+}
+
+/// A task that says hello.
+pub fn echo(conversation: Uuid) -> Execute {
+    Execute {
+        conversation,
+        argv: vec!["echo".to_owned(), "hello".to_owned()],
+        environment: Vec::new(),
+        working_directory: None,
+        stdin: None,
+        stdout: None,
+        stderr: None,
+        user: None,
+        group: None,
+        umask: None,
+        limits: Limits::default(),
     }
 }
 
