@@ -127,6 +127,17 @@ impl Device {
         (vring.enabled && vring.queue.ready()).then_some((memory, vring))
     }
 
+    /// Lets go of the guest's memory and descriptors: the front-end is gone.
+    pub fn detach(&mut self) {
+        self.break_rings();
+        for index in 0..QUEUES {
+            self.unwatch_kick(index);
+            self.vrings[index].call = None;
+        }
+        self.memory = None;
+        self.mappings.clear();
+    }
+
     /// Stops all rings until the driver is set up anew: the guest broke them.
     pub fn break_rings(&mut self) {
         for vring in &mut self.vrings {

@@ -8,7 +8,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
@@ -178,6 +178,10 @@ impl Port {
         }
         self.guest_gone();
         self.front_end = None;
+        self.device
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .detach();
         self.vhost_listener = None;
         self.host_listener = None;
         self.switch.leave(&self.shared);

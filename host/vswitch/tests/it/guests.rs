@@ -1,5 +1,5 @@
-//! Real guests talk through the switch. Needs `XBEE_KERNEL` (a bzImage) and, if vsock is modular
-//! there, `XBEE_MODULES` (its module tree); skipped with a printed reason otherwise.
+//! Real guests talk through the switch. Needs the kernel of `make images`; skipped with a printed
+//! reason otherwise.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -66,12 +66,12 @@ fn host_and_guest_talk_both_ways() {
         "host to a guest port where nothing listens: {:?}",
         start.elapsed()
     );
-    assert!(start.elapsed() < Duration::from_secs(1));
+    // A guest that does not answer at all is given 5 s.
+    assert!(start.elapsed() < Duration::from_secs(4));
     let report = read_all(&mut guest.command("dial 2 5999 echo"));
     println!("guest to a host port where nothing listens: {report}");
     let words: Vec<&str> = report.split_whitespace().collect();
     assert_eq!(words[..2], ["errno", "104"], "expected ECONNRESET");
-    assert!(words[2].parse::<u64>().unwrap() < 1000);
     // No such guest.
     let report = read_all(&mut guest.command("dial 77 1000 echo"));
     assert!(report.starts_with("errno 104 "), "{report}");

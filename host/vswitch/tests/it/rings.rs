@@ -119,7 +119,7 @@ fn rst_comes_at_once_where_nothing_listens() {
         );
     }
     println!("slowest RST of 100: {slowest:?}");
-    assert!(slowest < Duration::from_millis(100));
+    assert!(slowest < Duration::from_secs(1));
 
     // Never an answer to a RST, nor to a packet in another guest's name.
     driver.send(&driver.header(op::RST, 5000, 999, 0), &[]);
@@ -140,8 +140,9 @@ fn a_guest_that_takes_no_answers_is_not_answered_without_bound() {
         driver.post(1, &[(at, HEADER_LEN as u32, 0)]);
     }
     driver.kick(1);
-    std::thread::sleep(Duration::from_millis(200));
-    assert_eq!(driver.unsent(), SIZE - 64, "64 answers wait");
+    eventually("64 answers wait", || driver.unsent() <= SIZE - 64);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(driver.unsent(), SIZE - 64);
     for _ in 0..SIZE {
         assert_eq!(driver.receive().0.op, op::RST);
     }

@@ -30,12 +30,26 @@ pub struct Boot {
 }
 
 impl Boot {
-    /// Builds the guest in `dir`. `None`, with a printed reason, where a part is missing.
+    /// Builds the guest in `dir` from the kernel of `make images`. `None`, with a printed reason,
+    /// where a part is missing.
     pub fn new(dir: &Path) -> Option<Self> {
-        let Some(kernel) = std::env::var_os("XBEE_KERNEL").map(PathBuf::from) else {
-            println!("skipped: XBEE_KERNEL names no kernel image (and XBEE_MODULES its modules)");
+        let images = std::env::var_os("XBEE_IMAGES").map_or_else(
+            || {
+                let home = std::env::var_os("HOME").unwrap_or_default();
+                let cache = std::env::var_os("XDG_CACHE_HOME")
+                    .map_or_else(|| PathBuf::from(home).join(".cache"), PathBuf::from);
+                cache.join("xbee/images")
+            },
+            PathBuf::from,
+        );
+        let kernel = images.join("kernel/vmlinux");
+        if !kernel.exists() {
+            println!(
+                "skipped: {} is not there; run `make images`",
+                kernel.display()
+            );
             return None;
-        };
+        }
         if Command::new("qemu-system-x86_64")
             .arg("--version")
             .stdout(Stdio::null())
@@ -66,10 +80,11 @@ impl Boot {
             (0, 0),
             &std::fs::read(&init).unwrap(),
         );
-        if let Some(modules) = std::env::var_os("XBEE_MODULES") {
+        let modules = images.join("kernel/lib/modules");
+        if modules.exists() {
             for (i, name) in MODULES.iter().enumerate() {
                 // A module may be built in.
-                if let Some(module) = read_module(Path::new(&modules), name) {
+                if let Some(module) = read_module(&modules, name) {
                     entry(
                         &mut cpio,
                         &format!("modules/{i}-{name}.ko"),
