@@ -102,21 +102,21 @@ async fn redirects_that_are_not_followed() {
 
 #[tokio::test]
 async fn a_truncated_body_is_no_file() {
-    let error = fails(Limits::default(), "/a", |_| {
+    let error = fails(Limits::default(), "/a?hunter2", |_| {
         vec![Step::Send(
             b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc".to_vec(),
         )]
     })
     .await;
     assert_eq!(error.code(), "transfer", "{}", chain(&error));
-    let error = fails(Limits::default(), "/a", |_| {
+    let error = fails(Limits::default(), "/a?hunter2", |_| {
         vec![Step::Send(
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n".to_vec(),
         )]
     })
     .await;
     assert_eq!(error.code(), "transfer", "{}", chain(&error));
-    let error = fails(Limits::default(), "/a", |_| {
+    let error = fails(Limits::default(), "/a?hunter2", |_| {
         vec![Step::Send(b"SSH-2.0-OpenSSH\r\n".to_vec())]
     })
     .await;
