@@ -60,7 +60,7 @@ fn povray() {
         .iter()
         .map(|staging| path(&job, &staging.file))
         .collect();
-    assert_eq!(paths, ["/work/scene.pov", "/work/scene.png"]);
+    assert_eq!(paths, ["/render/scene.pov", "/render/scene.png"]);
     let source = job.staging[0].source.as_ref().expect("source");
     assert_eq!(source.uri, "ftp://127.0.0.1:2121/scene.pov");
     assert_eq!(

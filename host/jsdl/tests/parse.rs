@@ -251,7 +251,7 @@ fn what_is_ignored_is_named() {
 fn resources() {
     let resources = parsed(
         "<Resources><CandidateHosts><HostName>a</HostName><HostName>b</HostName></CandidateHosts>\
-         <FileSystem name='WORK'><FileSystemType>spool</FileSystemType><MountPoint>/work/</MountPoint>\
+         <FileSystem name='WORK'><FileSystemType>spool</FileSystemType><MountPoint>/data/</MountPoint>\
          <DiskSpace><LowerBoundedRange>10</LowerBoundedRange></DiskSpace></FileSystem>\
          <FileSystem name='DATA'/>\
          <ExclusiveExecution>1</ExclusiveExecution><OperatingSystem><OperatingSystemType>\
@@ -268,7 +268,7 @@ fn resources() {
     assert_eq!(resources.file_systems[0].kind.as_deref(), Some("spool"));
     assert_eq!(
         resources.file_systems[0].mount_point.as_deref(),
-        Some("/work/")
+        Some("/data/")
     );
     let space = resources.file_systems[0].disk_space.as_ref();
     assert_eq!(space.expect("disk space").choose(0), Some(10));
