@@ -13,6 +13,7 @@ mod pipe_log;
 mod process;
 mod qmp;
 mod rundir;
+mod supervisor;
 mod switch;
 
 use std::collections::HashMap;
