@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::fs::FlockOperation;
+use rustix::net::Shutdown;
 
 use super::{LINE_MAX, Request, Response};
 use crate::socket::{self, SocketError};
@@ -83,13 +84,15 @@ impl Server {
         self.listener
             .set_nonblocking(false)
             .map_err(ServerError::Accept)?;
+        let listener = Arc::new(self.listener);
         let clients = Arc::new(AtomicUsize::new(0));
         let stopped = Arc::new(std::sync::atomic::AtomicBool::new(false));
         loop {
-            let (stream, _) = self.listener.accept().map_err(ServerError::Accept)?;
+            let accepted = listener.accept();
             if stopped.load(Ordering::Acquire) {
                 break;
             }
+            let (stream, _) = accepted.map_err(ServerError::Accept)?;
             if clients.fetch_add(1, Ordering::AcqRel) >= CLIENTS_MAX {
                 clients.fetch_sub(1, Ordering::AcqRel);
                 refuse(stream);
@@ -98,7 +101,7 @@ impl Server {
             let client = ClientCount(Arc::clone(&clients));
             let switch = Arc::clone(&self.switch);
             let stopped = Arc::clone(&stopped);
-            let path = self.path.clone();
+            let listener = Arc::clone(&listener);
             let spawned = std::thread::Builder::new()
                 .name("control".into())
                 .spawn(move || {
@@ -107,9 +110,10 @@ impl Server {
                         Ok(End::Left) => {}
                         Ok(End::Stop) => {
                             stopped.store(true, Ordering::Release);
-                            // The accept above waits for one more connection.
-                            if let Err(e) = socket::connect(&path) {
-                                tracing::error!(error = %e, "cannot wake the control socket");
+                            // Ends the accept above, even if the socket's name is gone by now.
+                            let woken = rustix::net::shutdown(&*listener, Shutdown::Both);
+                            if let Err(e) = woken {
+                                tracing::error!(error = %e, "cannot end the control socket");
                             }
                         }
                         Err(e) => tracing::warn!(error = %e, "control connection failed"),

@@ -261,9 +261,16 @@ impl Drop for Switch {
             println!("--- vswitch's log:\n{}", self.log());
         }
         if let Some(client) = self.client.take() {
+            let pid = self.pid();
             let stopped = self.runtime.block_on(client.stop());
             if !std::thread::panicking() {
                 stopped.unwrap();
+                // At once: the process must end even if its directory is gone before it does.
+                std::fs::remove_dir_all(self.dir.path()).unwrap();
+                eventually("the switch's process ends", || {
+                    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+                    stat.map_or(true, |s| s.contains(") Z "))
+                });
             }
         }
     }
