@@ -17,6 +17,8 @@ use crate::exit;
 use crate::follow;
 use crate::signals::{Signals, listen};
 
+/// Where there is no terminal, or it does not know its size.
+const USUAL_WINDOW: WindowSize = WindowSize { rows: 24, cols: 80 };
 /// Window sizes and signals that may wait to be sent.
 const CONTROL_FRAMES: usize = 16;
 
@@ -24,9 +26,7 @@ const CONTROL_FRAMES: usize = 16;
 pub async fn exec(client: &Client, args: &cli::Exec) -> Result<u8, Error> {
     let request = ExecRequest {
         argv: args.command.clone(),
-        tty: args
-            .tty
-            .then(|| window_size().unwrap_or(WindowSize { rows: 24, cols: 80 })),
+        tty: args.tty.then(|| window_size().unwrap_or(USUAL_WINDOW)),
         env: args.env.clone(),
     };
     let mut signals = Signals::catch()?;
@@ -69,9 +69,11 @@ pub async fn exec(client: &Client, args: &cli::Exec) -> Result<u8, Error> {
 async fn receive(mut reader: ReadHalf<Tunnel>) -> Result<u8, Error> {
     let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
     loop {
-        let frame = frames::read_frame(&mut reader)
-            .await
-            .map_err(Error::Tunnel)?;
+        let frame = match frames::read_frame(&mut reader).await {
+            // What a socket says of an end is chance: whether something was still to be read there.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => None,
+            frame => frame.map_err(Error::Tunnel)?,
+        };
         let Some(Frame { kind, data }) = frame else {
             return Err(Error::Tunnel(io::ErrorKind::UnexpectedEof.into()));
         };
@@ -122,10 +124,11 @@ async fn send(
 
 fn window_size() -> Option<WindowSize> {
     let size = termios::tcgetwinsize(io::stdout()).ok()?;
-    Some(WindowSize {
+    let size = WindowSize {
         rows: size.ws_row,
         cols: size.ws_col,
-    })
+    };
+    (size.rows > 0 && size.cols > 0).then_some(size)
 }
 
 /// The terminal in raw mode; as before when dropped.

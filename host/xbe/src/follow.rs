@@ -21,7 +21,8 @@ const REFRESH: Duration = Duration::from_millis(250);
 /// Bears with an `xbed` that is restarting.
 #[derive(Default)]
 struct Patience {
-    answered: Option<Instant>,
+    has_answered: bool,
+    away_since: Option<Instant>,
 }
 
 impl Patience {
@@ -29,12 +30,13 @@ impl Patience {
     async fn bear<T>(&mut self, result: Result<T, client::Error>) -> Result<Option<T>, Error> {
         match result {
             Ok(value) => {
-                self.answered = Some(Instant::now());
+                self.has_answered = true;
+                self.away_since = None;
                 Ok(Some(value))
             }
             Err(error) => {
-                let patient = self.answered.is_some_and(|since| since.elapsed() < AWAY);
-                if !error.is_transient() || !patient {
+                let away = self.away_since.get_or_insert_with(Instant::now).elapsed();
+                if !error.is_transient() || !self.has_answered || away > AWAY {
                     return Err(error.into());
                 }
                 tokio::time::sleep(RETRY).await;

@@ -66,10 +66,8 @@ fn start(cli: &Cli) -> Result<u8, Error> {
 async fn command(cli: &Cli) -> Result<u8, Error> {
     let client = || {
         // Not read by clap: its usage texts would show the option as one that was given.
-        let server = cli
-            .server
-            .clone()
-            .or_else(|| env::var(SERVER_VARIABLE).ok());
+        let variable = || env::var_os(SERVER_VARIABLE).map(|uri| uri.to_string_lossy().into());
+        let server: Option<String> = cli.server.clone().or_else(variable);
         match server.filter(|uri| !uri.is_empty()) {
             Some(uri) => Client::from_uri(&uri),
             None => Ok(Client::local()),

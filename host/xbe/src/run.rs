@@ -71,17 +71,19 @@ pub async fn run(client: &Client, args: &cli::Run) -> Result<u8, Error> {
     let work = async {
         tokio::try_join!(
             follow::states(client, &id, &progress, |event| {
-                // From here on the terminal is the job's.
+                // From here on the terminal is the job's, or from its first output on.
                 if event.transition.substate == Some(SubState::Executing) {
                     progress.stop();
                 }
                 Ok(())
             }),
             follow::log(client, &id, Log::Stdout, true, async |data| {
+                progress.stop();
                 follow::copy(&mut stdout, data).await
             }),
             follow::log(client, &id, Log::Stderr, true, async |data| {
                 line_is_open.set(data.last().is_some_and(|&byte| byte != b'\n'));
+                progress.stop();
                 follow::copy(&mut stderr, data).await
             }),
         )

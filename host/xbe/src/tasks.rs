@@ -182,9 +182,7 @@ pub async fn rm(client: &Client, args: &cli::Tasks) -> Result<u8, Error> {
 pub async fn ps(client: &Client, args: &cli::Ps) -> Result<u8, Error> {
     let tasks = client.list(args.all).await?;
     if args.json.json {
-        for task in &tasks {
-            term::json(task)?;
-        }
+        term::json(&tasks)?;
         return Ok(0);
     }
     let now_ms = now_ms();

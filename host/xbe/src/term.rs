@@ -151,7 +151,8 @@ impl Progress {
 
     /// Shows what the task is doing. While it executes the terminal is its own.
     pub fn show(&self, task: &TaskStatus) {
-        if !self.visible.get() || task.substate == Some(SubState::Executing) {
+        let is_quiet = task.state.is_final() || task.substate == Some(SubState::Executing);
+        if is_quiet || !self.visible.get() {
             return;
         }
         let (message, style) = match &task.progress {

@@ -33,6 +33,13 @@ fn documents(session: &Session) {
     let resources = "</Application><Resources><OperatingSystem><OperatingSystemType>\
         <OperatingSystemName>WINNT</OperatingSystemName></OperatingSystemType>\
         </OperatingSystem></Resources>";
+    let extension = VALID.replace(
+        "</JobDescription>",
+        "<x:y xmlns:x=\"urn:x\"/></JobDescription>",
+    );
+    session.write("extension.jsdl", &extension);
+    let sweep = "<Sweep xmlns=\"http://schemas.ogf.org/jsdl/2009/03/sweep\"/></JobDefinition>";
+    session.write("sweep.jsdl", &VALID.replace("</JobDefinition>", sweep));
     session.write("windows.jsdl", &VALID.replace("</Application>", resources));
     session.write(
         "hostile.jsdl",
@@ -45,7 +52,16 @@ fn check() {
     let mut session = Session::new();
     documents(&session);
     session.run(&["check", "valid.jsdl"]);
-    for name in ["cut", "empty", "element", "order", "windows", "hostile"] {
+    for name in [
+        "cut",
+        "empty",
+        "element",
+        "order",
+        "windows",
+        "extension",
+        "sweep",
+        "hostile",
+    ] {
         session.run(&["check", &format!("{name}.jsdl")]);
     }
     session.run(&["check", "--lenient", "order.jsdl", "element.jsdl"]);

@@ -8,4 +8,5 @@ mod harness;
 mod run;
 mod server;
 mod tasks;
+mod terminal;
 mod tunnels;

@@ -28,6 +28,9 @@ pub const RUNNING: Uuid = Uuid::from_u128(0x3333_3333_0000_4000_8000_0000_0000_0
 /// What submissions become, if they ask for nothing else: ended with exit code 3.
 pub const SUBMITTED: Uuid = Uuid::from_u128(0x4444_4444_0000_4000_8000_0000_0000_0004);
 
+/// Moves files until its status was asked for a few times.
+pub const STAGING: Uuid = Uuid::from_u128(0x5555_5555_0000_4000_8000_0000_0000_0005);
+
 /// 2026-01-02T03:04:05Z.
 const BEGAN_MS: u64 = 1_767_323_045_000;
 
@@ -40,6 +43,8 @@ pub struct Seen {
     /// `from` of each request for events.
     pub events_from: Vec<u64>,
     pub forwarded: Vec<u16>,
+    /// How often a status was asked for.
+    pub asked: u64,
     /// Tasks do not end when they are terminated.
     pub stubborn: bool,
 }
@@ -203,7 +208,21 @@ impl Fake {
                 }),
             ..task(SUBMITTED, None, life(State::Finished))
         };
-        [finished, failed, running, submitted]
+        let asked = self.seen.lock().unwrap().asked;
+        let mut times = life(State::Finished);
+        if asked < 4 {
+            times.truncate(3);
+        }
+        let staging = TaskStatus {
+            progress: (asked < 4).then(|| Progress {
+                what: "ftp://host/\x1b[2Jdata".to_owned(),
+                done_bytes: asked << 20,
+                total_bytes: Some(4 << 20),
+            }),
+            exit_code: (asked >= 4).then_some(0),
+            ..task(STAGING, None, times)
+        };
+        [finished, failed, running, submitted, staging]
             .into_iter()
             .find(|task| task.id.to_string().starts_with(id))
     }
@@ -264,6 +283,7 @@ async fn submit(AxumState(fake): AxumState<Fake>, Json(request): Json<SubmitRequ
 }
 
 async fn status(AxumState(fake): AxumState<Fake>, UrlPath(id): UrlPath<String>) -> Response {
+    fake.seen.lock().unwrap().asked += 1;
     fake.find(&id)
         .map_or_else(|| not_found(&id), |task| Json(task).into_response())
 }

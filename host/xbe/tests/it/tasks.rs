@@ -53,11 +53,9 @@ fn ps() {
         all[1].ends_with("image:base  127.0.0.1:8080 -> 80"),
         "{all:?}"
     );
-    let json = lines(&["ps", "-a", "--json"]);
-    let states: Vec<_> = json
-        .iter()
-        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["state"].clone())
-        .collect();
+    let json = lines(&["ps", "-a", "--json"]).join("\n");
+    let tasks: Vec<serde_json::Value> = serde_json::from_str(&json).unwrap();
+    let states: Vec<_> = tasks.iter().map(|task| &task["state"]).collect();
     assert_eq!(states, ["Finished", "Failed", "Running"]);
 }
 
