@@ -33,7 +33,9 @@ pub struct QemuConfig {
     pub uid_base: u32,
     /// Most bytes kept of a domain's console.
     pub console_max_bytes: u64,
-    /// How long a probe guest may take to say that it runs.
+    /// Kernel that is booted to find out whether KVM works; `None`: KVM is not used.
+    pub kvm_probe_kernel: Option<PathBuf>,
+    /// How long a probe guest may take to boot.
     pub kvm_probe_limit: Duration,
     /// How long a QEMU process may take until it answers on its control socket.
     pub start_limit: Duration,
@@ -52,7 +54,8 @@ impl QemuConfig {
             accelerator: Accelerator::Auto,
             uid_base: 200_000,
             console_max_bytes: 4 << 20,
-            kvm_probe_limit: Duration::from_secs(3),
+            kvm_probe_kernel: None,
+            kvm_probe_limit: Duration::from_secs(5),
             start_limit: Duration::from_secs(30),
             command_limit: Duration::from_secs(10),
         }
