@@ -15,8 +15,12 @@ pub(crate) fn failure(code: &str, message: impl Into<String>) -> Failure {
 
 /// A file operation that failed.
 pub(crate) fn file_failure(what: &str, path: &str, error: Errno) -> Failure {
+    let code = match error {
+        Errno::NOENT => code::FILE_NOT_FOUND,
+        _ => code::FILE_ERROR,
+    };
     failure(
-        code::FILE_ERROR,
+        code,
         format!("cannot {what} {path} in the guest: {}", words(error)),
     )
 }

@@ -376,6 +376,7 @@ impl Task {
         }
         let [stdout, stderr] = &self.outputs;
         if stdout.complete && stderr.complete {
+            self.tree.release();
             self.result = Some(TaskEvent::Exited(Exited {
                 status: ended.status,
                 cause: self.cause,

@@ -113,6 +113,11 @@ impl Tree {
         self.leader = None;
     }
 
+    /// The task is over: its control group goes, unless somebody was left behind in it.
+    pub(crate) fn release(&mut self) {
+        self.cgroup = None;
+    }
+
     /// Sends a signal to the first process's group.
     pub(crate) fn signal_group(&self, signal: Signal) -> Result<(), Errno> {
         match self.leader {

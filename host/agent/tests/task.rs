@@ -462,14 +462,21 @@ async fn a_task_that_ends_on_term_has_not_to_wait_for_the_grace() {
     let mut said = Vec::new();
     let exited = loop {
         match events.recv().await.unwrap() {
-            Event::Output { data, stream: OutputStream::Stdout, .. } => said.extend_from_slice(&data),
+            Event::Output {
+                data,
+                stream: OutputStream::Stdout,
+                ..
+            } => said.extend_from_slice(&data),
             // The shell may tell of its `sleep`, which TERM has reached too.
             Event::Output { .. } => {}
             Event::Exited { exited, .. } => break exited,
             other => panic!("{other:?}"),
         }
     };
-    assert_eq!((said.as_slice(), exited.status), (&b"bye\n"[..], ExitStatus::Code(4)));
+    assert_eq!(
+        (said.as_slice(), exited.status),
+        (&b"bye\n"[..], ExitStatus::Code(4))
+    );
     assert!(started.elapsed() < Duration::from_secs(10));
 }
 

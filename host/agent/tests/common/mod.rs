@@ -39,7 +39,8 @@ pub fn workspace_binary(arguments: &[&str], path: &str) -> PathBuf {
         .status()
         .unwrap();
     assert!(built.success(), "cargo build {arguments:?} fails");
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or(workspace.join("target"), PathBuf::from);
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or(workspace.join("target"), PathBuf::from);
     target.join(path)
 }
 
@@ -194,5 +195,8 @@ pub async fn gone(pid: i32) {
 
 /// Asserts that no line of a list of processes has a word.
 pub fn gone_text(processes: &str, word: &str) {
-    assert!(!processes.lines().any(|line| line.contains(word)), "{processes}");
+    assert!(
+        !processes.lines().any(|line| line.contains(word)),
+        "{processes}"
+    );
 }
