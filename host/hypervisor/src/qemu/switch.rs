@@ -2,7 +2,7 @@
 //! one.
 
 use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,6 +19,9 @@ const LOG: &str = "vswitch.log";
 
 /// The log is begun anew when the switch is started and it is longer than this, in bytes.
 const LOG_MAX_BYTES: u64 = 1 << 20;
+
+/// How long the switch may take to answer that it stops.
+const STOP_LIMIT: Duration = Duration::from_secs(1);
 
 /// Drives the switch of one directory of domains.
 #[derive(Debug)]
@@ -131,12 +134,15 @@ impl Switch {
             })
     }
 
-    /// Ends the switch, for when no domain is left. Does not wait.
+    /// Ends the switch, for when no domain is left. Blocks until it answers, a second at most.
     pub(crate) fn stop(&self) {
         let stop = || {
             let mut stream = UnixStream::connect(&self.control)?;
-            stream.set_write_timeout(Some(Duration::from_secs(1)))?;
-            stream.write_all(b"{\"op\":\"stop\"}\n")
+            stream.set_write_timeout(Some(STOP_LIMIT))?;
+            stream.set_read_timeout(Some(STOP_LIMIT))?;
+            stream.write_all(b"{\"op\":\"stop\"}\n")?;
+            // It stops once its answer is out, which a closed connection would not take.
+            stream.read_exact(&mut [0])
         };
         if let Err(error) = stop() {
             // Most likely it never ran.

@@ -1,11 +1,14 @@
 //! What only the QEMU back end promises.
 
 use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
 
 use xbee_hypervisor::qemu::{QemuConfig, QemuHypervisor};
 use xbee_hypervisor::{Disk, DiskFormat, Hypervisor, StopReason};
 
-use super::support::{Fixture, Guest, READY, qemu_pid};
+use tokio::time::{Instant, sleep};
+
+use super::support::{Fixture, Guest, LIMIT, READY, qemu_pid};
 
 /// Two sectors: the first makes it a disk, the second is what the guest looks for.
 fn disk_with(text: &[u8; 16]) -> Vec<u8> {
@@ -158,6 +161,16 @@ async fn a_manager_that_dies_leaves_nothing_unknown() {
     for id in [spec.id, cut_off.id] {
         hypervisor.destroy(id).await.unwrap();
         assert!(qemu_pid(id).is_none());
+    }
+    // Without domains, the switch goes with the manager.
+    let control = fixture.path("domains/vswitch.sock");
+    let connect = || std::os::unix::net::UnixStream::connect(&control);
+    connect().unwrap();
+    drop(hypervisor);
+    let deadline = Instant::now() + LIMIT;
+    while connect().is_ok() {
+        assert!(Instant::now() < deadline, "the switch is still there");
+        sleep(Duration::from_millis(10)).await;
     }
 }
 
