@@ -63,7 +63,7 @@ fn xbed_not_running() {
     assert_eq!(ran.code, 125);
     assert_eq!(
         ran.stderr,
-        "xbe: no xbed answers at /tmp/xbee-none/s (no such file or directory): start one with `xbed`, or name another with --server\n"
+        "xbe: no xbed answers at /tmp/xbee-none/s (no such socket): start one with `xbed`, or name another with --server\n"
     );
 }
 
@@ -133,40 +133,59 @@ fn an_image_that_is_none_says_what_it_is() {
     xbed.assert_nothing_left();
 }
 
-#[test]
-fn an_agent_that_never_comes_is_reported_with_the_console() {
-    if qemu().is_none() {
-        return;
-    }
+/// An `xbed` whose `base` image boots otherwise than it should; with a limit for the boot.
+fn broken_base(
+    initramfs: &str,
+    kernel_args: &str,
+    boot_timeout_s: u32,
+) -> Option<(tempfile::TempDir, Xbed)> {
+    qemu()?;
     let home = tempfile::tempdir().unwrap();
     let image = home.path().join("base");
     fs::create_dir(&image).unwrap();
-    // An initramfs without an init: the kernel finds nothing to run.
     fs::write(image.join("empty.cpio"), trailer()).unwrap();
     let kernel = images().join("kernel/vmlinux");
     fs::write(
         image.join("image.toml"),
-        format!("kernel = {kernel:?}\ninitramfs = \"empty.cpio\"\n"),
+        format!("kernel = {kernel:?}\ninitramfs = {initramfs:?}\nkernel_args = [{kernel_args}]\n"),
     )
     .unwrap();
     let config = [
         format!("images = {:?}", home.path()),
-        "boot-timeout-s = 8".into(),
+        format!("boot-timeout-s = {boot_timeout_s}"),
     ];
     let xbed = Xbed::start("qemu", &config.each_ref().map(String::as_str));
+    Some((home, xbed))
+}
+
+#[test]
+fn an_agent_that_never_comes_fails_the_instance() {
+    let base = images().join("base/initramfs.cpio");
+    let args = r#""rdinit=/bin/sleep", "--", "1000""#;
+    let Some((_home, xbed)) = broken_base(base.to_str().unwrap(), args, 3) else {
+        return;
+    };
     let (code, reason) = failure(&xbed, &job("true", ""));
+    assert_eq!(code, "agent-never-came");
     assert!(
-        ["agent-never-came", "domain-lost"].contains(&code.as_str()),
-        "{code}: {reason}"
+        reason.starts_with("the domain was started but its agent did not report within 3 s: does the image's kernel boot, and does its initramfs hold the agent?"),
+        "{reason}"
     );
+    xbed.assert_nothing_left();
+}
+
+#[test]
+fn a_kernel_that_panics_is_reported_with_its_console() {
+    let Some((_home, xbed)) = broken_base("empty.cpio", "", 120) else {
+        return;
+    };
+    let (code, reason) = failure(&xbed, &job("true", ""));
+    assert_eq!(code, "domain-lost");
     assert!(
         reason.contains("the last lines of its console:"),
         "{reason}"
     );
-    assert!(
-        reason.contains("panic") || reason.contains("init"),
-        "{reason}"
-    );
+    assert!(reason.contains("Kernel panic"), "{reason}");
     xbed.assert_nothing_left();
 }
 

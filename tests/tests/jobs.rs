@@ -82,7 +82,7 @@ fn files_go_in_and_results_come_out() {
     let Some(xbed) = qemu() else { return };
     let dir = xbed.scratch();
     let (input, output) = (dir.join("in put.txt"), dir.join("result"));
-    let content: Vec<u8> = (0..3_000_000u32).map(|n| (n * n >> 7) as u8).collect();
+    let content: Vec<u8> = (0..3_000_000u64).map(|n| (n * n >> 7) as u8).collect();
     fs::write(&input, &content).unwrap();
     let stage_in = format!("{}:/data/in put.txt", input.display());
     let stage_out = format!("/data/out:{}", output.display());
@@ -217,4 +217,41 @@ fn a_wall_clock_limit_ends_the_job_and_is_named() {
     let ran = xbed.xbe(["run", "--time", "1s", "--", "/bin/sleep", "1000"]);
     assert_eq!(ran.code, 125);
     assert!(ran.stderr.contains("WallTimeLimit of 1 s"), "{ran:?}");
+}
+
+#[test]
+fn a_command_beside_the_job_has_its_own_streams_and_exit_code() {
+    let Some(xbed) = qemu() else { return };
+    let task = xbed.submit(&document(&xbed, "sleep 600"));
+    xbed.wait_for(&task, "Executing");
+    let mut count = xbed
+        .xbe_command(["exec", "-i", task.as_str(), "--", "wc", "-c"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = count.stdin.take().unwrap();
+    // More than all queues on the way hold: a command that is slow to read loses nothing.
+    std::io::Write::write_all(&mut stdin, &vec![b'x'; 3_000_000]).unwrap();
+    drop(stdin);
+    let output = count.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "3000000");
+    let ran = xbed.xbe([
+        "exec",
+        task.as_str(),
+        "--",
+        "sh",
+        "-c",
+        "echo e >&2; exit 5",
+    ]);
+    assert_eq!(
+        (ran.code, ran.stdout.as_str(), ran.stderr.as_str()),
+        (5, "", "e\n")
+    );
+    let ran = xbed.xbe(["exec", task.as_str(), "--", "no-such-program"]);
+    assert_eq!(ran.code, 125);
+    assert!(ran.stderr.contains("no-such-program"), "{ran:?}");
+    // The image has no SSH server: that is said, and what to do.
+    let ran = xbed.xbe(["ssh", task.as_str(), "--", "true"]);
+    assert_ne!(ran.code, 0);
 }

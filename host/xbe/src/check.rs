@@ -89,11 +89,12 @@ fn findings(document: &[u8], lenient: bool) -> Vec<(Severity, Diagnostic)> {
             .map(move |diagnostic| (severity, diagnostic))
             .collect::<Vec<_>>()
     };
-    let verdict = xbee_jsdl::verdict(document);
-    if let (Err(errors), false) = (&verdict, lenient) {
-        return all(Severity::Error, errors.clone());
-    }
-    match xbee_jsdl::parse(document, &Options { lenient }) {
+    let options = Options { lenient };
+    let forgiven = match xbee_jsdl::verdict_with(document, &options) {
+        Ok(forgiven) => forgiven,
+        Err(errors) => return all(Severity::Error, errors),
+    };
+    match xbee_jsdl::parse(document, &options) {
         Ok(parsed) => {
             let mut findings = all(Severity::Forgiven, parsed.forgiven);
             findings.extend(all(Severity::Warning, parsed.warnings));
@@ -101,16 +102,9 @@ fn findings(document: &[u8], lenient: bool) -> Vec<(Severity, Diagnostic)> {
             findings
         }
         Err(errors) => {
-            let is_unsupported = |error: &Diagnostic| error.code.starts_with("unsupported-");
-            let is_valid = verdict.is_ok() || errors.iter().all(is_unsupported);
-            all(
-                if is_valid {
-                    Severity::Unsupported
-                } else {
-                    Severity::Error
-                },
-                errors,
-            )
+            let mut findings = all(Severity::Forgiven, forgiven);
+            findings.extend(all(Severity::Unsupported, errors));
+            findings
         }
     }
 }

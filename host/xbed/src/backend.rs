@@ -11,6 +11,7 @@ use xbee_hypervisor::sim::{SimConfig, SimHost, SimHypervisor};
 use xbee_staging::{Limits, Stager};
 
 use crate::config::{Backend, Config};
+use crate::images::ImageStore;
 
 /// Why there is no back end.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +58,7 @@ pub async fn open(config: &Config) -> Result<Arc<dyn Hypervisor>, BackendError> 
         Backend::Qemu => {
             let mut qemu = QemuConfig::new(config.domains());
             qemu.program.clone_from(&config.qemu);
+            qemu.kvm_probe_kernel = ImageStore::new(config.images.clone()).kernel();
             Arc::new(QemuHypervisor::new(qemu).await?)
         }
     })

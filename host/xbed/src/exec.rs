@@ -37,9 +37,14 @@ pub fn exit_code(status: ExitStatus) -> i32 {
 pub async fn relay(mut process: Process, connection: impl AsyncRead + AsyncWrite) {
     let (from_client, mut to_client) = tokio::io::split(connection);
     let (out, mut outgoing) = mpsc::channel(QUEUE);
-    let (input, mut incoming) = mpsc::channel(QUEUE);
-    let (stdout, stderr) = (process.stdout.take(), process.stderr.take());
-    let outputs = {
+    let (to_stdin, for_stdin) = mpsc::channel(QUEUE);
+    let (control, mut controls) = mpsc::channel(QUEUE);
+    let (stdin, stdout, stderr) = (
+        process.stdin.take(),
+        process.stdout.take(),
+        process.stderr.take(),
+    );
+    let streams = {
         let out = out.clone();
         async move {
             tokio::join!(
@@ -48,15 +53,14 @@ pub async fn relay(mut process: Process, connection: impl AsyncRead + AsyncWrite
             );
         }
     };
-    let control = async move {
-        let mut stdin = process.stdin.take();
-        let mut outputs = std::pin::pin!(outputs);
+    let command = async move {
+        let mut streams = std::pin::pin!(streams);
         let mut flowing = true;
         loop {
             tokio::select! {
-                () = &mut outputs, if flowing => flowing = false,
-                frame = incoming.recv() => match frame {
-                    Some(frame) => obey(&process, &mut stdin, frame).await,
+                () = &mut streams, if flowing => flowing = false,
+                frame = controls.recv() => match frame {
+                    Some(frame) => obey(&process, frame).await,
                     None => return,
                 },
                 status = process.wait(), if !flowing => {
@@ -66,7 +70,6 @@ pub async fn relay(mut process: Process, connection: impl AsyncRead + AsyncWrite
                     };
                     // A client that is gone does not ask how it ended.
                     let _ = out.send(last).await;
-                    drop(out);
                     return std::future::pending().await;
                 }
             }
@@ -85,9 +88,17 @@ pub async fn relay(mut process: Process, connection: impl AsyncRead + AsyncWrite
         }
         let _ = to_client.shutdown().await;
     };
+    let input = async {
+        tokio::join!(
+            receive(from_client, to_stdin, control),
+            feed(stdin, for_stdin)
+        );
+        // The client is gone. Dropping `control` has told the command's side.
+        std::future::pending().await
+    };
     tokio::select! {
-        () = receive(from_client, input) => {}
-        () = control => {}
+        () = input => {}
+        () = command => {}
         () = write => {}
     }
 }
@@ -96,31 +107,42 @@ fn frame(kind: u8, data: Vec<u8>) -> Frame {
     Frame { kind, data }
 }
 
-/// Frames of the client; ends after the client has.
-async fn receive(mut client: impl AsyncRead + Unpin, frames: mpsc::Sender<Frame>) {
+/// Frames of the client; ends after the client has. A command that does not read its input holds
+/// up what the client sends after it, once the queue is full: nothing is lost.
+async fn receive(
+    mut client: impl AsyncRead + Unpin,
+    stdin: mpsc::Sender<Vec<u8>>,
+    control: mpsc::Sender<Frame>,
+) {
+    let mut stdin = Some(stdin);
     while let Ok(Some(frame)) = exec::read_frame(&mut client).await {
-        if frames.send(frame).await.is_err() {
+        if frame.kind != exec::STDIN {
+            if control.send(frame).await.is_err() {
+                return;
+            }
+        } else if frame.data.is_empty() {
+            stdin = None;
+        } else if let Some(open) = &stdin {
+            // A command that no longer reads is no reason to end it.
+            if open.send(frame.data).await.is_err() {
+                stdin = None;
+            }
+        }
+    }
+}
+
+async fn feed(stdin: Option<StreamWriter>, mut data: mpsc::Receiver<Vec<u8>>) {
+    let Some(mut stdin) = stdin else { return };
+    while let Some(piece) = data.recv().await {
+        if stdin.write_all(&piece).await.is_err() {
             return;
         }
     }
 }
 
 /// Does what a frame of the client says; unknown kinds are passed over.
-async fn obey(process: &Process, stdin: &mut Option<StreamWriter>, frame: Frame) {
+async fn obey(process: &Process, frame: Frame) {
     let done = match (frame.kind, frame.data.as_slice()) {
-        (exec::STDIN, []) => {
-            *stdin = None;
-            Ok(())
-        }
-        (exec::STDIN, data) => {
-            // A command that no longer reads is no reason to end it.
-            if let Some(open) = stdin
-                && open.write_all(data).await.is_err()
-            {
-                *stdin = None;
-            }
-            Ok(())
-        }
         (exec::RESIZE, &[a, b, c, d]) => {
             let size = TerminalSize {
                 rows: u16::from_be_bytes([a, b]),

@@ -1,6 +1,7 @@
 //! The host: its tasks, its capacity, and what they share.
 
 use std::collections::{BTreeMap, HashSet};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -65,7 +66,12 @@ impl Host {
         stager: Stager,
     ) -> Result<Arc<Host>, HostError> {
         let tasks = config.data.join("tasks");
-        std::fs::create_dir_all(&tasks).map_err(|source| HostError::Directory {
+        // Spools hold keys and users' files.
+        let made = std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&tasks);
+        made.map_err(|source| HostError::Directory {
             path: tasks,
             source,
         })?;

@@ -129,9 +129,16 @@ impl ImageStore {
             .flatten()
             .filter(|entry| entry.path().join("image.toml").is_file())
             .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|name| !name.starts_with('.'))
             .collect();
         names.sort();
         names
+    }
+
+    /// The kernel of the default image, where it is built.
+    pub fn kernel(&self) -> Option<PathBuf> {
+        let image = self.get(DEFAULT_IMAGE).ok()?;
+        Some(image.kernel).filter(|kernel| kernel.exists())
     }
 
     /// Reads an image's description.

@@ -23,9 +23,9 @@ const CONTACT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Connections through published ports at a time, for each port.
 const MAX_CONNECTIONS: usize = 256;
 /// Lines of the console that are quoted when a domain is lost.
-const CONSOLE_LINES: usize = 5;
+const CONSOLE_LINES: usize = 24;
 /// How much of the console is read for them, bytes.
-const CONSOLE_TAIL_BYTES: u64 = 4096;
+const CONSOLE_TAIL_BYTES: u64 = 8192;
 /// Longest quoted line, characters.
 const CONSOLE_LINE_CHARS: usize = 200;
 
@@ -88,11 +88,12 @@ async fn keep(
     let secret = Secret(task.record.secret);
     let id = task.record.id;
     let lost = |code: &str, what: String| {
-        let failure = with_console(&task.console_path(), code, what);
-        warn!(task = %id, code, reason = failure.reason, "domain lost");
+        // The end of a domain whose task has ended is no loss.
         progress.send_if_modified(|now| {
             let open = *now == Progress::Open;
             if open {
+                let failure = with_console(&task.console_path(), code, what);
+                warn!(task = %id, code, reason = failure.reason, "domain lost");
                 *now = Progress::Failed(failure);
             }
             open
@@ -308,15 +309,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console");
         let mut text = String::from("long ago\n");
-        for n in 0..7 {
+        for n in 2..=CONSOLE_LINES {
             text.push_str(&format!("line {n}\x1b[31m\r\n\n"));
         }
         std::fs::write(&path, text).unwrap();
         let failure = with_console(&path, "x", "gone".into());
-        assert_eq!(
-            failure.reason,
-            "gone; the last lines of its console:\nline 2[31m\nline 3[31m\nline 4[31m\nline 5[31m\nline 6[31m"
+        let text = failure.reason;
+        assert!(
+            text.starts_with("gone; the last lines of its console:\nlong ago\nline 2[31m\n"),
+            "{text}"
         );
+        std::fs::write(&path, text.clone() + "more\n").unwrap();
+        let failure = with_console(&path, "x", "gone".into());
+        assert!(
+            !failure.reason.contains("long ago"),
+            "too many lines: {}",
+            failure.reason
+        );
+        assert!(failure.reason.ends_with("\nmore"));
         let failure = with_console(&dir.path().join("none"), "x", "gone".into());
         assert_eq!(failure.reason, "gone; its console is empty");
     }

@@ -4,6 +4,7 @@
 //! state, and the entries that change the BES state are its history: one place for each fact.
 //! WAL with `synchronous = FULL`: what was written when a call returns is on the disk.
 
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
@@ -88,6 +89,15 @@ pub enum StoreError {
         #[source]
         source: rusqlite::Error,
     },
+    /// The file system's word.
+    #[error("cannot open the task store {path}")]
+    File {
+        /// The data base.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// Made by another version.
     #[error(
         "the task store {path} has version {found}, this xbed knows version {SCHEMA_VERSION}: start the xbed that made it, or use another --data directory"
@@ -125,6 +135,17 @@ impl Store {
             path: path.into(),
             source,
         };
+        // Holds the secrets of boots and the credentials in documents' URIs. SQLite gives its
+        // other files the same mode.
+        let private = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(path);
+        private.map_err(|source| StoreError::File {
+            path: path.into(),
+            source,
+        })?;
         let connection = Connection::open(path).map_err(failed)?;
         connection
             .execute_batch(

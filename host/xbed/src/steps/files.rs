@@ -52,7 +52,7 @@ pub async fn make_directory(agent: &Agent, path: &str) -> Result<(), Failure> {
     }
     let directory = MakeDirectory {
         path: path.into(),
-        mode: 0o755,
+        mode: None,
         user: None,
         group: None,
     };
@@ -196,7 +196,7 @@ async fn put_tree(agent: &Agent, from: &Path, to: &str) -> Result<(), Failure> {
             if kind.is_dir() {
                 let made = MakeDirectory {
                     path: path.clone(),
-                    mode,
+                    mode: Some(mode),
                     user: None,
                     group: None,
                 };

@@ -19,7 +19,7 @@ pub async fn perform(context: &StepContext) -> Result<(), Failure> {
             creation: match file.creation {
                 Creation::Overwrite => Put::Overwrite,
                 Creation::Append => Put::Append,
-                Creation::DontOverwrite => Put::Refuse,
+                Creation::DontOverwrite => Put::DontOverwrite,
             },
             identity: identity(context),
         };
