@@ -62,6 +62,10 @@ pub enum GuestMessage {
 
 /// From the host to the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one at a time is alive, from the wire to its handler"
+)]
 pub enum HostMessage {
     /// Answers the agent's hello.
     #[n(0)]
@@ -207,7 +211,7 @@ pub struct Welcome {
     pub resume: Vec<ResumePoint>,
 }
 
-/// How much of a task's output the host has.
+/// How much of a task's output the host has durably. It counts as an acknowledgement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct ResumePoint {
     /// The task's conversation.
@@ -254,6 +258,10 @@ pub enum StreamBody {
 
 /// What the host asks for. Streams named here are new.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one at a time is alive, from the wire to its handler"
+)]
 pub enum Request {
     /// Mounts the root file system and makes it `/`. Done once; a repetition gives the same reply.
     #[n(0)]
@@ -271,7 +279,7 @@ pub enum Request {
         #[n(1)]
         path: String,
     },
-    /// Makes a directory and its parents; one that is there takes mode and owner.
+    /// Makes a directory and its parents; one that is there takes mode and owner, if a mode is given.
     #[n(3)]
     MakeDirectory(#[n(0)] MakeDirectory),
     /// Makes a symbolic link, in place of a file or link that is there.
@@ -419,9 +427,9 @@ pub struct MakeDirectory {
     /// Path in the root; missing directories above are made.
     #[n(0)]
     pub path: String,
-    /// Permission bits.
+    /// Permission bits; without them a directory that is there stays as it is.
     #[n(1)]
-    pub mode: u32,
+    pub mode: Option<u32>,
     /// Owner: name or number; root without it.
     #[n(2)]
     pub user: Option<String>,

@@ -145,12 +145,12 @@ fn has(attributes: &[Attribute], word: &str) -> bool {
 
 /// The `n` of `#[n(1)]` or `#[cbor(n(1), ..)]`.
 fn number(attributes: &[Attribute]) -> usize {
-    let numbers = attributes.iter().filter_map(|attribute| {
+    let mut numbers = attributes.iter().filter_map(|attribute| {
         let text = text(attribute);
         let (_, rest) = text.split_once("n (").or_else(|| text.split_once("n("))?;
         rest.split(')').next()?.trim().parse().ok()
     });
-    numbers.last().unwrap()
+    numbers.next_back().unwrap()
 }
 
 fn text(attribute: &Attribute) -> String {

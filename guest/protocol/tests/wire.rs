@@ -124,7 +124,7 @@ fn request() -> impl Strategy<Value = Request> {
             })
         ),
         (any::<u32>(), text()).prop_map(|(stream, path)| Request::GetFile { stream, path }),
-        (text(), any::<u32>(), maybe(), maybe()).prop_map(|(path, mode, user, group)| {
+        (text(), any::<Option<u32>>(), maybe(), maybe()).prop_map(|(path, mode, user, group)| {
             Request::MakeDirectory(MakeDirectory {
                 path,
                 mode,

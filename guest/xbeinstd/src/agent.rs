@@ -97,25 +97,27 @@ impl Agent {
     /// Serves the host until it wants the machine off; says how long processes have to end.
     pub(crate) fn run(&mut self) -> Duration {
         loop {
-            self.turn(None);
+            self.work(Instant::now());
+            // Before the wait: nothing need come from the host any more.
             if let Some(grace) = self.shutdown
                 && !matches!(&self.line, Line::Up(session) if session.wants_to_write())
             {
                 return grace;
             }
+            self.listen(None);
         }
     }
 
     /// Goes on serving while the machine is being switched off, so that the host hears of it.
     pub(crate) fn run_until(&mut self, deadline: Instant, is_over: impl Fn() -> bool) {
         while Instant::now() < deadline && !is_over() {
-            self.turn(Some(deadline));
+            self.work(Instant::now());
+            self.listen(Some(deadline));
         }
     }
 
-    /// One turn of the loop.
-    fn turn(&mut self, deadline: Option<Instant>) {
-        self.work(Instant::now());
+    /// Waits for something to happen, and serves it.
+    fn listen(&mut self, deadline: Option<Instant>) {
         match self.wait(deadline) {
             Ok(ready) => ready.into_iter().for_each(|token| self.serve(token)),
             Err(Errno::INTR) => {}
@@ -411,7 +413,7 @@ impl Agent {
                 Ok(None) => break,
                 Ok(Some(Incoming::Handshake)) => {}
                 Ok(Some(Incoming::Ready(welcome))) => self.resume(&welcome, now),
-                Ok(Some(Incoming::Message(message))) => self.handle(message, now),
+                Ok(Some(Incoming::Message(message))) => self.handle(*message, now),
                 Err(reason) => self.hang_up(reason, now),
             }
         }

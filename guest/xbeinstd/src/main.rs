@@ -34,9 +34,12 @@ use std::ffi::{CStr, c_char, c_int};
 
 /// The C library calls this. The agent needs the arguments' own memory to change its name in it,
 /// and nothing of what Rust's own entry prepares.
+///
+/// # Safety
+/// `argv` points to `argc` strings that live as long as the process, as the C library promises.
 // SAFETY: there is one `main` in the program, and its type is what the C library calls.
 #[cfg_attr(not(test), unsafe(no_mangle))]
-pub extern "C" fn main(argc: c_int, argv: *mut *mut c_char) -> c_int {
+pub unsafe extern "C" fn main(argc: c_int, argv: *mut *mut c_char) -> c_int {
     let count = usize::try_from(argc).unwrap_or(0);
     // SAFETY: the C library passes `argc` pointers to strings that end with a NUL and live as long
     // as the process; nothing else refers to them.
@@ -69,5 +72,5 @@ pub extern "C" fn main(argc: c_int, argv: *mut *mut c_char) -> c_int {
 #[cfg(test)]
 #[test]
 fn main_has_the_type_that_c_expects() {
-    let _entry: extern "C" fn(c_int, *mut *mut c_char) -> c_int = main;
+    let _entry: unsafe extern "C" fn(c_int, *mut *mut c_char) -> c_int = main;
 }

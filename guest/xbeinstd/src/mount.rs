@@ -290,7 +290,7 @@ fn switch() -> Result<(), Errno> {
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let old = rustix::fs::open("/", flags, Mode::empty())?;
-    let is_ram = statfs("/").is_ok_and(|fs| RAM_FILE_SYSTEMS.contains(&{ fs.f_type as i64 }));
+    let is_ram = statfs("/").is_ok_and(|fs| RAM_FILE_SYSTEMS.contains(&fs.f_type));
     rustix::process::chdir(NEW_ROOT)?;
     mount_move(".", "/")?;
     rustix::process::chroot(".")?;

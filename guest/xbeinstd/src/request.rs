@@ -69,7 +69,8 @@ impl Agent {
                 grace_ms,
             } => {
                 let task = self.task(conversation)?;
-                done(task.terminate(EndCause::Terminated, Duration::from_millis(grace_ms)))
+                task.terminate(EndCause::Terminated, Duration::from_millis(grace_ms));
+                Reply::Done
             }
             Request::SignalTask {
                 conversation,
@@ -192,10 +193,19 @@ fn parse_signal(number: i32) -> Result<Signal, Failure> {
         .ok_or_else(|| failure(code::BAD_REQUEST, format!("no signal has number {number}")))
 }
 
+/// Permission bits of a directory for which none are given.
+const DEFAULT_DIRECTORY_MODE: u32 = 0o755;
+
 fn make_directory(root: &Root, request: &MakeDirectory) -> Result<(), Failure> {
     let fail = |error| file_failure("make directory", &request.path, error);
     let owner = identity(root, request.user.as_deref(), request.group.as_deref())?;
+    let is_there = root.directory(&request.path).is_ok();
     root.make_directories(&request.path).map_err(fail)?;
+    let mode = match request.mode {
+        None if is_there => return Ok(()),
+        None => DEFAULT_DIRECTORY_MODE,
+        Some(mode) => mode,
+    };
     // Not by path alone: a descriptor that may change mode and owner.
     let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY;
     let directory = root
@@ -203,7 +213,7 @@ fn make_directory(root: &Root, request: &MakeDirectory) -> Result<(), Failure> {
         .map_err(fail)?;
     let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
     fchown(&directory, Some(uid), Some(gid)).map_err(fail)?;
-    fchmod(&directory, Mode::from_raw_mode(request.mode & 0o7777)).map_err(fail)
+    fchmod(&directory, Mode::from_raw_mode(mode & 0o7777)).map_err(fail)
 }
 
 fn make_symlink(root: &Root, request: &MakeSymlink) -> Result<(), Failure> {

@@ -78,7 +78,7 @@ pub(crate) enum Incoming {
     /// The handshake is over.
     Ready(Welcome),
     /// Everything else.
-    Message(HostMessage),
+    Message(Box<HostMessage>),
 }
 
 impl Session {
@@ -205,7 +205,7 @@ impl Session {
             (Step::Ready, HostMessage::Hello(_) | HostMessage::Welcome(_)) => {
                 Err(failure(code::PROTOCOL_ERROR, "a second handshake"))
             }
-            (Step::Ready, message) => Ok(Some(Incoming::Message(message))),
+            (Step::Ready, message) => Ok(Some(Incoming::Message(Box::new(message)))),
             _ => Err(failure(
                 code::PROTOCOL_ERROR,
                 "another message in place of the handshake",

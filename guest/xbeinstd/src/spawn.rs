@@ -193,9 +193,9 @@ impl Prepared {
             }
             for (resource, value) in &self.limits {
                 // At the hard limit of CPU time comes SIGKILL: SIGXCPU, which says why, comes first.
-                let hard = match *resource as u32 {
-                    r if r == libc::RLIMIT_CPU as u32 => value.saturating_add(CPU_GRACE_SECONDS),
-                    _ => *value,
+                let hard = match *resource == libc::RLIMIT_CPU as c_int {
+                    true => value.saturating_add(CPU_GRACE_SECONDS),
+                    false => *value,
                 };
                 let limit = libc::rlimit {
                     rlim_cur: *value,

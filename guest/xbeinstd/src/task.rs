@@ -180,6 +180,9 @@ impl Output {
             return false;
         }
         self.sent = offset;
+        // The host has what is before, even if its acknowledgement was lost with the connection. Not to
+        // count it would be a deadlock where the window is full of it.
+        self.acknowledge(offset);
         true
     }
 }

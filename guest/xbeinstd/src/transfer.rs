@@ -22,7 +22,7 @@ use crate::users::identity;
 
 /// Zeros hashed in one go, in bytes.
 const SLICE_BYTES: u64 = 4 * 1024 * 1024;
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// Where a transfer stands after a slice of work.
 #[derive(Debug)]

@@ -408,9 +408,9 @@ async fn trees_stay_inside_the_root() {
     let dir = tempfile::tempdir().unwrap();
     let guest = Guest::start_in(Some(dir.path()));
     let (agent, _events) = guest.connect().await;
-    let directory = |path: &str, mode| MakeDirectory {
+    let directory = |path: &str, mode: u32| MakeDirectory {
         path: path.into(),
-        mode,
+        mode: Some(mode),
         user: Some("7".into()),
         group: Some("8".into()),
     };

@@ -6,11 +6,31 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Guest, finish, gone, run, shell, task};
+use common::{Guest, LIMIT, finish, gone, run, shell, task};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
 use xbee_agent::protocol::{
-    EndCause, ExitStatus, Limits, OutputStream, ResumePoint, Variable, code,
+    EndCause, ExitStatus, Limits, OUTPUT_WINDOW_BYTES, OutputStream, ResumePoint, Variable, code,
 };
 use xbee_agent::{Event, Resume};
+
+/// The rest of a task's standard output, and how it ended. A shell may tell on standard error of its
+/// `sleep`, which a signal to all of the task has reached too.
+async fn the_rest(events: &mut mpsc::Receiver<Event>) -> (Vec<u8>, ExitStatus) {
+    let mut said = Vec::new();
+    loop {
+        match events.recv().await.unwrap() {
+            Event::Output {
+                data,
+                stream: OutputStream::Stdout,
+                ..
+            } => said.extend_from_slice(&data),
+            Event::Output { .. } => {}
+            Event::Exited { exited, .. } => return (said, exited.status),
+            other => panic!("{other:?}"),
+        }
+    }
+}
 
 #[tokio::test]
 async fn output_exit_code_and_environment() {
@@ -54,16 +74,10 @@ async fn signals_are_told_apart_from_exit_codes() {
         other => panic!("{other:?}"),
     }
     agent.signal(conversation, 10).await.unwrap();
-    match events.recv().await.unwrap() {
-        Event::Output {
-            data, offset: 6, ..
-        } => assert_eq!(data, b"got it\n"),
-        other => panic!("{other:?}"),
-    }
-    match events.recv().await.unwrap() {
-        Event::Exited { exited, .. } => assert_eq!(exited.status, ExitStatus::Code(5)),
-        other => panic!("{other:?}"),
-    }
+    assert_eq!(
+        the_rest(&mut events).await,
+        (b"got it\n".to_vec(), ExitStatus::Code(5))
+    );
     assert_eq!(
         agent.signal(conversation, 10).await.unwrap_err().code(),
         code::NOT_FOUND
@@ -315,12 +329,8 @@ async fn reconnecting_in_mid_output_leaves_no_gap_and_repeats_nothing() {
     let mut connections = 0;
     let exited = 'connections: loop {
         connections += 1;
-        // Every other connection resumes where the last byte came; the others lose what was not acknowledged.
-        let have = if connections % 2 == 0 {
-            received.len()
-        } else {
-            durable
-        };
+        // What came and was not acknowledged is lost with the connection, and comes again.
+        let have = durable;
         received.truncate(have);
         let point = ResumePoint {
             conversation,
@@ -369,6 +379,38 @@ async fn reconnecting_in_mid_output_leaves_no_gap_and_repeats_nothing() {
         "contents differ"
     );
     assert!(received.starts_with(b"1\n2\n3\n"));
+}
+
+#[tokio::test]
+async fn an_acknowledgement_lost_with_the_connection_is_made_good_by_the_next() {
+    let guest = Guest::start();
+    let (agent, mut events) = guest.connect().await;
+    let task = shell("head -c 3000000 /dev/zero");
+    let conversation = task.conversation;
+    agent.execute(task).await.unwrap();
+    let mut total = 0u64;
+    while total < OUTPUT_WINDOW_BYTES {
+        match events.recv().await.unwrap() {
+            Event::Output { data, .. } => total += data.len() as u64,
+            other => panic!("{other:?}"),
+        }
+    }
+    // The window is full, and the host goes before it says what it has.
+    drop((agent, events));
+    let point = ResumePoint {
+        conversation,
+        stdout_bytes: total,
+        stderr_bytes: 0,
+    };
+    let (_agent, mut events) = guest
+        .resume(Resume {
+            points: vec![point],
+        })
+        .await;
+    match timeout(LIMIT, events.recv()).await.unwrap().unwrap() {
+        Event::Output { offset, .. } => assert_eq!(offset, total),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[tokio::test]
@@ -459,23 +501,9 @@ async fn a_task_that_ends_on_term_has_not_to_wait_for_the_grace() {
         .terminate_task(conversation, Duration::from_secs(50))
         .await
         .unwrap();
-    let mut said = Vec::new();
-    let exited = loop {
-        match events.recv().await.unwrap() {
-            Event::Output {
-                data,
-                stream: OutputStream::Stdout,
-                ..
-            } => said.extend_from_slice(&data),
-            // The shell may tell of its `sleep`, which TERM has reached too.
-            Event::Output { .. } => {}
-            Event::Exited { exited, .. } => break exited,
-            other => panic!("{other:?}"),
-        }
-    };
     assert_eq!(
-        (said.as_slice(), exited.status),
-        (&b"bye\n"[..], ExitStatus::Code(4))
+        the_rest(&mut events).await,
+        (b"bye\n".to_vec(), ExitStatus::Code(4))
     );
     assert!(started.elapsed() < Duration::from_secs(10));
 }
