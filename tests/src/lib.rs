@@ -297,7 +297,10 @@ impl Xbed {
             };
             let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
             let line = String::from_utf8_lossy(&line).replace('\0', " ");
-            if line.contains(&mark) && pid != std::process::id() {
+            // QEMU is given its files as descriptors; its working directory is the domain's.
+            let cwd = fs::read_link(entry.path().join("cwd")).unwrap_or_default();
+            let ours = line.contains(&mark) || cwd.to_string_lossy().starts_with(&mark);
+            if ours && pid != std::process::id() {
                 found.push((pid, line));
             }
         }
@@ -357,14 +360,31 @@ impl Drop for Xbed {
                 std::thread::sleep(Duration::from_millis(50));
             }
         }
-        if std::thread::panicking() {
-            eprintln!("--- xbed's log:\n{}", self.log());
+        // The pid is our own child's, which is waited for below: it cannot be another's.
+        let _ = Command::new("kill")
+            .arg(self.process.id().to_string())
+            .status();
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(10) {
+            if !matches!(self.process.try_wait(), Ok(None)) && self.processes().is_empty() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
         let _ = self.process.kill();
         let _ = self.process.wait();
-        for (pid, line) in self.processes() {
-            eprintln!("left over, killed: {pid} {line}");
+        let left = self.processes();
+        for (pid, _) in &left {
             let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
+        }
+        if std::thread::panicking() {
+            eprintln!("--- xbed's log:\n{}", self.log());
+        } else {
+            assert!(
+                left.is_empty(),
+                "left behind by xbed: {left:?}\n{}",
+                self.log()
+            );
         }
     }
 }

@@ -170,8 +170,16 @@ fn terminate_ends_the_whole_tree_with_the_machine() {
     let Some(xbed) = qemu() else { return };
     let task = xbed.submit(&document(&xbed, "setsid sleep 1000 & sleep 1000"));
     xbed.wait_for(&task, "Executing");
+    let machines = || {
+        let all = xbed.processes();
+        all.iter()
+            .filter(|(_, line)| line.contains("qemu-system"))
+            .count()
+    };
+    assert_eq!(machines(), 1);
     xbed.xbe(["terminate", task.as_str()]).ok();
     let status = xbed.wait_for(&task, "Terminated");
+    assert_eq!(machines(), 0);
     assert_eq!(status["reason"], "terminated on request");
     xbed.assert_nothing_left();
     xbed.xbe(["rm", task.as_str()]).ok();

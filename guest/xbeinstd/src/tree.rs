@@ -132,7 +132,12 @@ impl Tree {
 
     /// Asks everything to end: TERM, and CONT for what is stopped.
     pub(crate) fn terminate(&self) {
-        for pid in self.members() {
+        // The first process first: it is to end by the signal, not by what becomes of its children.
+        let others = self
+            .members()
+            .into_iter()
+            .filter(|pid| Some(*pid) != self.leader);
+        for pid in self.leader.into_iter().chain(others) {
             // What has ended meanwhile needs no signal.
             let _gone = kill_process(pid, Signal::TERM);
             let _gone = kill_process(pid, Signal::CONT);

@@ -456,19 +456,25 @@ async fn terminate_ends_the_whole_tree() {
         .terminate_task(conversation, Duration::from_millis(500))
         .await
         .unwrap();
-    match events.recv().await.unwrap() {
-        Event::Exited { exited, .. } => {
-            assert_eq!(exited.cause, Some(EndCause::Terminated));
-            assert_eq!(
-                exited.status,
-                ExitStatus::Signal {
-                    signal: 15,
-                    core_dumped: false
-                }
-            );
+    let exited = loop {
+        match timeout(LIMIT, events.recv()).await.unwrap().unwrap() {
+            Event::Exited { exited, .. } => break exited,
+            // Shells tell of what the signal has done.
+            Event::Output {
+                stream: OutputStream::Stderr,
+                ..
+            } => {}
+            other => panic!("{other:?}"),
         }
-        other => panic!("{other:?}"),
-    }
+    };
+    assert_eq!(exited.cause, Some(EndCause::Terminated));
+    assert_eq!(
+        exited.status,
+        ExitStatus::Signal {
+            signal: 15,
+            core_dumped: false
+        }
+    );
     assert!(
         started.elapsed() >= Duration::from_millis(500),
         "the grace was not waited for"

@@ -72,10 +72,11 @@ fn median(values: &mut [f64]) -> f64 {
 /// The hello-world job, image local, against a bare QEMU that boots the same kernel and initramfs
 /// to its first line; and the time of each state.
 fn hello(xbed: &Xbed, report: &mut String) {
+    let alike = Alike::of(xbed);
     let (mut bare, mut job) = (vec![], vec![]);
     let mut states: Vec<(String, Vec<f64>)> = vec![];
     for round in 0..=ROUNDS {
-        let one = bare_boot();
+        let one = bare_boot(&alike);
         let (two, times) = hello_job(xbed);
         if round == 0 {
             continue; // caches are warm from here on, on both sides
@@ -94,7 +95,7 @@ fn hello(xbed: &Xbed, report: &mut String) {
     writeln!(report, "| what | median of {ROUNDS}, s |\n|---|---|").unwrap();
     writeln!(
         report,
-        "| bare QEMU, same kernel and initramfs, to its first line | {bare:.2} |"
+        "| bare QEMU, same kernel, initramfs, CPU, memory and kernel command line, to its first line | {bare:.2} |"
     )
     .unwrap();
     writeln!(
@@ -144,12 +145,50 @@ fn hello_job(xbed: &Xbed) -> (Duration, Vec<(String, f64)>) {
     (took, spent.collect())
 }
 
-fn bare_boot() -> Duration {
-    let kernel = ["vmlinux", "vmlinuz"]
-        .map(|name| images().join("kernel").join(name))
-        .into_iter()
-        .find(|path| path.exists())
-        .expect("a kernel");
+/// How `xbed` starts a domain, so that the bare one is started alike.
+struct Alike {
+    cpu: String,
+    memory_mib: String,
+    kernel_line: String,
+}
+
+impl Alike {
+    fn of(xbed: &Xbed) -> Alike {
+        let document = xbed
+            .xbe(["run", "--print-jsdl", "--", "/bin/sleep", "600"])
+            .ok()
+            .stdout;
+        let task = xbed.submit(&document);
+        xbed.wait_for(&task, "Executing");
+        let processes = xbed.processes();
+        let line = processes
+            .iter()
+            .find(|(_, line)| line.contains("qemu-system"));
+        let words: Vec<&str> = line.expect("QEMU").1.split_whitespace().collect();
+        let after = |option: &str| {
+            let at = words.iter().position(|word| *word == option).expect(option);
+            words[at + 1].to_owned()
+        };
+        let memory = after("-m");
+        let digits: String = memory
+            .trim_start_matches("size=")
+            .chars()
+            .take_while(char::is_ascii_digit)
+            .collect();
+        let alike = Alike {
+            cpu: after("-cpu"),
+            memory_mib: digits,
+            kernel_line: xbed
+                .xbe(["exec", task.as_str(), "--", "cat", "/proc/cmdline"])
+                .line(),
+        };
+        xbed.xbe(["terminate", task.as_str()]).ok();
+        xbed.wait_for(&task, "Terminated");
+        alike
+    }
+}
+
+fn bare_boot(alike: &Alike) -> Duration {
     let begun = Instant::now();
     let mut child = Command::new("qemu-system-x86_64")
         .args([
@@ -157,28 +196,16 @@ fn bare_boot() -> Duration {
             "q35",
             "-accel",
             "tcg",
-            "-cpu",
-            "max",
-            "-m",
-            "192",
             "-nodefaults",
-        ])
-        .args([
             "-no-user-config",
-            "-display",
-            "none",
-            "-no-reboot",
-            "-serial",
-            "stdio",
         ])
+        .args(["-display", "none", "-no-reboot", "-serial", "stdio"])
+        .args(["-cpu", &alike.cpu, "-m", &alike.memory_mib])
         .arg("-kernel")
-        .arg(kernel)
+        .arg(images().join("kernel/vmlinux"))
         .arg("-initrd")
         .arg(images().join("base/initramfs.cpio"))
-        .args([
-            "-append",
-            "console=ttyS0 quiet no_timer_check tsc=reliable random.trust_cpu=1 mitigations=off",
-        ])
+        .args(["-append", &alike.kernel_line])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
@@ -187,6 +214,7 @@ fn bare_boot() -> Duration {
     let lines = BufReader::new(child.stdout.take().expect("piped")).split(b'\n');
     for line in lines {
         let line = String::from_utf8_lossy(&line.expect("console")).into_owned();
+        // Without a boot configuration the agent says that it has none: the first line of user space.
         if line.contains("xbeinstd") {
             break;
         }

@@ -6,7 +6,7 @@ use std::path::Path;
 use tokio::fs;
 
 use crate::host::log_teardown;
-use crate::task::{StepContext, kept_console};
+use crate::task::{StepContext, TaskHandle, kept_console};
 
 /// How much of the console is kept, bytes from its end.
 const KEPT_CONSOLE_BYTES: u64 = 1 << 20;
@@ -17,12 +17,7 @@ const RETRY: std::time::Duration = std::time::Duration::from_secs(1);
 /// not be given to another while it holds it.
 pub async fn release(context: &StepContext) {
     let task = &context.task;
-    let live = task.console.borrow().clone();
-    if let Some(live) = live.filter(|path| path.exists())
-        && let Err(error) = keep_end(&live, &kept_console(&task.spool)).await
-    {
-        log_teardown("console not kept", &error);
-    }
+    keep_console(task).await;
     while let Err(error) = context.host.hypervisor.destroy(task.record.id).await {
         log_teardown("domain not destroyed; trying again", &error);
         tokio::time::sleep(RETRY).await;
@@ -43,6 +38,16 @@ pub async fn release(context: &StepContext) {
         if let Err(error) = removed {
             log_teardown("temporary files not removed", &error);
         }
+    }
+}
+
+/// Keeps the end of the console, if the domain is still there with it.
+pub async fn keep_console(task: &TaskHandle) {
+    let live = task.console.borrow().clone();
+    if let Some(live) = live.filter(|path| path.exists())
+        && let Err(error) = keep_end(&live, &kept_console(&task.spool)).await
+    {
+        log_teardown("console not kept", &error);
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use xbee_engine::Failure;
 use xbee_hypervisor::DomainState;
 
+use super::release::keep_console;
 use super::{agent, agent_failure, files, hypervisor_failure, run_scripts};
 use crate::plan::When;
 use crate::task::StepContext;
@@ -60,6 +61,7 @@ async fn shut_down(context: &StepContext, agent: &xbee_agent::Agent) -> Result<(
     if tokio::time::timeout(grace, stopped).await.is_err() {
         tracing::warn!(task = %id, ?grace, "guest did not switch off in time, forced");
     }
+    keep_console(&context.task).await;
     hypervisor
         .destroy(id)
         .await
