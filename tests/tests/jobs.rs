@@ -82,7 +82,7 @@ fn files_go_in_and_results_come_out() {
     let Some(xbed) = qemu() else { return };
     let dir = xbed.scratch();
     let (input, output) = (dir.join("in put.txt"), dir.join("result"));
-    let content: Vec<u8> = (0..3_000_000u64).map(|n| (n * n >> 7) as u8).collect();
+    let content: Vec<u8> = (0..3_000_000u64).map(|n| ((n * n) >> 7) as u8).collect();
     fs::write(&input, &content).unwrap();
     let stage_in = format!("{}:/data/in put.txt", input.display());
     let stage_out = format!("/data/out:{}", output.display());

@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(&bytes[..expected.len()], expected.as_bytes());
         assert_eq!(
             &bytes[expected.len()..expected.len() + 8],
-            b"\0\0070701",
+            b"\0\x00070701",
             "the next header is aligned to four"
         );
     }

@@ -92,6 +92,10 @@ pub struct Limits {
 /// What the domain boots.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one a task, in a box of its own"
+)]
 pub enum Boot {
     /// An image of the store.
     Store {
