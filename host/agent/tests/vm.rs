@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -191,9 +191,15 @@ impl Vm {
 impl Drop for Vm {
     /// The switch outlives who started it: it is stopped when a test fails, too.
     fn drop(&mut self) {
-        if let Ok(mut control) = UnixStream::connect(self.dir.path().join("control")) {
-            // It may be on its way out already.
-            let _gone = control.write_all(b"{\"op\":\"stop\"}\n");
+        let stopped =
+            UnixStream::connect(self.dir.path().join("control")).and_then(|mut control| {
+                control.set_read_timeout(Some(LIMIT))?;
+                control.write_all(b"{\"op\":\"stop\"}\n")?;
+                // It takes the answer's being read for the request's being meant.
+                control.read(&mut [0; 64])
+            });
+        if let Err(error) = stopped {
+            println!("the switch is left behind: {error}");
         }
     }
 }
