@@ -64,14 +64,11 @@ pub enum CommandError {
     #[error("task {0} has no SSH access: its domain is not up yet")]
     NoSsh(Uuid),
     /// What the agent said.
-    #[error("{}", chain(.0))]
+    #[error(transparent)]
     Agent(#[from] xbee_agent::Error),
     /// The store failed.
     #[error("the task could not be written down")]
     Store(#[from] StoreError),
-    /// Too many connections to the guest.
-    #[error("the hypervisor failed: {}", chain(.0))]
-    Hypervisor(#[from] xbee_hypervisor::Error),
 }
 
 impl CommandError {
@@ -88,7 +85,6 @@ impl CommandError {
             CommandError::NoSsh(_) => "no-ssh",
             CommandError::Agent(error) => error.code(),
             CommandError::Store(_) => "store-failed",
-            CommandError::Hypervisor(_) => "hypervisor-failed",
         }
     }
 }

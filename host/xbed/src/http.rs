@@ -135,9 +135,7 @@ impl From<CommandError> for Failure {
                 StatusCode::CONFLICT
             }
             CommandError::Agent(_) => StatusCode::BAD_GATEWAY,
-            CommandError::Store(_) | CommandError::Hypervisor(_) => {
-                StatusCode::INTERNAL_SERVER_ERROR
-            }
+            CommandError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         failure(status, error.code(), chain(&error))
     }

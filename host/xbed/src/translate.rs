@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use xbee_api::{PublishedPort, SubmitRequest, chain};
+use xbee_api::{PublishedPort, SubmitRequest};
 use xbee_hypervisor::MEMORY_MIN_BYTES;
 use xbee_jsdl::{
     Application, ApplicationKind, CreationFlag, DataStaging, Diagnostic, InstanceDefinition,
@@ -62,8 +62,8 @@ pub enum PlanError {
         name: String,
     },
     /// A URI cannot be used.
-    #[error("{}", chain(.0))]
-    Uri(#[source] xbee_staging::Error),
+    #[error(transparent)]
+    Uri(xbee_staging::Error),
     /// The image cannot be used.
     #[error(transparent)]
     Image(#[from] ImageError),

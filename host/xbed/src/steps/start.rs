@@ -121,7 +121,8 @@ async fn put_ssh_keys(
     };
     let private = files::Text {
         mode: 0o600,
-        user: Some(user),
+        // Not by name: an image need not have a list of users.
+        user: Some(user).filter(|user| *user != "root"),
     };
     let system = |mode| files::Text { mode, user: None };
     let authorized = format!("{home}/.ssh/authorized_keys");
