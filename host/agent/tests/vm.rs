@@ -70,7 +70,7 @@ impl Vm {
         let at = |name: &str| dir.path().join(name);
         let program = match std::env::var_os("XBEE_VSWITCH") {
             Some(path) => path.into(),
-            None => workspace_binary(&["-p", "xbee-vswitch"], "debug/vswitch"),
+            None => workspace_binary(&["--workspace", "--bins"], "debug/vswitch"),
         };
         let mut switch = Client::spawn(&program, &at("control"), &at("switch.log"))
             .await

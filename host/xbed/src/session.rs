@@ -319,14 +319,14 @@ mod tests {
             text.starts_with("gone; the last lines of its console:\nlong ago\nline 2[31m\n"),
             "{text}"
         );
-        std::fs::write(&path, text.clone() + "more\n").unwrap();
+        std::fs::write(&path, text + "\nmore\nand more\n").unwrap();
         let failure = with_console(&path, "x", "gone".into());
         assert!(
             !failure.reason.contains("long ago"),
             "too many lines: {}",
             failure.reason
         );
-        assert!(failure.reason.ends_with("\nmore"));
+        assert!(failure.reason.ends_with("\nmore\nand more"));
         let failure = with_console(&dir.path().join("none"), "x", "gone".into());
         assert_eq!(failure.reason, "gone; its console is empty");
     }
