@@ -283,6 +283,26 @@ impl Xbed {
         }
     }
 
+    /// Waits until the job's standard output as `xbed` holds it begins with `text`.
+    ///
+    /// Executing is reported when the agent took the order, so output may come later.
+    #[track_caller]
+    pub fn wait_for_output(&self, task: &str, text: &str) {
+        let begun = Instant::now();
+        loop {
+            let logs = self.xbe(["logs", task]).ok().stdout;
+            if logs.starts_with(text) {
+                return;
+            }
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "waited for the output {text:?}, there is {logs:?}\n{}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Pids of all processes that were started for this `xbed`'s data directory.
     pub fn processes(&self) -> Vec<(u32, String)> {
         let mark = self.directory.path().to_string_lossy().into_owned();

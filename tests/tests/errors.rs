@@ -222,7 +222,7 @@ fn a_result_that_was_not_made_is_named() {
 fn a_silent_agent_is_a_failed_instance() {
     let Some(xbed) = qemu() else { return };
     let task = xbed.submit(&job("echo begun; sleep 1000", ""));
-    xbed.wait_for(&task, "Executing");
+    xbed.wait_for_output(&task, "begun\n");
     let processes = xbed.processes();
     let machine = processes
         .iter()
