@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueHint};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use xbee_api::PublishedPort;
 
@@ -49,6 +49,8 @@ pub enum Command {
     Check(Check),
     /// Show the host: its capacity and images
     Host(Host),
+    /// Say what this machine lacks to run domains, and what to do
+    Doctor(Doctor),
     /// Print a script that completes xbe's command line
     Completions {
         /// The shell to complete in.
@@ -81,6 +83,7 @@ impl Command {
             Command::Ps(args) => args.json.json,
             Command::Check(args) => args.json.json,
             Command::Host(args) => args.json.json,
+            Command::Doctor(args) => args.json.json,
             _ => false,
         }
     }
@@ -263,4 +266,27 @@ pub struct Host {
     /// Output for programs.
     #[command(flatten)]
     pub json: Json,
+}
+
+/// `doctor`.
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// What is to run the domains [default: xen on Xen, else qemu]
+    #[arg(long, value_enum)]
+    pub backend: Option<DoctorBackend>,
+    /// The bridge that domains' network interfaces join on Xen
+    #[arg(long, value_name = "NAME", default_value = "xenbr0")]
+    pub bridge: String,
+    /// Output for programs.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// Back ends that need something of the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DoctorBackend {
+    /// Plain QEMU
+    Qemu,
+    /// Xen, in dom0
+    Xen,
 }

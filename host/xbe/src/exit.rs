@@ -2,7 +2,7 @@
 
 use xbee_api::{State, TaskStatus};
 
-/// `check`: a document is invalid.
+/// `check`: a document is invalid. `doctor`: something is missing.
 pub const INVALID: u8 = 1;
 /// `check --host`: valid, but the host does not take it.
 pub const NOT_ACCEPTED: u8 = 3;
@@ -21,7 +21,7 @@ Exit codes:
   0    done
   N    run, submit --wait, watch, exec, ssh: the exit code of the job or command
        (128 + N if signal N ended it)
-  1    check: a document is invalid
+  1    check: a document is invalid; doctor: something is missing
   2    the command line is wrong
   3    check --host: the documents are valid, but the host does not take them
   125  xbe or xbed failed, or the job failed or was terminated before it had an exit code

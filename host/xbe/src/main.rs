@@ -5,6 +5,7 @@
 
 mod check;
 mod cli;
+mod doctor;
 mod document;
 mod error;
 mod exec;
@@ -88,6 +89,7 @@ async fn command(cli: &Cli) -> Result<u8, Error> {
         Command::Check(args) if args.host => check::check(args, Some(&client()?)).await,
         Command::Check(args) => check::check(args, None).await,
         Command::Host(args) => tasks::host(&client()?, args).await,
+        Command::Doctor(args) => doctor::doctor(args).await,
         Command::Completions { shell } => generate::completions(*shell),
         Command::Man { dir } => generate::man(dir),
         Command::Proxy { task, port } => exec::proxy(&client()?, task, *port).await,
