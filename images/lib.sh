@@ -104,10 +104,6 @@ cargo_binary() {
     printf '%s\n' "$path"
 }
 
-agent_binary() {
-    cargo_binary -p xbeinstd --profile agent --target x86_64-unknown-linux-musl
-}
-
 # debian_root VARIANT TAR PACKAGES_TXT PACKAGE...: the files of a Debian system with the packages and
 # what they need, and the list of packages it was made of. Nothing is installed or started here.
 #   extract    the packages are only unpacked
