@@ -1,5 +1,5 @@
 # The work is done by the scripts in ci/ and images/, which can be called directly too.
-.PHONY: help images kernel run test lint bench clean
+.PHONY: help images kernel run test xen-test lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -18,6 +18,9 @@ run: ## run the hello-world job in a virtual machine
 
 test: ## images, lint, and all tests, on real virtual machines
 	@ci/test
+
+xen-test: ## tests on a real Xen, which runs in QEMU
+	@ci/xen/test
 
 lint: ## formatting, clippy, licences, spelling
 	@ci/install test
