@@ -32,7 +32,7 @@ pub mod proof;
 mod text;
 mod wire;
 
-pub use boot::{BootConfig, Transport};
+pub use boot::{BootConfig, Network, Transport};
 pub use frame::{FrameBuffer, FrameError, decode, encode_frame};
 pub use message::*;
 pub use proof::Secret;

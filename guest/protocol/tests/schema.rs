@@ -99,7 +99,7 @@ fn members(fields: &Fields, out: &mut String, indent: &str) {
 
 fn kind(ty: &Type, as_bytes: bool) -> String {
     match ty {
-        Type::Array(_) if as_bytes => "bstr .size 32".into(),
+        Type::Array(array) if as_bytes => format!("bstr .size {}", length(&array.len)),
         Type::Path(path) => {
             let last = path.path.segments.last().unwrap();
             let inner = match &last.arguments {
@@ -122,12 +122,24 @@ fn kind(ty: &Type, as_bytes: bool) -> String {
                 ("i32", None) => "int .size 4".into(),
                 ("i64", None) => "int .size 8".into(),
                 ("Uuid", None) => "bstr .size 16".into(),
+                ("Ipv6Addr", None) => "bstr .size 16".into(),
                 ("Secret", None) => "bstr .size 32".into(),
                 (name, None) => kebab(name),
                 (name, Some(_)) => panic!("no schema for {name}<..>"),
             }
         }
         _ => panic!("no schema for this type"),
+    }
+}
+
+/// A number, or the name of the one constant that lengths have.
+fn length(expression: &syn::Expr) -> usize {
+    match expression {
+        syn::Expr::Lit(syn::ExprLit {
+            lit: syn::Lit::Int(number),
+            ..
+        }) => number.base10_parse().unwrap(),
+        _ => xbee_protocol::proof::BYTES,
     }
 }
 

@@ -93,6 +93,7 @@ impl Vm {
             transport: Transport::Vsock {
                 port: AGENT_VSOCK_PORT,
             },
+            network: None,
         };
         // The agent under test, in place of the image's.
         let mut archive = xbee_initramfs::Writer::new(Vec::new());

@@ -71,6 +71,7 @@ impl Guest {
             hostname: "test".into(),
             secret: SECRET,
             transport: Transport::Vsock { port: 1 },
+            network: None,
         };
         std::fs::write(&boot, config.encode()).unwrap();
         let mut command = Command::new(binary());

@@ -59,6 +59,7 @@ impl Host {
                 hostname: "guest".to_owned(),
                 secret: SECRET,
                 transport: Transport::Vsock { port: 22594 },
+                network: None,
             }
             .encode(),
             run_dir: self.dir.path().join(id.to_string()),

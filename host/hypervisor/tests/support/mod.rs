@@ -220,6 +220,7 @@ impl Fixture {
                 transport: Transport::Vsock {
                     port: AGENT_VSOCK_PORT,
                 },
+                network: None,
             }
             .encode(),
             run_dir: self.domains_dir().join(id.to_string()),

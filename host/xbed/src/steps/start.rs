@@ -82,6 +82,7 @@ fn spec(context: &StepContext, boot: &BootFiles) -> DomainSpec {
         transport: Transport::Vsock {
             port: AGENT_VSOCK_PORT,
         },
+        network: None,
     };
     DomainSpec {
         id: task.record.id,
