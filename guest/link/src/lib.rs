@@ -9,14 +9,18 @@ pub mod xenstore;
 
 use std::fmt;
 use std::io;
+use std::net::{Ipv6Addr, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv,
-    send, socket_with, sockopt,
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with,
+    bind, connect, listen, recv, send, socket_with, sockopt,
 };
+
+use crate::vchan::Vchan;
 
 /// The host's context identifier on vsock.
 pub const HOST_CID: u32 = 2;
@@ -33,6 +37,11 @@ pub enum Address {
     },
     /// A unix socket.
     Unix(PathBuf),
+    /// TCP the other way round: the host connects, at any IPv6 address of the guest's.
+    Listen {
+        /// Port.
+        port: u16,
+    },
 }
 
 impl fmt::Display for Address {
@@ -40,73 +49,151 @@ impl fmt::Display for Address {
         match self {
             Address::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
             Address::Unix(path) => write!(f, "unix:{}", path.display()),
+            Address::Listen { port } => write!(f, "tcp:[::]:{port}"),
         }
     }
 }
 
-/// A stream to the host. Nothing blocks.
+/// A stream to the host, or one that is to become it. Nothing blocks.
 #[derive(Debug)]
-pub struct Link {
-    fd: OwnedFd,
+pub struct Link(Carrier);
+
+#[derive(Debug)]
+enum Carrier {
+    Socket(OwnedFd),
+    /// Until the host connects.
+    Listener(OwnedFd),
+    Vchan(Vchan),
 }
 
 impl Link {
-    /// Begins to connect. When the stream is writable, [`Link::connected`] tells how it went.
+    /// Begins to connect. When the link is ready (see [`Link::interest`]), [`Link::connected`]
+    /// tells how it went.
     ///
     /// # Errors
-    /// What `socket(2)` and `connect(2)` say, other than that it takes its time.
+    /// What the system says, other than that it takes its time.
     pub fn dial(address: &Address) -> io::Result<Link> {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let (family, connected);
-        let fd = match address {
+        let socket = |family| {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            socket_with(family, SocketType::STREAM, flags, None)
+        };
+        let (fd, connected) = match address {
             Address::Unix(path) => {
-                family = AddressFamily::UNIX;
-                let fd = socket_with(family, SocketType::STREAM, flags, None)?;
-                connected = connect(&fd, &SocketAddrUnix::new(path)?);
-                fd
+                let fd = socket(AddressFamily::UNIX)?;
+                let connected = connect(&fd, &SocketAddrUnix::new(path)?);
+                (fd, connected)
             }
             Address::Vsock { cid, port } => {
-                family = AddressFamily::from_raw(libc::AF_VSOCK as u16);
-                let fd = socket_with(family, SocketType::STREAM, flags, None)?;
-                connected = connect_vsock(&fd, *cid, *port);
-                fd
+                let fd = socket(AddressFamily::from_raw(libc::AF_VSOCK as u16))?;
+                let connected = connect_vsock(&fd, *cid, *port);
+                (fd, connected)
+            }
+            Address::Listen { port } => {
+                let fd = socket(AddressFamily::INET6)?;
+                // Connections of before may linger.
+                sockopt::set_socket_reuseaddr(&fd, true)?;
+                bind(&fd, &SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, *port, 0, 0))?;
+                listen(&fd, 1)?;
+                return Ok(Link(Carrier::Listener(fd)));
             }
         };
         match connected {
-            Ok(()) | Err(Errno::INPROGRESS) => Ok(Link { fd }),
+            Ok(()) | Err(Errno::INPROGRESS) => Ok(Link(Carrier::Socket(fd))),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// How connecting went.
+    /// Whether the host is there now. To be asked when the link is ready, until it says yes.
     ///
     /// # Errors
-    /// Why it failed.
-    pub fn connected(&self) -> io::Result<()> {
-        Ok(sockopt::socket_error(&self.fd)??)
+    /// Why it will not be.
+    pub fn connected(&mut self) -> io::Result<bool> {
+        match &self.0 {
+            Carrier::Socket(fd) => {
+                sockopt::socket_error(fd)??;
+                Ok(true)
+            }
+            Carrier::Listener(listener) => {
+                match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                    Ok(fd) => {
+                        // Small frames wait for nothing.
+                        sockopt::set_tcp_nodelay(&fd, true)?;
+                        self.0 = Carrier::Socket(fd);
+                        Ok(true)
+                    }
+                    // Who wanted to connect has gone again.
+                    Err(Errno::AGAIN | Errno::CONNABORTED | Errno::INTR) => Ok(false),
+                    Err(error) => Err(error.into()),
+                }
+            }
+            Carrier::Vchan(vchan) => {
+                vchan.acknowledge()?;
+                // One that has gone again already is found out by the first read.
+                Ok(!vchan.is_awaited())
+            }
+        }
+    }
+
+    /// What to poll the descriptor for; `None` where there is something to do without waiting.
+    pub fn interest(&self, wants_to_write: bool) -> Option<PollFlags> {
+        match &self.0 {
+            Carrier::Socket(_) if wants_to_write => Some(PollFlags::IN | PollFlags::OUT),
+            Carrier::Vchan(vchan) if vchan.is_ready(wants_to_write) => None,
+            // Of a vchan the descriptor tells of changes only, and by being readable.
+            _ => Some(PollFlags::IN),
+        }
     }
 
     /// Reads what is there; 0 at the end.
     ///
     /// # Errors
     /// `WouldBlock` where there is nothing now, and what `recv(2)` says.
-    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        let (length, _) = recv(&self.fd, buffer, RecvFlags::empty())?;
-        Ok(length)
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &mut self.0 {
+            Carrier::Socket(fd) => Ok(recv(fd, buffer, RecvFlags::empty())?.0),
+            Carrier::Listener(_) => Err(io::ErrorKind::NotConnected.into()),
+            Carrier::Vchan(vchan) => match vchan.read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    vchan.acknowledge()?;
+                    vchan.read(buffer)
+                }
+                result => result,
+            },
+        }
     }
 
     /// Writes what fits now. A closed stream is an error, not a signal.
     ///
     /// # Errors
     /// `WouldBlock` where nothing fits now, and what `send(2)` says.
-    pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        Ok(send(&self.fd, bytes, SendFlags::NOSIGNAL)?)
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut self.0 {
+            Carrier::Socket(fd) => Ok(send(fd, bytes, SendFlags::NOSIGNAL)?),
+            Carrier::Listener(_) => Err(io::ErrorKind::NotConnected.into()),
+            Carrier::Vchan(vchan) => vchan.write(bytes),
+        }
+    }
+
+    /// Gives the link up after its domain was restored elsewhere: see [`Vchan::abandon`].
+    pub fn abandon(self) {
+        if let Carrier::Vchan(vchan) = self.0 {
+            vchan.abandon();
+        }
+    }
+}
+
+impl From<Vchan> for Link {
+    fn from(vchan: Vchan) -> Link {
+        Link(Carrier::Vchan(vchan))
     }
 }
 
 impl AsFd for Link {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        match &self.0 {
+            Carrier::Socket(fd) | Carrier::Listener(fd) => fd.as_fd(),
+            Carrier::Vchan(vchan) => vchan.as_fd(),
+        }
     }
 }
 
@@ -143,8 +230,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
-        let link = Link::dial(&Address::Unix(path)).unwrap();
-        link.connected().unwrap();
+        let mut link = Link::dial(&Address::Unix(path)).unwrap();
+        assert!(link.connected().unwrap());
         let (mut peer, _) = listener.accept().unwrap();
         let mut buffer = [0; 8];
         assert_eq!(
@@ -162,6 +249,24 @@ mod tests {
             link.write(b"x").unwrap_err().kind(),
             io::ErrorKind::BrokenPipe
         );
+    }
+
+    #[test]
+    fn the_host_may_come_to_the_guest() {
+        // A port that nobody has just now.
+        let free = std::net::TcpListener::bind("[::1]:0").unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        let mut link = Link::dial(&Address::Listen { port }).unwrap();
+        assert_eq!(link.interest(false), Some(PollFlags::IN));
+        assert!(!link.connected().unwrap());
+        let mut peer = std::net::TcpStream::connect(("::1", port)).unwrap();
+        assert!(link.connected().unwrap());
+        assert_eq!(link.write(b"to").unwrap(), 2);
+        let mut buffer = [0; 2];
+        peer.read_exact(&mut buffer).unwrap();
+        assert_eq!(&buffer, b"to");
+        assert_eq!(link.interest(true), Some(PollFlags::IN | PollFlags::OUT));
     }
 
     #[test]

@@ -118,6 +118,11 @@ impl Page {
         self.byte(SERVER_NOTIFY).store(0, SeqCst);
     }
 
+    /// Whether it is the page of a server that is there.
+    pub(crate) fn is_served(&self) -> bool {
+        self.byte(SERVER_LIVE).load(SeqCst) == LIVE
+    }
+
     /// Where a server says that the rings are, left and right. Read once: it may change.
     pub(crate) fn places(&self) -> Option<[Place; 2]> {
         let orders = self.word(ORDERS).load(SeqCst);
@@ -354,10 +359,11 @@ impl Rings {
         } else {
             WRITTEN
         });
-        let peer = self.peer();
-        peer == Peer::Gone
-            || self.readable() != Ok(0)
-            || wants_to_write && peer == Peer::Live && self.writable() != Ok(0)
+        match self.peer() {
+            Peer::Awaited => false,
+            Peer::Gone => true,
+            Peer::Live => self.readable() != Ok(0) || wants_to_write && self.writable() != Ok(0),
+        }
     }
 
     fn readable(&self) -> Result<usize, Broken> {
@@ -717,6 +723,7 @@ mod tests {
         let shared = Shared::new(12);
         let mut server = shared.end(Side::Server);
         let mut client = shared.end(Side::Client);
+        assert!(shared.page().is_served());
         assert_eq!(server.peer(), Peer::Awaited);
         assert_eq!(server.read(&mut [0; 8]), Ok(Step::Blocked));
         assert_eq!(server.write(b"early"), Ok(Step::Blocked));

@@ -73,8 +73,8 @@ pub struct Vchan {
 }
 
 impl Vchan {
-    /// Makes a channel for `peer` and announces it under `path` in xenstore. A channel announced
-    /// there before is forgotten. In a guest the path is below `data/`.
+    /// Makes a channel for `peer` and announces it under `path` in xenstore, in place of all that
+    /// was there. In a guest the path is below `data/`.
     ///
     /// # Errors
     /// Any but [`Error::Malformed`]. [`device::Error::Missing`] where this kernel has no vchan.
@@ -84,6 +84,8 @@ impl Vchan {
         path: &str,
         ring: RingSize,
     ) -> Result<Vchan, Error> {
+        // Its port and its grants may be given out again, for this channel even.
+        store.remove(path)?;
         let events = EventChannel::unbound(peer)?;
         let order = ring as u16;
         let size = 1 << order;
@@ -147,10 +149,14 @@ impl Vchan {
         let Some(first) = unless_stale(SharedMemory::granted(peer, &[grant], true))? else {
             return Ok(None);
         };
-        first.on_unmap(CLIENT_LIVE, &events)?;
         // SAFETY: the page is part of `first`, which goes with the channel; only what is made here
         // reaches it.
         let page = unsafe { Page::new(first.page(0)) };
+        // Before anything is written: the page may be another one by now.
+        if !page.is_served() {
+            return Ok(None);
+        }
+        first.on_unmap(CLIENT_LIVE, &events)?;
         let places = page
             .places()
             .ok_or_else(|| malformed(path, "rings of such sizes"))?;
@@ -181,9 +187,6 @@ impl Vchan {
             events,
             announced: None,
         };
-        if channel.rings.peer() == Peer::Gone {
-            return Ok(None);
-        }
         channel.rings.arrive();
         let told = channel.events.notify();
         Ok(unless_stale(told.map_err(|source| device::Error::Refused {
@@ -196,6 +199,11 @@ impl Vchan {
     /// Whether the other end is there now.
     pub fn is_connected(&self) -> bool {
         self.rings.peer() == Peer::Live
+    }
+
+    /// Whether no client has come yet.
+    pub fn is_awaited(&self) -> bool {
+        self.rings.peer() == Peer::Awaited
     }
 
     /// Reads what is there; 0 once the other end has gone and all of its bytes are read.

@@ -1,6 +1,7 @@
 //! The agent: one thread, one loop, nothing that blocks for long.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -16,12 +17,21 @@ use crate::console;
 use crate::failure::failure;
 use crate::forward::{Connecting, Forward};
 use crate::machine::Machine;
+use crate::network::Expected;
+use crate::power;
 use crate::process::Process;
 use crate::pump::message;
 use crate::reap;
 use crate::session::{Incoming, Outbox, Session};
 use crate::task::Task;
 use crate::transfer::{Get, Progress, Put};
+use crate::xen::{News, Xen};
+
+/// How long processes have to end when somebody else than the host wants the machine off.
+const POWER_OFF_GRACE: Duration = Duration::from_secs(5);
+/// So long no channel is open after the tool stack has told the domain to suspend. Where it does not
+/// happen the host waits for the rest.
+const SUSPEND_PAUSE: Duration = Duration::from_secs(5);
 
 /// What a stream of the host's is about.
 #[derive(Debug)]
@@ -43,11 +53,29 @@ enum Line {
     Up(Box<Session>),
 }
 
+/// How the connection comes about.
+#[derive(Debug)]
+enum Way {
+    Dial(Address),
+    Xen(Xen),
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Way::Dial(address) => address.fmt(f),
+            Way::Xen(xen) => xen.fmt(f),
+        }
+    }
+}
+
 /// What was waited for.
 #[derive(Debug, Clone, Copy)]
 enum Token {
     Signals,
     Line,
+    Xen,
+    Network,
     TaskOutput { task: usize, output: usize },
     Stream(u32),
 }
@@ -57,8 +85,10 @@ enum Token {
 pub(crate) struct Agent {
     pub(crate) machine: Machine,
     boot: BootConfig,
-    address: Address,
+    way: Way,
     line: Line,
+    /// An interface that has not appeared yet.
+    network: Option<Expected>,
     redial_ms: u64,
     /// The last trouble with the connection, so that it is said once.
     trouble: String,
@@ -71,20 +101,23 @@ pub(crate) struct Agent {
 
 impl Agent {
     pub(crate) fn new(machine: Machine, boot: BootConfig, signals: OwnedFd) -> Agent {
-        let address = match &boot.transport {
-            Transport::Vsock { port } => Address::Vsock {
+        let way = match &boot.transport {
+            Transport::Vsock { port } => Way::Dial(Address::Vsock {
                 cid: xbee_link::HOST_CID,
                 port: *port,
-            },
-            Transport::Unix { path } => Address::Unix(path.into()),
+            }),
+            Transport::Unix { path } => Way::Dial(Address::Unix(path.into())),
+            Transport::Xen { path, port } => Way::Xen(Xen::new(path.clone(), *port)),
         };
+        let network = boot.network.clone().filter(|_| machine.owns_machine());
         Agent {
             machine,
             boot,
-            address,
+            way,
             line: Line::Down {
                 retry_at: Instant::now(),
             },
+            network: network.and_then(Expected::start),
             redial_ms: REDIAL_MIN_MS,
             trouble: String::new(),
             tasks: Vec::new(),
@@ -179,18 +212,28 @@ impl Agent {
             tokens.push(token);
             fds.push(PollFd::from_borrowed_fd(fd, flags));
         };
+        if let Way::Xen(xen) = &self.way
+            && let Some(events) = xen.events()
+        {
+            add(Token::Xen, events, PollFlags::IN);
+        }
+        if let Some(network) = &self.network {
+            add(Token::Network, network.as_fd(), PollFlags::IN);
+        }
         let mut room = false;
         let mut busy = false;
+        let mut line_is_ready = false;
+        let mut flags_of = |link: &'_ Link, wants_to_write| {
+            let interest = link.interest(wants_to_write);
+            line_is_ready = interest.is_none();
+            interest.unwrap_or(PollFlags::IN)
+        };
         match &self.line {
             Line::Down { retry_at } => wake(*retry_at),
-            Line::Dialling(link) => add(Token::Line, link.as_fd(), PollFlags::OUT),
+            Line::Dialling(link) => add(Token::Line, link.as_fd(), flags_of(link, true)),
             Line::Up(session) => {
-                let write = if session.wants_to_write() {
-                    PollFlags::OUT
-                } else {
-                    PollFlags::empty()
-                };
-                add(Token::Line, session.link.as_fd(), PollFlags::IN | write);
+                let flags = flags_of(&session.link, session.wants_to_write());
+                add(Token::Line, session.link.as_fd(), flags);
                 wake(session.wake_at());
                 room = session.out.has_room();
                 busy = self.streams.values().any(|stream| match stream {
@@ -238,7 +281,7 @@ impl Agent {
                 add(Token::Stream(*id), fd.as_fd(), PollFlags::IN);
             }
         }
-        let timeout = match busy {
+        let timeout = match busy || line_is_ready {
             true => Some(Duration::ZERO),
             false => wake_at.map(|at| at.saturating_duration_since(Instant::now())),
         };
@@ -250,7 +293,9 @@ impl Agent {
         Ok(tokens
             .into_iter()
             .zip(fds.iter().map(PollFd::revents))
-            .filter(|(_, flags)| !flags.is_empty())
+            .filter(|(token, flags)| {
+                !flags.is_empty() || line_is_ready && matches!(token, Token::Line)
+            })
             .map(|(token, _)| token)
             .collect())
     }
@@ -258,8 +303,10 @@ impl Agent {
     fn serve(&mut self, token: Token) {
         let now = Instant::now();
         match token {
-            Token::Signals => self.reap(),
+            Token::Signals => self.signals(now),
             Token::Line => self.serve_line(now),
+            Token::Xen => self.heed_xen(now),
+            Token::Network => self.network = self.network.take().and_then(Expected::go_on),
             Token::TaskOutput { task, output } => {
                 if let Some(output) = self
                     .tasks
@@ -317,10 +364,26 @@ impl Agent {
         }
     }
 
+    fn signals(&mut self, now: Instant) {
+        let mut power_off = false;
+        // struct signalfd_siginfo: it begins with the signal's number.
+        let mut info = [0u8; 128];
+        while rustix::io::read(&self.signals, &mut info).is_ok_and(|length| length == info.len()) {
+            let [a, b, c, d, ..] = info;
+            power_off |= i32::from_ne_bytes([a, b, c, d]) == power::POWER_OFF_SIGNAL;
+        }
+        if power_off && self.machine.is_first_process() && self.shutdown.is_none() {
+            self.shutdown = Some(POWER_OFF_GRACE);
+            // The host is to hear of it, even if this looked like suspending at first.
+            if let Line::Down { retry_at } = &mut self.line {
+                *retry_at = now;
+            }
+        }
+        // Whatever the signals were.
+        self.reap();
+    }
+
     fn reap(&mut self) {
-        let mut info = [0u8; 128 * 4];
-        // What matters is that children have ended, not which signal said so.
-        while rustix::io::read(&self.signals, &mut info).is_ok_and(|length| length > 0) {}
         while let Some((pid, ended)) = reap::next() {
             if self.tasks.iter_mut().any(|task| task.reaped(pid, ended)) {
                 continue;
@@ -337,9 +400,42 @@ impl Agent {
     }
 
     fn dial(&mut self, now: Instant) {
-        match Link::dial(&self.address) {
+        let dialled = match &mut self.way {
+            Way::Dial(address) => Link::dial(address).map_err(|error| error.to_string()),
+            Way::Xen(xen) => xen.dial(),
+        };
+        match dialled {
             Ok(link) => self.line = Line::Dialling(link),
-            Err(error) => self.redial(&error.to_string(), now),
+            Err(trouble) => self.redial(&trouble, now),
+        }
+        // Events may have come with the replies.
+        self.heed_xen(now);
+    }
+
+    fn heed_xen(&mut self, now: Instant) {
+        let Way::Xen(xen) = &mut self.way else {
+            return;
+        };
+        match xen.news(now) {
+            // Switching off, it is not saved any more.
+            Ok(Some(News::Suspending)) if self.shutdown.is_none() => {
+                let reason = failure(code::CANCELLED, "the machine is being suspended");
+                self.hang_up(reason, now);
+                self.line = Line::Down {
+                    retry_at: now + SUSPEND_PAUSE,
+                };
+            }
+            Ok(Some(News::Restored)) => {
+                let line = std::mem::replace(&mut self.line, Line::Down { retry_at: now });
+                match line {
+                    Line::Down { .. } => {}
+                    Line::Dialling(link) => link.abandon(),
+                    Line::Up(session) => session.link.abandon(),
+                }
+                self.end_streams();
+            }
+            Ok(_) => {}
+            Err(trouble) => console::log(&trouble),
         }
     }
 
@@ -347,7 +443,7 @@ impl Agent {
         if self.trouble != trouble {
             console::log(&format!(
                 "no connection to the host at {}: {trouble}",
-                self.address
+                self.way
             ));
             self.trouble = trouble.into();
         }
@@ -365,18 +461,23 @@ impl Agent {
                 // The host learns why, if it still listens.
                 let _gone = session.write();
             }
-            for stream in self.streams.values() {
-                if let Stream::Process(process) = stream {
-                    process.kill();
-                }
-            }
-            self.streams.clear();
+            self.end_streams();
         }
         self.redial(&reason.message, now);
     }
 
+    /// Ends what belonged to a connection that is no more.
+    fn end_streams(&mut self) {
+        for stream in self.streams.values() {
+            if let Stream::Process(process) = stream {
+                process.kill();
+            }
+        }
+        self.streams.clear();
+    }
+
     fn serve_line(&mut self, now: Instant) {
-        let connected = match &self.line {
+        let connected = match &mut self.line {
             Line::Down { .. } => return,
             Line::Dialling(link) => Some(link.connected()),
             Line::Up(_) => None,
@@ -384,7 +485,8 @@ impl Agent {
         match connected {
             None => self.serve_session(now),
             Some(Err(error)) => self.redial(&error.to_string(), now),
-            Some(Ok(())) => {
+            Some(Ok(false)) => {}
+            Some(Ok(true)) => {
                 let down = Line::Down { retry_at: now };
                 if let Line::Dialling(link) = std::mem::replace(&mut self.line, down) {
                     match Session::new(link, &self.boot, now) {

@@ -13,7 +13,7 @@ use crate::arguments::Arguments;
 use crate::console;
 use crate::machine::{Machine, Ownership};
 use crate::task::Task;
-use crate::{modules, mount, power, reap};
+use crate::{modules, mount, network, power, reap};
 
 /// Where a service finds its configuration.
 const SERVICE_CONFIG_PATH: &str = "/etc/xbee/boot";
@@ -29,7 +29,11 @@ pub(crate) fn main(arguments: &[String]) -> c_int {
         }
         power::off();
     }
-    match beside(arguments) {
+    let result = match arguments {
+        [only] if only == power::POWER_OFF_ARGUMENT => power::ask_first_process(),
+        _ => beside(arguments),
+    };
+    match result {
         Ok(()) => 0,
         Err(error) => {
             console::log(&error);
@@ -45,8 +49,9 @@ fn first_process() -> Result<(), String> {
     fs::remove_file(BOOT_CONFIG_PATH)
         .map_err(|error| format!("cannot remove {BOOT_CONFIG_PATH}: {error}"))?;
     mount::name_host(&boot.hostname);
-    mount::loopback_up();
+    network::loopback_up();
     modules::load();
+    power::be_asked_by_the_kernel();
     let mut agent = Agent::new(
         Machine::new(Ownership::FirstProcess, "/")?,
         boot,
@@ -95,7 +100,8 @@ fn read_config(path: &str) -> Result<BootConfig, String> {
     })
 }
 
-/// Makes this process fit for being the agent; the result tells of children that have ended.
+/// Makes this process fit for being the agent; the result tells of children that have ended, and
+/// of the wish to be off.
 pub(crate) fn prepare() -> Result<OwnedFd, String> {
     adopt_orphans();
     // Without it the agent is a candidate like every other.
@@ -107,6 +113,7 @@ pub(crate) fn prepare() -> Result<OwnedFd, String> {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, libc::SIGCHLD);
+        libc::sigaddset(&mut set, power::POWER_OFF_SIGNAL);
         libc::sigprocmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
         match libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) {
             -1 => Err(format!(

@@ -16,6 +16,7 @@ mod forward;
 mod machine;
 mod modules;
 mod mount;
+mod network;
 mod power;
 mod process;
 mod pump;
@@ -29,6 +30,7 @@ mod task;
 mod transfer;
 mod tree;
 mod users;
+mod xen;
 
 use std::ffi::{CStr, c_char, c_int};
 

@@ -13,18 +13,28 @@ use crate::failure::words;
 /// Made with the image: files in the order in which they load, one a line, parameters after them.
 const LIST: &str = "/xbee/modules";
 /// What is looked for in an initial RAM file system that does not say.
-const WANTED: [&str; 5] = [
+const WANTED: [&str; 10] = [
+    "xen_evtchn",
+    "xen_gntalloc",
+    "xen_netfront",
+    "xen_blkfront",
     "virtio_pci",
     "virtio_blk",
     "ext4",
     "vmw_vsock_virtio_transport",
     "virtio_rng",
+    "virtio_net",
 ];
+/// `xen` on Xen, not there elsewhere.
+const HYPERVISOR: &str = "/sys/hypervisor/type";
+/// What Xen's guests have no devices for, by how the names begin.
+const NOT_ON_XEN: [&str; 5] = ["virtio", "vmw_vsock", "vsock", "net_failover", "failover"];
 /// `MODULE_INIT_COMPRESSED_FILE`: the kernel decompresses, since Linux 5.17 and if so configured.
 const COMPRESSED_FILE: i32 = 4;
 
 /// Loads them. What fails is said on the console: the machine may do without.
 pub(crate) fn load() {
+    let on_xen = fs::read_to_string(HYPERVISOR).is_ok_and(|kind| kind.trim() == "xen");
     match fs::read_to_string(LIST) {
         Ok(list) => {
             for line in list
@@ -33,20 +43,34 @@ pub(crate) fn load() {
                 .filter(|line| !line.is_empty() && !line.starts_with('#'))
             {
                 let (path, parameters) = line.split_once(' ').unwrap_or((line, ""));
-                load_one(path, parameters);
+                if fits(path, on_xen) {
+                    load_one(path, parameters);
+                }
             }
         }
-        Err(_) => load_wanted(),
+        Err(_) => load_wanted(on_xen),
     }
 }
 
-fn load_wanted() {
+/// Whether there can be devices for a module here.
+fn fits(path: &str, on_xen: bool) -> bool {
+    let name = module_name(path);
+    match on_xen {
+        true => !NOT_ON_XEN.iter().any(|other| name.starts_with(other)),
+        false => !name.starts_with("xen"),
+    }
+}
+
+fn load_wanted(on_xen: bool) {
     let directory = format!("/lib/modules/{}", uname().release().to_string_lossy());
     // A kernel without modules has everything built in.
     let Ok(text) = fs::read_to_string(format!("{directory}/modules.dep")) else {
         return;
     };
-    for path in order(&text, &WANTED) {
+    for path in order(&text, &WANTED)
+        .into_iter()
+        .filter(|path| fits(path, on_xen))
+    {
         load_one(&format!("{directory}/{path}"), "");
     }
 }
@@ -101,6 +125,20 @@ fn load_one(path: &str, parameters: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_hypervisor_has_no_devices_for_is_left_out() {
+        for (path, on_xen, elsewhere) in [
+            ("kernel/drivers/xen/xen-evtchn.ko", true, false),
+            ("kernel/drivers/net/xen-netfront.ko.xz", true, false),
+            ("kernel/drivers/virtio/virtio_ring.ko", false, true),
+            ("kernel/net/vmw_vsock/vsock.ko", false, true),
+            ("kernel/fs/overlayfs/overlay.ko", true, true),
+        ] {
+            assert_eq!(fits(path, true), on_xen, "{path} on Xen");
+            assert_eq!(fits(path, false), elsewhere, "{path} elsewhere");
+        }
+    }
 
     #[test]
     fn dependencies_come_first_and_once() {

@@ -96,35 +96,6 @@ pub(crate) fn name_host(name: &str) {
     }
 }
 
-/// Brings the loopback interface up.
-pub(crate) fn loopback_up() {
-    let up = || {
-        let socket = rustix::net::socket(
-            rustix::net::AddressFamily::INET,
-            rustix::net::SocketType::DGRAM,
-            None,
-        )?;
-        // SAFETY: all-zero bytes are a valid ifreq.
-        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
-            *to = *from as libc::c_char;
-        }
-        request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-        // SAFETY: the request takes an ifreq, which this one is, with its name and flags set.
-        let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &request) };
-        match result {
-            -1 => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)),
-            _ => Ok(()),
-        }
-    };
-    if let Err(error) = up() {
-        console::log(&format!(
-            "cannot bring the loopback interface up: {}",
-            words(error)
-        ));
-    }
-}
-
 /// What was mounted.
 #[derive(Debug)]
 pub(crate) struct Mounted {

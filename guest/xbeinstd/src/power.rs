@@ -28,8 +28,42 @@ const POWER_OFF_COMMANDS: [&[&str]; 4] = [
     &["/bin/poweroff"],
     &["/bin/busybox", "poweroff"],
 ];
+/// Tells the agent, as the first process, to switch the machine off: what busybox' `poweroff` sends
+/// to its init.
+pub(crate) const POWER_OFF_SIGNAL: i32 = libc::SIGUSR2;
+/// The argument that makes a further process of this program send that signal.
+pub(crate) const POWER_OFF_ARGUMENT: &str = "--power-off";
+/// What the kernel runs when the machine is to be switched off in order, as Xen's tool stack asks.
+const POWER_OFF_SETTING: &str = "/proc/sys/kernel/poweroff_cmd";
+const DEFAULT_POWER_OFF: &str = "/sbin/poweroff";
 /// Time for what was killed to be reaped.
 const KILL_LIMIT: Duration = Duration::from_secs(2);
+
+/// Makes the kernel ask the agent to switch off: there need not be a program for it in the root.
+pub(crate) fn be_asked_by_the_kernel() {
+    set_power_off_command(&format!("/proc/1/exe {POWER_OFF_ARGUMENT}"));
+}
+
+fn set_power_off_command(command: &str) {
+    if let Err(error) = fs::write(POWER_OFF_SETTING, command) {
+        console::log(&format!("cannot write {POWER_OFF_SETTING}: {error}"));
+    }
+}
+
+/// Asks the agent that is the first process.
+///
+/// # Errors
+/// What kill(2) says.
+pub(crate) fn ask_first_process() -> Result<(), String> {
+    // SAFETY: no memory is involved.
+    match unsafe { libc::kill(1, POWER_OFF_SIGNAL) } {
+        -1 => Err(format!(
+            "cannot signal the first process: {}",
+            std::io::Error::last_os_error()
+        )),
+        _ => Ok(()),
+    }
+}
 
 /// Becomes the init in this process, PID 1, and lets the agent go on in a child. Returns in the child.
 ///
@@ -58,6 +92,7 @@ pub(crate) fn hand_over(path: &str, name: &str) -> Result<(), Errno> {
 fn become_init(path: &str, name: &str) -> Result<Infallible, Errno> {
     // Without /proc there is nothing to undo.
     let _no_proc = fs::write("/proc/self/oom_score_adj", "0");
+    set_power_off_command(DEFAULT_POWER_OFF);
     restore_signals();
     let path = CString::new(path).map_err(|_| Errno::INVAL)?;
     let name = CString::new(name).map_err(|_| Errno::INVAL)?;
