@@ -29,9 +29,10 @@ use crate::xen::{News, Xen};
 
 /// How long processes have to end when somebody else than the host wants the machine off.
 const POWER_OFF_GRACE: Duration = Duration::from_secs(5);
-/// So long no channel is open after the tool stack has told the domain to suspend. Where it does not
-/// happen the host waits for the rest.
-const SUSPEND_PAUSE: Duration = Duration::from_secs(5);
+/// So long no channel is open after the tool stack has told the domain something that may have been
+/// to suspend: many times what the kernel needs for freezing. Where that does not follow, the host
+/// waits in vain.
+const SUSPEND_PAUSE: Duration = Duration::from_secs(2);
 
 /// What a stream of the host's is about.
 #[derive(Debug)]
@@ -419,7 +420,10 @@ impl Agent {
         match xen.news(now) {
             // Switching off, it is not saved any more.
             Ok(Some(News::Suspending)) if self.shutdown.is_none() => {
-                let reason = failure(code::CANCELLED, "the machine is being suspended");
+                let reason = failure(
+                    code::CANCELLED,
+                    "the machine is to be suspended or switched off",
+                );
                 self.hang_up(reason, now);
                 self.line = Line::Down {
                     retry_at: now + SUSPEND_PAUSE,

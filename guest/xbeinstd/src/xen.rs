@@ -15,9 +15,8 @@ const HOST_DOMAIN: u16 = 0;
 const SHUTDOWN: &str = "control/shutdown";
 /// Another one after each restore.
 const DOMAIN: &str = "domid";
-/// After a restore all watches fire: that this long ago there was one explains those without a
-/// reason.
-const RESTORE_ECHO: Duration = Duration::from_secs(5);
+/// After a restore every watch fires once, not all at the same time, but within this.
+const ECHO_LIMIT: Duration = Duration::from_secs(5);
 
 /// What there is to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,10 +40,45 @@ pub(crate) struct Xen {
 #[derive(Debug, Default)]
 struct Seen {
     own: Option<String>,
-    /// The first event of a watch says that it is set.
-    domain: bool,
+    /// Of each watch, that an event is to come that says nothing: the one that comes with watching
+    /// at all, and one after each restore.
+    domain_echo: Echo,
+    shutdown_echo: Echo,
+}
+
+/// Which watches have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Fired {
     shutdown: bool,
-    restored_at: Option<Instant>,
+    domain: bool,
+}
+
+/// An event that is expected and means nothing.
+#[derive(Debug, Clone, Copy, Default)]
+enum Echo {
+    #[default]
+    First,
+    Until(Instant),
+    Over,
+}
+
+impl Echo {
+    /// Whether an event that has come is the one.
+    fn explains(&mut self, now: Instant) -> bool {
+        match std::mem::replace(self, Echo::Over) {
+            Echo::First => true,
+            Echo::Until(limit) => now < limit,
+            Echo::Over => false,
+        }
+    }
+
+    /// After a restore; it may have come with what told of the restore.
+    fn expect(&mut self, came: bool, now: Instant) {
+        *self = match came {
+            true => Echo::Over,
+            false => Echo::Until(now + ECHO_LIMIT),
+        };
+    }
 }
 
 impl Xen {
@@ -119,36 +153,40 @@ impl Seen {
         store: &mut Xenstore,
         now: Instant,
     ) -> Result<Option<News>, xenstore::Error> {
-        let (mut shutdown, mut domain) = (false, false);
+        let mut fired = Fired::default();
         while let Some(event) = store.next_event()? {
             match event.token.as_str() {
-                SHUTDOWN => shutdown = true,
-                DOMAIN => domain = true,
+                SHUTDOWN => fired.shutdown = true,
+                DOMAIN => fired.domain = true,
                 _ => {}
             }
         }
-        if !shutdown && !domain {
+        if fired == Fired::default() {
             return Ok(None);
         }
-        let first_domain = domain && !std::mem::replace(&mut self.domain, true);
-        let first_shutdown = shutdown && !std::mem::replace(&mut self.shutdown, true);
-        // Before anything else: the kernel takes the word away when it has read it.
+        // At once: the kernel takes the word away when it has read it.
         let word = store.read(SHUTDOWN)?.unwrap_or_default();
         let own = store.read(DOMAIN)?.unwrap_or_default();
-        let known = self.own.replace(own.clone());
-        let echo = (self.restored_at).is_some_and(|at| now.duration_since(at) < RESTORE_ECHO);
+        Ok(self.judge(fired, &word, own, now))
+    }
+
+    fn judge(&mut self, fired: Fired, word: &str, own: String, now: Instant) -> Option<News> {
+        let written = fired.shutdown && !self.shutdown_echo.explains(now);
         // Nobody writes to `domid`: an event means a restore, even if the number happens to be the
         // same on another machine.
-        if known.is_some_and(|known| known != own) || domain && !first_domain && !echo {
-            self.restored_at = Some(now);
-            return Ok(Some(News::Restored));
+        let moved = fired.domain && !self.domain_echo.explains(now);
+        let known = self.own.replace(own.clone());
+        if moved || known.is_some_and(|known| known != own) {
+            self.domain_echo.expect(fired.domain, now);
+            self.shutdown_echo.expect(fired.shutdown, now);
+            return Some(News::Restored);
         }
-        Ok(match word.as_str() {
+        match word {
             "suspend" => Some(News::Suspending),
-            // It may have been "suspend" before it was read.
-            "" if shutdown && !first_shutdown && !echo => Some(News::Suspending),
+            // As a rule there was a word that the kernel has taken already.
+            "" if written => Some(News::Suspending),
             _ => None,
-        })
+        }
     }
 }
 
@@ -169,4 +207,73 @@ fn whole(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHUTDOWN_ONLY: Fired = Fired {
+        shutdown: true,
+        domain: false,
+    };
+    const DOMAIN_ONLY: Fired = Fired {
+        shutdown: false,
+        domain: true,
+    };
+    const BOTH: Fired = Fired {
+        shutdown: true,
+        domain: true,
+    };
+
+    /// After the events that come with watching.
+    fn watching(now: Instant) -> Seen {
+        let mut seen = Seen::default();
+        assert_eq!(seen.judge(SHUTDOWN_ONLY, "", "1".into(), now), None);
+        assert_eq!(seen.judge(DOMAIN_ONLY, "", "1".into(), now), None);
+        seen
+    }
+
+    #[test]
+    fn every_write_to_shutdown_may_have_been_suspend() {
+        let now = Instant::now();
+        let mut seen = watching(now);
+        let mut judge = |word| seen.judge(SHUTDOWN_ONLY, word, "1".into(), now);
+        assert_eq!(judge("poweroff"), None);
+        assert_eq!(judge("suspend"), Some(News::Suspending));
+        assert_eq!(judge(""), Some(News::Suspending));
+        assert_eq!(judge(""), Some(News::Suspending));
+    }
+
+    #[test]
+    fn a_restore_is_told_of_once_in_whatever_order_the_watches_fire() {
+        let now = Instant::now();
+        for order in [
+            &[SHUTDOWN_ONLY, DOMAIN_ONLY][..],
+            &[DOMAIN_ONLY, SHUTDOWN_ONLY],
+            &[BOTH],
+        ] {
+            let mut seen = watching(now);
+            for own in ["2", "3"] {
+                let mut news = (order.iter()).map(|fired| seen.judge(*fired, "", own.into(), now));
+                assert_eq!(news.next(), Some(Some(News::Restored)));
+                assert!(news.all(|news| news.is_none()));
+                // The next save is noticed, however soon it comes.
+                let next = seen.judge(SHUTDOWN_ONLY, "", own.into(), now);
+                assert_eq!(next, Some(News::Suspending));
+            }
+        }
+    }
+
+    #[test]
+    fn a_restore_with_the_same_number_is_one() {
+        let now = Instant::now();
+        let mut seen = watching(now);
+        let restored = Some(News::Restored);
+        assert_eq!(seen.judge(DOMAIN_ONLY, "", "1".into(), now), restored);
+        // The other watch has not fired for so long that it does not belong to it.
+        let later = now + ECHO_LIMIT;
+        let suspending = Some(News::Suspending);
+        assert_eq!(seen.judge(SHUTDOWN_ONLY, "", "1".into(), later), suspending);
+    }
 }
