@@ -417,7 +417,7 @@ impl Agent {
         let Way::Xen(xen) = &mut self.way else {
             return;
         };
-        match xen.news(now) {
+        match xen.news() {
             // Switching off, it is not saved any more.
             Ok(Some(News::Suspending)) if self.shutdown.is_none() => {
                 let reason = failure(

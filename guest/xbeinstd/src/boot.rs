@@ -51,12 +51,12 @@ fn first_process() -> Result<(), String> {
     mount::name_host(&boot.hostname);
     network::loopback_up();
     modules::load();
-    power::be_asked_by_the_kernel();
     let mut agent = Agent::new(
         Machine::new(Ownership::FirstProcess, "/")?,
         boot,
         prepare()?,
     );
+    power::be_asked_by_the_kernel();
     let grace = agent.run();
     if agent.machine.is_first_process() {
         power::ask_everyone_to_end();

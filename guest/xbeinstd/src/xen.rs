@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::{Duration, Instant};
 
 use xbee_link::device;
 use xbee_link::vchan::{self, RingSize, Vchan};
@@ -15,8 +14,6 @@ const HOST_DOMAIN: u16 = 0;
 const SHUTDOWN: &str = "control/shutdown";
 /// Another one after each restore.
 const DOMAIN: &str = "domid";
-/// After a restore every watch fires once, not all at the same time, but within this.
-const ECHO_LIMIT: Duration = Duration::from_secs(5);
 
 /// What there is to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,45 +37,16 @@ pub(crate) struct Xen {
 #[derive(Debug, Default)]
 struct Seen {
     own: Option<String>,
-    /// Of each watch, that an event is to come that says nothing: the one that comes with watching
-    /// at all, and one after each restore.
-    domain_echo: Echo,
-    shutdown_echo: Echo,
+    /// The first event of a watch says that it is set.
+    domain: bool,
+    shutdown: bool,
 }
 
-/// Which watches have.
+/// Which watches have fired.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Fired {
     shutdown: bool,
     domain: bool,
-}
-
-/// An event that is expected and means nothing.
-#[derive(Debug, Clone, Copy, Default)]
-enum Echo {
-    #[default]
-    First,
-    Until(Instant),
-    Over,
-}
-
-impl Echo {
-    /// Whether an event that has come is the one.
-    fn explains(&mut self, now: Instant) -> bool {
-        match std::mem::replace(self, Echo::Over) {
-            Echo::First => true,
-            Echo::Until(limit) => now < limit,
-            Echo::Over => false,
-        }
-    }
-
-    /// After a restore; it may have come with what told of the restore.
-    fn expect(&mut self, came: bool, now: Instant) {
-        *self = match came {
-            true => Echo::Over,
-            false => Echo::Until(now + ECHO_LIMIT),
-        };
-    }
 }
 
 impl Xen {
@@ -124,14 +92,17 @@ impl Xen {
     }
 
     /// What has happened since.
-    pub(crate) fn news(&mut self, now: Instant) -> Result<Option<News>, String> {
+    pub(crate) fn news(&mut self) -> Result<Option<News>, String> {
         let Some(store) = &mut self.store else {
             return Ok(None);
         };
-        match self.seen.look(store, now) {
-            Ok(news) => Ok(news),
-            Err(error) => Err(self.lose(&error)),
+        let news = self.seen.look(store).map_err(|error| self.lose(&error))?;
+        if news == Some(News::Restored) {
+            // New watches, which fire before the kernel's own where the store takes the last one
+            // first; and what the old ones have to say of the restore is heard no more.
+            self.store = None;
         }
+        Ok(news)
     }
 
     /// A connection that does not work is made anew with the next dial.
@@ -148,11 +119,7 @@ impl fmt::Display for Xen {
 }
 
 impl Seen {
-    fn look(
-        &mut self,
-        store: &mut Xenstore,
-        now: Instant,
-    ) -> Result<Option<News>, xenstore::Error> {
+    fn look(&mut self, store: &mut Xenstore) -> Result<Option<News>, xenstore::Error> {
         let mut fired = Fired::default();
         while let Some(event) = store.next_event()? {
             match event.token.as_str() {
@@ -167,18 +134,16 @@ impl Seen {
         // At once: the kernel takes the word away when it has read it.
         let word = store.read(SHUTDOWN)?.unwrap_or_default();
         let own = store.read(DOMAIN)?.unwrap_or_default();
-        Ok(self.judge(fired, &word, own, now))
+        Ok(self.judge(fired, &word, own))
     }
 
-    fn judge(&mut self, fired: Fired, word: &str, own: String, now: Instant) -> Option<News> {
-        let written = fired.shutdown && !self.shutdown_echo.explains(now);
+    fn judge(&mut self, fired: Fired, word: &str, own: String) -> Option<News> {
+        let written = fired.shutdown && std::mem::replace(&mut self.shutdown, true);
         // Nobody writes to `domid`: an event means a restore, even if the number happens to be the
         // same on another machine.
-        let moved = fired.domain && !self.domain_echo.explains(now);
+        let moved = fired.domain && std::mem::replace(&mut self.domain, true);
         let known = self.own.replace(own.clone());
         if moved || known.is_some_and(|known| known != own) {
-            self.domain_echo.expect(fired.domain, now);
-            self.shutdown_echo.expect(fired.shutdown, now);
             return Some(News::Restored);
         }
         match word {
@@ -221,24 +186,18 @@ mod tests {
         shutdown: false,
         domain: true,
     };
-    const BOTH: Fired = Fired {
-        shutdown: true,
-        domain: true,
-    };
-
     /// After the events that come with watching.
-    fn watching(now: Instant) -> Seen {
+    fn watching() -> Seen {
         let mut seen = Seen::default();
-        assert_eq!(seen.judge(SHUTDOWN_ONLY, "", "1".into(), now), None);
-        assert_eq!(seen.judge(DOMAIN_ONLY, "", "1".into(), now), None);
+        assert_eq!(seen.judge(SHUTDOWN_ONLY, "", "1".into()), None);
+        assert_eq!(seen.judge(DOMAIN_ONLY, "", "1".into()), None);
         seen
     }
 
     #[test]
     fn every_write_to_shutdown_may_have_been_suspend() {
-        let now = Instant::now();
-        let mut seen = watching(now);
-        let mut judge = |word| seen.judge(SHUTDOWN_ONLY, word, "1".into(), now);
+        let mut seen = watching();
+        let mut judge = |word| seen.judge(SHUTDOWN_ONLY, word, "1".into());
         assert_eq!(judge("poweroff"), None);
         assert_eq!(judge("suspend"), Some(News::Suspending));
         assert_eq!(judge(""), Some(News::Suspending));
@@ -246,34 +205,10 @@ mod tests {
     }
 
     #[test]
-    fn a_restore_is_told_of_once_in_whatever_order_the_watches_fire() {
-        let now = Instant::now();
-        for order in [
-            &[SHUTDOWN_ONLY, DOMAIN_ONLY][..],
-            &[DOMAIN_ONLY, SHUTDOWN_ONLY],
-            &[BOTH],
-        ] {
-            let mut seen = watching(now);
-            for own in ["2", "3"] {
-                let mut news = (order.iter()).map(|fired| seen.judge(*fired, "", own.into(), now));
-                assert_eq!(news.next(), Some(Some(News::Restored)));
-                assert!(news.all(|news| news.is_none()));
-                // The next save is noticed, however soon it comes.
-                let next = seen.judge(SHUTDOWN_ONLY, "", own.into(), now);
-                assert_eq!(next, Some(News::Suspending));
-            }
+    fn a_restore_is_noticed_by_the_number_and_without_a_new_one() {
+        for (fired, own) in [(SHUTDOWN_ONLY, "2"), (DOMAIN_ONLY, "2"), (DOMAIN_ONLY, "1")] {
+            let news = watching().judge(fired, "", own.into());
+            assert_eq!(news, Some(News::Restored));
         }
-    }
-
-    #[test]
-    fn a_restore_with_the_same_number_is_one() {
-        let now = Instant::now();
-        let mut seen = watching(now);
-        let restored = Some(News::Restored);
-        assert_eq!(seen.judge(DOMAIN_ONLY, "", "1".into(), now), restored);
-        // The other watch has not fired for so long that it does not belong to it.
-        let later = now + ECHO_LIMIT;
-        let suspending = Some(News::Suspending);
-        assert_eq!(seen.judge(SHUTDOWN_ONLY, "", "1".into(), later), suspending);
     }
 }
