@@ -29,7 +29,8 @@ const WRITABLE: u32 = 1;
 const CLEAR_BYTE: u32 = 1;
 const SEND_EVENT: u32 = 2;
 
-/// A page of the peer's may be on its way back from disk: so often it is tried again, every millisecond.
+/// A page of the peer's may be on its way back from disk: so often it is tried again, after a
+/// millisecond each.
 const MAP_TRIES: u32 = 100;
 /// More ports than ever wait on a descriptor with one bound.
 const PORTS: usize = 16;
@@ -202,7 +203,12 @@ impl SharedMemory {
         protection: ProtFlags,
     ) -> Result<SharedMemory, Error> {
         let length = pages * PAGE_BYTES;
-        for tried in 1.. {
+        let refused = |source| Error::Refused {
+            what: "map the shared memory",
+            source,
+        };
+        let mut tries = MAP_TRIES;
+        let base = loop {
             // SAFETY: a new mapping, where the kernel likes, that nothing refers to yet.
             let mapped = unsafe {
                 mmap(
@@ -215,31 +221,18 @@ impl SharedMemory {
                 )
             };
             match mapped {
-                Err(Errno::AGAIN) if tried < MAP_TRIES => {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                Err(error) => {
-                    return Err(Error::Refused {
-                        what: "map the shared memory",
-                        source: error.into(),
-                    });
-                }
-                Ok(base) => {
-                    let Some(base) = NonNull::new(base.cast()) else {
-                        break;
-                    };
-                    return Ok(SharedMemory {
-                        base,
-                        length,
-                        index,
-                        device,
-                    });
-                }
+                Ok(base) => break base,
+                Err(Errno::AGAIN) if tries > 0 => tries -= 1,
+                Err(error) => return Err(refused(error.into())),
             }
-        }
-        Err(Error::Refused {
-            what: "map the shared memory",
-            source: io::ErrorKind::AddrNotAvailable.into(),
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        Ok(SharedMemory {
+            base: NonNull::new(base.cast())
+                .ok_or_else(|| refused(io::ErrorKind::AddrNotAvailable.into()))?,
+            length,
+            index,
+            device,
         })
     }
 
