@@ -12,3 +12,22 @@ seconds_since() {
     local ms=$(($(now_ms) - $1))
     printf '%d.%d' $((ms / 1000)) $((ms % 1000 / 100))
 }
+
+# copy_modules FROM TO NAME...: the kernel modules and what they need, and the file `order`, in which they can be
+# loaded. FROM is a directory with modules.dep.
+copy_modules() {
+    local from=$1 to=$2 name module
+    shift 2
+    for name; do
+        # The dependencies come after the module, the innermost last.
+        sed -n "s|^\(.*/$name\.ko\): *|\1 |p" "$from/modules.dep" | tr ' ' '\n' | sed '/^$/d' | tac
+    done | awk '!seen[$0]++' | while read -r module; do
+        cp "$from/$module" "$to/"
+        basename "$module"
+    done >"$to/order"
+}
+
+# The newc archive of a directory, on standard output.
+archive() {
+    (cd "$1" && find . | sort | busybox cpio -o -H newc -R 0:0 2>/dev/null)
+}
