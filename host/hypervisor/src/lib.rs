@@ -7,10 +7,14 @@
 mod domain;
 mod error;
 pub mod image;
+mod lifecycle;
 mod log;
+mod overlay;
 pub mod qemu;
+mod rundir;
 pub mod sim;
 mod spec;
+mod work;
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -5,10 +5,11 @@ use std::os::fd::RawFd;
 
 use serde_json::{Value, json};
 
+use super::files;
 use super::host::Host;
-use super::rundir;
 use crate::domain::{DiskFormat, DomainSpec};
 use crate::error::Error;
+use crate::rundir;
 
 /// What the kernel takes of its command line (Linux, `COMMAND_LINE_SIZE` of x86, less the NUL).
 const KERNEL_ARGS_MAX_BYTES: usize = 2047;
@@ -89,7 +90,7 @@ pub(crate) fn args(
     args.option("-mon", "chardev=qmp,mode=control");
     args.option(
         "-chardev",
-        format!("pipe,id=console,path={}", rundir::CONSOLE_PIPE),
+        format!("pipe,id=console,path={}", files::CONSOLE_PIPE),
     );
     args.option("-serial", "chardev:console");
     args.json("-device", &json!({ "driver": "pvpanic" }));
@@ -104,7 +105,7 @@ pub(crate) fn args(
 
     args.option(
         "-chardev",
-        format!("socket,id=vsock,path={}", rundir::VHOST_SOCKET),
+        format!("socket,id=vsock,path={}", files::VHOST_SOCKET),
     );
     args.json(
         "-device",

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
-use tokio::sync::{broadcast, watch};
+use tokio::sync::broadcast;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use xbee_vswitch::switch::DomainSpec as Port;
@@ -20,14 +20,15 @@ use super::config::QemuConfig;
 use super::host::Host;
 use super::process::{self, Exit, Identity, Launch, Process};
 use super::qmp::{GuestStatus, Qmp};
-use super::rundir::{Record, RunDir};
 use super::supervisor::{Logs, Supervisor};
 use super::switch::Switch;
 use crate::domain::{
     DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
 };
-use crate::error::Error;
-use crate::{image, log};
+use crate::error::{Error, chain};
+use crate::lifecycle::Lifecycle;
+use crate::rundir::{Record, RunDir};
+use crate::{image, log, work};
 
 /// How much of what QEMU printed an error quotes, in bytes.
 const ERROR_QUOTE_BYTES: u64 = 1024;
@@ -45,8 +46,7 @@ pub(crate) struct Domain {
     pub(crate) spec: DomainSpec,
     pub(crate) dir: RunDir,
     pub(crate) operation: tokio::sync::Mutex<()>,
-    state: watch::Sender<DomainState>,
-    events: broadcast::Sender<DomainEvent>,
+    pub(crate) life: Lifecycle,
     running: Mutex<Option<Running>>,
     /// Its end is our doing.
     pub(crate) killed: AtomicBool,
@@ -74,67 +74,17 @@ impl Domain {
         events: broadcast::Sender<DomainEvent>,
     ) -> Result<Self, Error> {
         let socket = dir.agent_socket();
+        let life = Lifecycle::new(spec.id, state, events);
         let agent = AgentPort::listen(&socket).map_err(Error::io("listen on", socket))?;
         Ok(Self {
             spec,
             dir,
             operation: tokio::sync::Mutex::new(()),
-            state: watch::Sender::new(state),
-            events,
+            life,
             running: Mutex::new(None),
             killed: AtomicBool::new(false),
             agent,
         })
-    }
-
-    pub(crate) fn state(&self) -> DomainState {
-        self.state.borrow().clone()
-    }
-
-    pub(crate) fn set_state(&self, state: DomainState) {
-        let changed = self.state.send_if_modified(|current| {
-            // The end is final.
-            if *current == state || matches!(current, DomainState::Stopped { .. }) {
-                return false;
-            }
-            current.clone_from(&state);
-            true
-        });
-        if changed {
-            tracing::info!(domain = %self.spec.id, %state, "domain");
-            // Nobody listening is fine.
-            let _ = self.events.send(DomainEvent {
-                id: self.spec.id,
-                state,
-            });
-        }
-    }
-
-    /// Waits for the end. Cancel-safe.
-    pub(crate) async fn stopped(&self) -> StopReason {
-        let mut state = self.state.subscribe();
-        let stopped = state
-            .wait_for(|state| matches!(state, DomainState::Stopped { .. }))
-            .await;
-        match stopped.as_deref() {
-            Ok(DomainState::Stopped { reason }) => reason.clone(),
-            // Not reached: the sender lives as long as `self`.
-            _ => StopReason::Destroyed,
-        }
-    }
-
-    pub(crate) fn wrong_state(&self, operation: &'static str) -> Error {
-        match self.state() {
-            DomainState::Stopped { reason } => Error::Gone {
-                id: self.spec.id,
-                reason,
-            },
-            state => Error::WrongState {
-                id: self.spec.id,
-                operation,
-                state,
-            },
-        }
     }
 
     /// Starts QEMU and waits until it answers. The caller holds `operation`. A domain that did not
@@ -169,7 +119,7 @@ impl Domain {
         let (process, logs) = {
             let (domain, host, config) = (Arc::clone(self), host.clone(), config.clone());
             // Opens files and forks.
-            super::blocking(move || domain.launch(&host, &config)).await?
+            work::blocking(move || domain.launch(&host, &config)).await?
         };
         tracing::info!(domain = %self.spec.id, pid = process.pid(), "QEMU started");
         self.attend(Arc::new(process), logs, config).await
@@ -178,7 +128,7 @@ impl Domain {
     fn fail(&self, detail: String) -> Result<(), Error> {
         let reason = StopReason::Failed { detail };
         self.dir.set_stop_reason(&reason)?;
-        self.set_state(DomainState::Stopped { reason });
+        self.life.set(DomainState::Stopped { reason });
         Ok(())
     }
 
@@ -234,7 +184,7 @@ impl Domain {
         };
         // `Running` must be in place before the supervisor can see an end.
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        self.set_state(state);
+        self.life.set(state);
         *running = Some(Running {
             process,
             qmp,
@@ -333,13 +283,13 @@ impl Domain {
             running.as_ref().map(|running| running.qmp.clone())
         };
         let Some(qmp) = qmp else {
-            return Err(self.wrong_state(operation));
+            return Err(self.life.wrong(operation));
         };
         match qmp.execute(command).await {
             Ok(_) => Ok(()),
             // It ended just now: that says more than a closed connection.
-            Err(_) if matches!(self.state(), DomainState::Stopped { .. }) => {
-                Err(self.wrong_state(operation))
+            Err(_) if matches!(self.life.get(), DomainState::Stopped { .. }) => {
+                Err(self.life.wrong(operation))
             }
             Err(error) => Err(Error::Control {
                 id: self.spec.id,
@@ -350,26 +300,26 @@ impl Domain {
     }
 
     pub(crate) async fn pause(&self) -> Result<(), Error> {
-        match self.state() {
+        match self.life.get() {
             DomainState::Paused => Ok(()),
             DomainState::Running => {
                 self.command("pause", "stop").await?;
-                self.set_state(DomainState::Paused);
+                self.life.set(DomainState::Paused);
                 Ok(())
             }
-            _ => Err(self.wrong_state("pause")),
+            _ => Err(self.life.wrong("pause")),
         }
     }
 
     pub(crate) async fn resume(&self) -> Result<(), Error> {
-        match self.state() {
+        match self.life.get() {
             DomainState::Running => Ok(()),
             DomainState::Paused => {
                 self.command("resume", "cont").await?;
-                self.set_state(DomainState::Running);
+                self.life.set(DomainState::Running);
                 Ok(())
             }
-            _ => Err(self.wrong_state("resume")),
+            _ => Err(self.life.wrong("resume")),
         }
     }
 
@@ -380,8 +330,8 @@ impl Domain {
     ) -> Result<ShutdownOutcome, Error> {
         let deadline = Instant::now() + grace;
         loop {
-            match self.state() {
-                DomainState::Created => return Err(self.wrong_state("shut down")),
+            match self.life.get() {
+                DomainState::Created => return Err(self.life.wrong("shut down")),
                 DomainState::Stopped { reason } => return Ok(reason.shutdown_outcome()),
                 // A halted guest sees no button.
                 DomainState::Paused => self.resume().await?,
@@ -398,7 +348,7 @@ impl Domain {
                 tracing::warn!(domain = %self.spec.id, %error, "no power button");
             }
             let next = deadline.min(Instant::now() + POWER_BUTTON_INTERVAL);
-            if let Ok(reason) = tokio::time::timeout_at(next, self.stopped()).await {
+            if let Ok(reason) = tokio::time::timeout_at(next, self.life.stopped()).await {
                 return Ok(reason.shutdown_outcome());
             }
         }
@@ -422,7 +372,7 @@ impl Domain {
             source,
         };
         process.kill().map_err(|error| unkillable(error.into()))?;
-        tokio::time::timeout(limit, self.stopped())
+        tokio::time::timeout(limit, self.life.stopped())
             .await
             .map_err(|_| {
                 unkillable(format!("process {} is still there after SIGKILL", process.pid()).into())
@@ -447,9 +397,9 @@ impl Domain {
                 cpu_ms,
                 memory_bytes,
             }),
-            None => match self.state() {
+            None => match self.life.get() {
                 DomainState::Created => Ok(DomainStats::default()),
-                _ => Err(self.wrong_state("measure")),
+                _ => Err(self.life.wrong("measure")),
             },
         }
     }
@@ -460,15 +410,6 @@ pub(crate) fn identity(spec: &DomainSpec, config: &QemuConfig) -> Option<u32> {
     rustix::process::geteuid()
         .is_root()
         .then(|| config.uid_base.saturating_add(spec.cid))
-}
-
-/// An error with its causes.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join(": ")
 }
 
 /// Finds out what became of a domain that was made before this process began.

@@ -175,7 +175,7 @@ async fn run_probe_guest(
     identity: Option<Identity>,
     limit: Duration,
 ) -> Result<(), String> {
-    let kernel = crate::image::open_kernel(kernel).map_err(|error| super::domain::chain(&error))?;
+    let kernel = crate::image::open_kernel(kernel).map_err(|error| crate::error::chain(&error))?;
     let setup = || -> std::io::Result<_> {
         let root = rustix::fs::open("/", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty())?;
         let stat: File = rustix::fs::memfd_create(c"xbee-probe-stat", MemfdFlags::CLOEXEC)?.into();

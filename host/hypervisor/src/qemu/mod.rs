@@ -7,12 +7,11 @@ mod agent_port;
 mod command;
 mod config;
 mod domain;
+mod files;
 mod host;
-mod overlay;
 mod pipe_log;
 mod process;
 mod qmp;
-mod rundir;
 mod supervisor;
 mod switch;
 
@@ -28,7 +27,6 @@ use tokio::sync::{OnceCell, broadcast};
 pub use config::{Accelerator, QemuConfig};
 use domain::Domain;
 use host::Host;
-use rundir::RunDir;
 use switch::Switch;
 
 use crate::domain::{
@@ -36,6 +34,8 @@ use crate::domain::{
     HostCapabilities, ShutdownOutcome,
 };
 use crate::error::Error;
+use crate::rundir::{self, RunDir};
+use crate::work::{blocking, joined};
 use crate::{Hypervisor, image, spec};
 
 /// Events kept for a receiver that lags.
@@ -61,11 +61,7 @@ impl QemuHypervisor {
     /// # Errors
     /// [`Error::Io`] where the directory or something in it cannot be read.
     pub async fn new(config: QemuConfig) -> Result<Self, Error> {
-        const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-        let boot_id = std::fs::read_to_string(BOOT_ID)
-            .map_err(Error::io("read", BOOT_ID))?
-            .trim()
-            .to_owned();
+        let boot_id = rundir::boot_id()?;
         let (events, _) = broadcast::channel(EVENTS_MAX);
         let mut domains = HashMap::new();
         let domains_dir = config.domains_dir.clone();
@@ -73,7 +69,7 @@ impl QemuHypervisor {
         for (dir, record) in found {
             let id = record.spec.id;
             let domain = domain::adopt(dir, record, &boot_id, &config, events.clone()).await?;
-            tracing::info!(domain = %id, state = %domain.state(), "domain found");
+            tracing::info!(domain = %id, state = %domain.life.get(), "domain found");
             domains.insert(id, domain);
         }
         let vswitch = match &config.vswitch_program {
@@ -125,26 +121,6 @@ impl Drop for QemuHypervisor {
     }
 }
 
-/// The result of a task that is never aborted: a panic in it goes on here.
-async fn joined<T>(task: tokio::task::JoinHandle<Result<T, Error>>) -> Result<T, Error> {
-    match task.await {
-        Ok(result) => result,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime is being shut down; nobody is left to see what is returned.
-            Err(error) => Err(Error::HypervisorBroken {
-                detail: error.to_string(),
-            }),
-        },
-    }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
-) -> Result<T, Error> {
-    joined(tokio::task::spawn_blocking(work)).await
-}
-
 impl Inner {
     fn find(&self, id: DomainId) -> Option<Arc<Domain>> {
         self.domains
@@ -168,14 +144,11 @@ impl Inner {
         let existing = self.find(spec.id);
         let (spec, dir, made) = blocking(move || {
             if let Some(existing) = existing {
-                spec::check_same(&existing.spec, &spec)?;
-                if !dir.has_boot_config(&spec.boot_config)? {
-                    return Err(spec::other_boot_config(spec.id));
-                }
+                dir.check_same(&existing.spec, &spec)?;
                 return Ok((spec, dir, false));
             }
             image::open_kernel(&spec.kernel)?;
-            dir.make(&spec, &boot_id, owner)?;
+            dir.make(&spec, &boot_id, owner, || dir.make_for_qemu(&spec, owner))?;
             Ok((spec, dir, true))
         })
         .await?;
@@ -200,10 +173,10 @@ impl Inner {
     async fn start(self: Arc<Self>, domain: Arc<Domain>) -> Result<(), Error> {
         let host = self.host().await?;
         let _operation = domain.operation.lock().await;
-        match domain.state() {
+        match domain.life.get() {
             DomainState::Created => domain.start(host, &self.config, &self.switch).await,
             DomainState::Running | DomainState::Paused => Ok(()),
-            DomainState::Stopped { .. } => Err(domain.wrong_state("start")),
+            DomainState::Stopped { .. } => Err(domain.life.wrong("start")),
         }
     }
 
@@ -245,12 +218,12 @@ impl Hypervisor for QemuHypervisor {
 
     async fn channel(&self, id: DomainId) -> Result<Box<dyn AgentStream>, Error> {
         let domain = self.domain(id)?;
-        if domain.state() == DomainState::Created {
-            return Err(domain.wrong_state("reach the agent of"));
+        if domain.life.get() == DomainState::Created {
+            return Err(domain.life.wrong("reach the agent of"));
         }
         tokio::select! {
             biased;
-            reason = domain.stopped() => Err(Error::Gone { id, reason }),
+            reason = domain.life.stopped() => Err(Error::Gone { id, reason }),
             stream = domain.agent.next() => Ok(Box::new(stream)),
         }
     }
@@ -293,7 +266,7 @@ impl Hypervisor for QemuHypervisor {
             .map(|(id, domain)| DomainInfo {
                 id: *id,
                 name: domain.spec.name.clone(),
-                state: domain.state(),
+                state: domain.life.get(),
             })
             .collect();
         list.sort_by_key(|info| info.id);

@@ -13,10 +13,10 @@ use super::domain::Domain;
 use super::pipe_log::PipeLog;
 use super::process::{Exit, Process};
 use super::qmp::{GuestStatus, Qmp};
-use super::rundir::RunDir;
 use crate::domain::{DomainState, StopReason};
 use crate::error::Error;
 use crate::log;
+use crate::rundir::RunDir;
 
 /// Most bytes kept of what QEMU prints.
 const ERROR_LOG_MAX_BYTES: u64 = 64 << 10;
@@ -83,7 +83,7 @@ impl Supervisor {
         if let Err(error) = self.domain.dir.set_stop_reason(&reason) {
             tracing::warn!(domain = %self.domain.spec.id, %error, "the end of a domain was not noted");
         }
-        self.domain.set_state(DomainState::Stopped { reason });
+        self.domain.life.set(DomainState::Stopped { reason });
     }
 
     /// Until the process is gone; with what its guest's end was, if that was seen.
@@ -109,8 +109,8 @@ impl Supervisor {
                     }
                     let status = self.status.borrow_and_update().clone();
                     match status {
-                        GuestStatus::Running => self.domain.set_state(DomainState::Running),
-                        GuestStatus::Paused => self.domain.set_state(DomainState::Paused),
+                        GuestStatus::Running => self.domain.life.set(DomainState::Running),
+                        GuestStatus::Paused => self.domain.life.set(DomainState::Paused),
                         GuestStatus::Off | GuestStatus::Ended(_) => {
                             ended = Some(status);
                             kill_at.get_or_insert(Instant::now() + self.command_limit);

@@ -130,7 +130,7 @@ impl Switch {
         Client::spawn(&self.program, &self.control, &self.log)
             .await
             .map_err(|source| Error::HypervisorBroken {
-                detail: super::domain::chain(&source),
+                detail: crate::error::chain(&source),
             })
     }
 

@@ -1,6 +1,7 @@
-//! A domain's directory: what is in it, how it is made, what can be told from it.
+//! A domain's directory: what is in it with every back end that has real files, how it is made, what
+//! can be told from it.
 //!
-//! It belongs to the host manager's user, and the domain's process may only enter it: a process
+//! It belongs to the host manager's user, and a domain's process may only enter it: a process
 //! that its guest has taken over can replace nothing in it that the host manager opens.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -8,33 +9,18 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FileType, Mode};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
-use xbee_protocol::AGENT_VSOCK_PORT;
 
-use super::overlay;
-use crate::domain::{DomainId, DomainSpec, StopReason};
+use crate::domain::{Disk, DomainId, DomainSpec, StopReason};
 use crate::error::Error;
-use crate::{image, spec};
+use crate::image::DiskImage;
+use crate::{image, overlay, spec};
 
 pub(crate) const INITRAMFS: &str = "initramfs.cpio";
-/// QEMU adds `.in` and `.out`.
-pub(crate) const CONSOLE_PIPE: &str = "console";
-const CONSOLE_IN: &str = "console.in";
-const CONSOLE_OUT: &str = "console.out";
 const CONSOLE_LOG: &str = "console.log";
-const ERROR_PIPE: &str = "qemu.err";
-const ERROR_LOG: &str = "qemu.log";
-const KERNEL: &str = "kernel";
-/// Where programs of the host connect to the guest; with `_` and a port added, where they await the
-/// guest's connections.
-const VSOCK: &str = "vsock";
-pub(crate) const VHOST_SOCKET: &str = "vhost.sock";
-const QMP_SOCKET: &str = "qmp.sock";
 const RECORD: &str = "domain.json";
 const STOPPED: &str = "stopped.json";
-const STAT: &str = "qemu.stat";
 
 /// Longest run directory, in bytes: a socket's path has 107 (unix(7)).
 const PATH_MAX_BYTES: usize = 80;
@@ -45,6 +31,13 @@ const VERSION: u32 = 1;
 /// Name of the overlay of a disk.
 pub(crate) fn overlay(index: usize) -> String {
     format!("disk{index}.qcow2")
+}
+
+/// Identifies this boot of the host.
+pub(crate) fn boot_id() -> Result<String, Error> {
+    const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+    let text = fs::read_to_string(BOOT_ID).map_err(Error::io("read", BOOT_ID))?;
+    Ok(text.trim().to_owned())
 }
 
 /// What is kept of a domain. Written last: a directory without it was never finished.
@@ -121,23 +114,30 @@ impl RunDir {
         Ok(found)
     }
 
-    /// Makes the directory and all in it. What a cut-off earlier attempt left is replaced, and a
-    /// failure leaves nothing.
+    /// Makes the directory and all in it; `contents` adds what the back end wants there. What a
+    /// cut-off earlier attempt left is replaced, and a failure leaves nothing.
     pub(crate) fn make(
         &self,
         spec: &DomainSpec,
         boot_id: &str,
         owner: Option<u32>,
+        contents: impl FnOnce() -> Result<(), Error>,
     ) -> Result<(), Error> {
         self.remove()?;
-        let made = self.fill(spec, boot_id, owner);
+        let made = self.fill(spec, boot_id, owner, contents);
         if made.is_err() {
             self.remove()?;
         }
         made
     }
 
-    fn fill(&self, spec: &DomainSpec, boot_id: &str, owner: Option<u32>) -> Result<(), Error> {
+    fn fill(
+        &self,
+        spec: &DomainSpec,
+        boot_id: &str,
+        owner: Option<u32>,
+        contents: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<(), Error> {
         if let Some(parent) = self.0.parent() {
             DirBuilder::new()
                 .recursive(true)
@@ -157,38 +157,7 @@ impl RunDir {
                 .map_err(Error::io("open to its domain", &self.0))?;
         }
         self.initramfs(spec, owner)?;
-        for (index, disk) in spec.disks.iter().enumerate() {
-            let image = image::open_disk(disk)?;
-            if disk.read_only {
-                continue;
-            }
-            if image.virtual_size_bytes > overlay::DISK_MAX_BYTES {
-                return Err(Error::NotAnImage {
-                    path: disk.image.clone(),
-                    expected: "disk image",
-                    found: format!(
-                        "a disk of {} bytes, at most {} are possible",
-                        image.virtual_size_bytes,
-                        overlay::DISK_MAX_BYTES
-                    ),
-                });
-            }
-            let path = self.path(&overlay(index));
-            let write = || {
-                let mut file = new_file(&path)?;
-                overlay::write(&mut file, image.virtual_size_bytes)?;
-                give(&path, owner)
-            };
-            write().map_err(Error::io("write", &path))?;
-        }
-        for name in [CONSOLE_IN, CONSOLE_OUT, ERROR_PIPE] {
-            let path = self.path(name);
-            let make = || {
-                rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
-                give(&path, owner)
-            };
-            make().map_err(Error::io("make", &path))?;
-        }
+        contents()?;
         let console = self.console_log();
         new_file(&console).map_err(Error::io("make", &console))?;
         let record = Record {
@@ -197,6 +166,36 @@ impl RunDir {
             spec: spec.clone(),
         };
         self.write_json(RECORD, &record)
+    }
+
+    /// Makes the overlay of a disk that `image` is the base of. With `backing`, it names its base
+    /// by that; without, who opens it must.
+    pub(crate) fn make_overlay(
+        &self,
+        index: usize,
+        disk: &Disk,
+        image: &DiskImage,
+        backing: Option<&overlay::Backing>,
+        owner: Option<u32>,
+    ) -> Result<(), Error> {
+        if image.virtual_size_bytes > overlay::DISK_MAX_BYTES {
+            return Err(Error::NotAnImage {
+                path: disk.image.clone(),
+                expected: "disk image",
+                found: format!(
+                    "a disk of {} bytes, at most {} are possible",
+                    image.virtual_size_bytes,
+                    overlay::DISK_MAX_BYTES
+                ),
+            });
+        }
+        let path = self.path(&overlay(index));
+        let write = || {
+            let mut file = new_file(&path)?;
+            overlay::write(&mut file, image.virtual_size_bytes, backing)?;
+            give(&path, owner)
+        };
+        write().map_err(Error::io("write", &path))
     }
 
     /// The base archive and, behind it, one with the boot configuration.
@@ -226,8 +225,22 @@ impl RunDir {
         write().map_err(Error::io("write", &path))
     }
 
+    /// Whether `asked` is the domain of this directory, which was made as `existing`.
+    pub(crate) fn check_same(
+        &self,
+        existing: &DomainSpec,
+        asked: &DomainSpec,
+    ) -> Result<(), Error> {
+        spec::check_same(existing, asked)?;
+        if self.has_boot_config(&asked.boot_config)? {
+            Ok(())
+        } else {
+            Err(spec::other_boot_config(asked.id))
+        }
+    }
+
     /// Whether the boot configuration in the directory is this one.
-    pub(crate) fn has_boot_config(&self, boot_config: &[u8]) -> Result<bool, Error> {
+    fn has_boot_config(&self, boot_config: &[u8]) -> Result<bool, Error> {
         let addition = boot_archive(boot_config)?;
         let path = self.path(INITRAMFS);
         match fs::read(&path) {
@@ -275,69 +288,15 @@ impl RunDir {
         self.write_json(STOPPED, reason)
     }
 
-    /// The line with which the domain's process identified itself; empty: none was started.
-    pub(crate) fn process_stat(&self) -> Result<String, Error> {
-        let path = self.path(STAT);
-        match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
-            read => read.map_err(Error::io("read", path)),
-        }
-    }
-
-    pub(crate) fn create_stat(&self) -> Result<File, Error> {
-        let path = self.path(STAT);
-        new_file(&path).map_err(Error::io("make", path))
-    }
-
     pub(crate) fn console_log(&self) -> PathBuf {
         self.path(CONSOLE_LOG)
-    }
-
-    pub(crate) fn console_pipe(&self) -> PathBuf {
-        self.path(CONSOLE_OUT)
-    }
-
-    pub(crate) fn error_log(&self) -> PathBuf {
-        self.path(ERROR_LOG)
-    }
-
-    pub(crate) fn error_pipe(&self) -> PathBuf {
-        self.path(ERROR_PIPE)
-    }
-
-    pub(crate) fn vsock(&self) -> PathBuf {
-        self.path(VSOCK)
-    }
-
-    pub(crate) fn vhost_socket(&self) -> PathBuf {
-        self.path(VHOST_SOCKET)
-    }
-
-    /// Where the vsock switch delivers connections to the agent's port.
-    pub(crate) fn agent_socket(&self) -> PathBuf {
-        self.path(&format!("{VSOCK}_{AGENT_VSOCK_PORT}"))
-    }
-
-    /// Copies a kernel that the domain's user may not read.
-    pub(crate) fn copy_kernel(&self, mut kernel: File, owner: u32) -> Result<File, Error> {
-        let path = self.path(KERNEL);
-        let mut copy = || {
-            io::copy(&mut kernel, &mut new_file(&path)?)?;
-            give(&path, Some(owner))?;
-            File::open(&path)
-        };
-        copy().map_err(Error::io("copy the kernel to", &path))
-    }
-
-    pub(crate) fn qmp_socket(&self) -> PathBuf {
-        self.path(QMP_SOCKET)
     }
 
     pub(crate) fn as_path(&self) -> &Path {
         &self.0
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 
@@ -374,7 +333,7 @@ fn boot_archive(boot_config: &[u8]) -> Result<Vec<u8>, Error> {
     })
 }
 
-fn new_file(path: &Path) -> io::Result<File> {
+pub(crate) fn new_file(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -382,7 +341,7 @@ fn new_file(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-fn give(path: &Path, owner: Option<u32>) -> io::Result<()> {
+pub(crate) fn give(path: &Path, owner: Option<u32>) -> io::Result<()> {
     match owner {
         Some(id) => std::os::unix::fs::chown(path, Some(id), Some(id)),
         None => Ok(()),

@@ -1,9 +1,11 @@
 //! Writes an empty qcow2 overlay (QEMU, docs/interop/qcow2.txt).
 //!
-//! The header names no backing file: QEMU is told the base at start, by descriptor. So an overlay
-//! cannot be made to refer to another file, and `qemu-img` need not be installed.
+//! `qemu-img` need not be installed, and what the header refers to is decided here alone.
 
 use std::io::{self, Write};
+use std::path::Path;
+
+use crate::domain::DiskFormat;
 
 const CLUSTER_BITS: u32 = 16;
 const CLUSTER_BYTES: u64 = 1 << CLUSTER_BITS;
@@ -15,9 +17,49 @@ const REFCOUNT_ORDER: u32 = 4;
 /// Largest disk, in bytes: beyond it the first-level table is larger than QEMU takes (32 MiB).
 pub(crate) const DISK_MAX_BYTES: u64 = (32 << 20) / 8 * (CLUSTER_BYTES / 8) * CLUSTER_BYTES;
 
+/// Header extension that holds the backing file's format.
+const BACKING_FORMAT: u32 = 0xe279_2aca;
+
+/// Longest name of a backing file in a header, in bytes.
+const BACKING_MAX_BYTES: usize = 1023;
+
+/// The base an overlay names.
+#[derive(Debug)]
+pub(crate) struct Backing {
+    name: String,
+    format: DiskFormat,
+}
+
+impl Backing {
+    /// The base at `path`. It is named such that QEMU opens no other file for it, whatever the
+    /// base's own header says by then. `None`: the path does not fit, or is not text.
+    #[expect(dead_code, reason = "QEMU gets its bases by descriptor")]
+    pub(crate) fn new(path: &Path, format: DiskFormat) -> Option<Self> {
+        let mut name = serde_json::json!({
+            "driver": format.to_string(),
+            "file": { "driver": "file", "filename": path.to_str()? },
+        });
+        if format == DiskFormat::Qcow2 {
+            name["backing"] = serde_json::Value::Null;
+        }
+        let name = format!("json:{name}");
+        (name.len() <= BACKING_MAX_BYTES).then_some(Self { name, format })
+    }
+}
+
 /// Writes an overlay of a disk of `virtual_size_bytes`, all of it unallocated. The caller has
 /// checked the size against [`DISK_MAX_BYTES`].
-pub(crate) fn write(out: &mut impl Write, virtual_size_bytes: u64) -> io::Result<()> {
+pub(crate) fn write(
+    out: &mut impl Write,
+    virtual_size_bytes: u64,
+    backing: Option<&Backing>,
+) -> io::Result<()> {
+    let extensions = extensions(backing);
+    let name = backing.map_or("", |backing| &backing.name);
+    let name_at = match backing {
+        Some(_) => HEADER_BYTES as usize + extensions.len(),
+        None => 0,
+    };
     // Clusters: header, reference count table, one reference count block, first-level table.
     let l1_entries = virtual_size_bytes.div_ceil(CLUSTER_BYTES * (CLUSTER_BYTES / 8));
     let l1_clusters = (l1_entries * 8).div_ceil(CLUSTER_BYTES).max(1);
@@ -26,8 +68,8 @@ pub(crate) fn write(out: &mut impl Write, virtual_size_bytes: u64) -> io::Result
     let mut header = Vec::new();
     header.extend_from_slice(b"QFI\xfb");
     header.extend_from_slice(&VERSION.to_be_bytes());
-    header.extend_from_slice(&0u64.to_be_bytes()); // backing file offset: none
-    header.extend_from_slice(&0u32.to_be_bytes()); // backing file size
+    header.extend_from_slice(&(name_at as u64).to_be_bytes()); // backing file: 0 is none
+    header.extend_from_slice(&(name.len() as u32).to_be_bytes());
     header.extend_from_slice(&CLUSTER_BITS.to_be_bytes());
     header.extend_from_slice(&virtual_size_bytes.to_be_bytes());
     header.extend_from_slice(&0u32.to_be_bytes()); // encryption: none
@@ -46,6 +88,8 @@ pub(crate) fn write(out: &mut impl Write, virtual_size_bytes: u64) -> io::Result
     header.extend_from_slice(&0u64.to_be_bytes()); // auto-clear features
     header.extend_from_slice(&REFCOUNT_ORDER.to_be_bytes());
     header.extend_from_slice(&HEADER_BYTES.to_be_bytes());
+    header.extend_from_slice(&extensions);
+    header.extend_from_slice(name.as_bytes());
     out.write_all(&cluster(&header))?;
 
     out.write_all(&cluster(&(2 * CLUSTER_BYTES).to_be_bytes()))?;
@@ -55,6 +99,20 @@ pub(crate) fn write(out: &mut impl Write, virtual_size_bytes: u64) -> io::Result
         out.write_all(&cluster(&[]))?;
     }
     out.flush()
+}
+
+fn extensions(backing: Option<&Backing>) -> Vec<u8> {
+    let mut extensions = Vec::new();
+    if let Some(backing) = backing {
+        let format = backing.format.to_string();
+        extensions.extend_from_slice(&BACKING_FORMAT.to_be_bytes());
+        extensions.extend_from_slice(&(format.len() as u32).to_be_bytes());
+        extensions.extend_from_slice(format.as_bytes());
+        extensions.resize(extensions.len().next_multiple_of(8), 0);
+        // The end of the list.
+        extensions.extend_from_slice(&[0; 8]);
+    }
+    extensions
 }
 
 fn cluster(content: &[u8]) -> Vec<u8> {
@@ -72,7 +130,7 @@ mod tests {
     fn tables_are_where_the_header_says() {
         for size in [512, 10 << 30, DISK_MAX_BYTES] {
             let mut image = Vec::new();
-            write(&mut image, size).unwrap();
+            write(&mut image, size, None).unwrap();
             let number = |at: usize, len: usize| {
                 image[at..at + len]
                     .iter()

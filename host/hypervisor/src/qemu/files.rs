@@ -1,0 +1,102 @@
+//! What a QEMU domain has in its directory beside what every domain has.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::PathBuf;
+
+use rustix::fs::{CWD, FileType, Mode};
+use xbee_protocol::AGENT_VSOCK_PORT;
+
+use crate::domain::DomainSpec;
+use crate::error::Error;
+use crate::image;
+use crate::rundir::{RunDir, give, new_file};
+
+/// QEMU adds `.in` and `.out`.
+pub(crate) const CONSOLE_PIPE: &str = "console";
+const CONSOLE_IN: &str = "console.in";
+const CONSOLE_OUT: &str = "console.out";
+const ERROR_PIPE: &str = "qemu.err";
+const ERROR_LOG: &str = "qemu.log";
+const KERNEL: &str = "kernel";
+/// Where programs of the host connect to the guest; with `_` and a port added, where they await the
+/// guest's connections.
+const VSOCK: &str = "vsock";
+pub(crate) const VHOST_SOCKET: &str = "vhost.sock";
+const QMP_SOCKET: &str = "qmp.sock";
+const STAT: &str = "qemu.stat";
+
+impl RunDir {
+    /// Makes overlays and pipes. The overlays name no base: QEMU is told it at start, by descriptor.
+    pub(crate) fn make_for_qemu(&self, spec: &DomainSpec, owner: Option<u32>) -> Result<(), Error> {
+        for (index, disk) in spec.disks.iter().enumerate() {
+            let image = image::open_disk(disk)?;
+            if !disk.read_only {
+                self.make_overlay(index, disk, &image, None, owner)?;
+            }
+        }
+        for name in [CONSOLE_IN, CONSOLE_OUT, ERROR_PIPE] {
+            let path = self.path(name);
+            let make = || {
+                rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
+                give(&path, owner)
+            };
+            make().map_err(Error::io("make", &path))?;
+        }
+        Ok(())
+    }
+
+    /// The line with which the domain's process identified itself; empty: none was started.
+    pub(crate) fn process_stat(&self) -> Result<String, Error> {
+        let path = self.path(STAT);
+        match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+            read => read.map_err(Error::io("read", path)),
+        }
+    }
+
+    pub(crate) fn create_stat(&self) -> Result<File, Error> {
+        let path = self.path(STAT);
+        new_file(&path).map_err(Error::io("make", path))
+    }
+
+    pub(crate) fn console_pipe(&self) -> PathBuf {
+        self.path(CONSOLE_OUT)
+    }
+
+    pub(crate) fn error_log(&self) -> PathBuf {
+        self.path(ERROR_LOG)
+    }
+
+    pub(crate) fn error_pipe(&self) -> PathBuf {
+        self.path(ERROR_PIPE)
+    }
+
+    pub(crate) fn vsock(&self) -> PathBuf {
+        self.path(VSOCK)
+    }
+
+    pub(crate) fn vhost_socket(&self) -> PathBuf {
+        self.path(VHOST_SOCKET)
+    }
+
+    /// Where the vsock switch delivers connections to the agent's port.
+    pub(crate) fn agent_socket(&self) -> PathBuf {
+        self.path(&format!("{VSOCK}_{AGENT_VSOCK_PORT}"))
+    }
+
+    /// Copies a kernel that the domain's user may not read.
+    pub(crate) fn copy_kernel(&self, mut kernel: File, owner: u32) -> Result<File, Error> {
+        let path = self.path(KERNEL);
+        let mut copy = || {
+            io::copy(&mut kernel, &mut new_file(&path)?)?;
+            give(&path, Some(owner))?;
+            File::open(&path)
+        };
+        copy().map_err(Error::io("copy the kernel to", &path))
+    }
+
+    pub(crate) fn qmp_socket(&self) -> PathBuf {
+        self.path(QMP_SOCKET)
+    }
+}
