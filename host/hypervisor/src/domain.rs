@@ -1,6 +1,7 @@
 //! What a domain is: its specification, its states, what is known of it.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -54,6 +55,15 @@ pub struct Disk {
     pub read_only: bool,
 }
 
+/// A network interface of a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Hardware address, never used twice at a time on one bridge.
+    pub mac: [u8; 6],
+    /// The address the guest takes.
+    pub address: Ipv6Addr,
+}
+
 /// All that is needed to make a domain.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DomainSpec {
@@ -77,6 +87,8 @@ pub struct DomainSpec {
     pub disks: Vec<Disk>,
     /// Context identifier on the host's vsock switch; at least [`CID_MIN`], never used twice at a time.
     pub cid: u32,
+    /// On the back end's bridge, for those that have one.
+    pub interface: Option<Interface>,
     /// Content of `/xbee/boot` in the guest's initial RAM file system (mode 0600), appended to
     /// `initramfs` as a further cpio archive. Carries the per-boot secret: never logged, and not
     /// part of the serialised form.
@@ -100,6 +112,7 @@ impl fmt::Debug for DomainSpec {
             .field("kernel_args", &self.kernel_args)
             .field("disks", &self.disks)
             .field("cid", &self.cid)
+            .field("interface", &self.interface)
             .field(
                 "boot_config",
                 &format_args!("[{} bytes]", self.boot_config.len()),

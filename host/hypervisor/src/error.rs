@@ -55,6 +55,16 @@ pub enum Error {
         /// The host's, in MiB.
         available_mib: u64,
     },
+    /// More memory than is free now.
+    #[error(
+        "the domain needs {asked_mib} MiB of memory, {free_mib} MiB are free: wait until others end, or ask for less"
+    )]
+    NoMemoryNow {
+        /// Needed, in MiB, with what the hypervisor takes itself.
+        asked_mib: u64,
+        /// Free, in MiB.
+        free_mib: u64,
+    },
     /// A file the domain needs cannot be opened.
     #[error("cannot open the {role} {path}", path = path.display())]
     ImageUnreadable {
@@ -155,6 +165,7 @@ impl Error {
             Self::WrongState { .. } => "domain-wrong-state",
             Self::InvalidSpec { .. } => "domain-invalid",
             Self::TooMuchMemory { .. } => "too-much-memory",
+            Self::NoMemoryNow { .. } => "no-memory-now",
             Self::ImageUnreadable { .. } => "image-unreadable",
             Self::NotAnImage { .. } => "not-an-image",
             Self::UnknownKernel { .. } => "unknown-kernel",

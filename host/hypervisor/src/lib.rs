@@ -1,7 +1,8 @@
 //! Domains: virtual machines and what drives them.
 //!
 //! [`Hypervisor`] is the border. Nothing outside this crate knows which back end is in use:
-//! [`sim`] simulates domains and their agents, [`qemu`] runs one QEMU process a domain.
+//! [`sim`] simulates domains and their agents, [`qemu`] runs one QEMU process a domain, and `xen`
+//! (with the feature of that name) drives Xen through libvirt.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod domain;
@@ -10,21 +11,25 @@ pub mod image;
 mod lifecycle;
 mod log;
 mod overlay;
+mod pipe_log;
 pub mod qemu;
 mod rundir;
 pub mod sim;
 mod spec;
 mod work;
+#[cfg(feature = "xen")]
+pub mod xen;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::broadcast;
+use xbee_protocol::Transport;
 
 pub use domain::{
     AgentStream, CID_MIN, Disk, DiskFormat, DomainEvent, DomainId, DomainInfo, DomainSpec,
-    DomainState, DomainStats, HostCapabilities, MEMORY_MIN_BYTES, ShutdownOutcome, StopReason,
+    DomainState, DomainStats, HostCapabilities, Interface, MEMORY_MIN_BYTES, ShutdownOutcome, StopReason,
     VCPUS_MAX,
 };
 pub use error::Error;
@@ -32,6 +37,8 @@ pub use error::Error;
 /// A back end. One contract suite (`tests/contract.rs`) runs against every one.
 #[async_trait]
 pub trait Hypervisor: Send + Sync {
+    /// How the agent of a domain of this back end reaches the host: for the boot configuration.
+    fn transport(&self) -> Transport;
     /// What this host offers; fails with the remedy where the back end cannot work here.
     async fn probe(&self) -> Result<HostCapabilities, Error>;
     /// Makes a domain: run directory, overlays, switch port. Idempotent by `spec.id` and undone by `destroy`.

@@ -58,6 +58,14 @@ impl Lifecycle {
         }
     }
 
+    /// Waits until the state is another than `before`. Cancel-safe.
+    #[cfg(feature = "xen")]
+    pub(crate) async fn left(&self, before: &DomainState) {
+        let mut state = self.state.subscribe();
+        // The sender lives as long as `self`.
+        let _ = state.wait_for(|state| state != before).await;
+    }
+
     pub(crate) fn wrong(&self, operation: &'static str) -> Error {
         match self.get() {
             DomainState::Stopped { reason } => Error::Gone {

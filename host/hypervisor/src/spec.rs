@@ -94,6 +94,7 @@ pub(crate) fn check_same(existing: &DomainSpec, asked: &DomainSpec) -> Result<()
         ("kernel_args", existing.kernel_args != asked.kernel_args),
         ("disks", existing.disks != asked.disks),
         ("cid", existing.cid != asked.cid),
+        ("interface", existing.interface != asked.interface),
         ("run_dir", existing.run_dir != asked.run_dir),
     ];
     let differing: Vec<_> = differences

@@ -9,7 +9,6 @@ mod config;
 mod domain;
 mod files;
 mod host;
-mod pipe_log;
 mod process;
 mod qmp;
 mod supervisor;
@@ -23,6 +22,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::{OnceCell, broadcast};
+use xbee_protocol::{AGENT_VSOCK_PORT, Transport};
 
 pub use config::{Accelerator, QemuConfig};
 use domain::Domain;
@@ -202,6 +202,12 @@ impl Inner {
 
 #[async_trait]
 impl Hypervisor for QemuHypervisor {
+    fn transport(&self) -> Transport {
+        Transport::Vsock {
+            port: AGENT_VSOCK_PORT,
+        }
+    }
+
     async fn probe(&self) -> Result<HostCapabilities, Error> {
         Ok(self.0.host().await?.capabilities())
     }

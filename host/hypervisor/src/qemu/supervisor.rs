@@ -10,12 +10,12 @@ use tokio::time::Instant;
 
 use super::config::QemuConfig;
 use super::domain::Domain;
-use super::pipe_log::PipeLog;
 use super::process::{Exit, Process};
 use super::qmp::{GuestStatus, Qmp};
 use crate::domain::{DomainState, StopReason};
 use crate::error::Error;
 use crate::log;
+use crate::pipe_log::PipeLog;
 use crate::rundir::RunDir;
 
 /// Most bytes kept of what QEMU prints.

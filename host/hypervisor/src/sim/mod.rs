@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::broadcast;
+use xbee_protocol::{AGENT_VSOCK_PORT, Transport};
 use tokio::time::Instant;
 
 pub use config::{SimConfig, SimEvent};
@@ -114,6 +115,12 @@ impl SimHypervisor {
 
 #[async_trait]
 impl Hypervisor for SimHypervisor {
+    fn transport(&self) -> Transport {
+        Transport::Vsock {
+            port: AGENT_VSOCK_PORT,
+        }
+    }
+
     async fn probe(&self) -> Result<HostCapabilities, Error> {
         Ok(HostCapabilities {
             backend: "sim".to_owned(),

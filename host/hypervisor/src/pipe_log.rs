@@ -1,12 +1,16 @@
-//! Copies a named pipe into a file that cannot grow without bound.
+//! Copies a named pipe or a terminal into a file that cannot grow without bound.
 //!
-//! QEMU writes the guest's console (and its own errors) into pipes, not files: what a guest prints
-//! while nobody reads fills the pipe and then waits or is lost, and the disk stays as it is.
+//! The guest's console (and QEMU's own errors) go into pipes, with Xen into a terminal, not into files:
+//! what a guest prints while nobody reads fills that and then waits or is lost, and the disk stays as it is.
 
+#[cfg(feature = "xen")]
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+#[cfg(feature = "xen")]
+use rustix::fs::{Mode, OFlags};
 use tokio::net::unix::pipe;
 
 use crate::log::BoundedLog;
@@ -19,7 +23,7 @@ const PIPE_BYTES: usize = 256 << 10;
 const CHUNK_BYTES: usize = 32 << 10;
 const FLOOD_PAUSE: Duration = Duration::from_millis(10);
 
-/// A log fed by a named pipe.
+/// A log fed by a named pipe or a terminal.
 #[derive(Debug)]
 pub(crate) struct PipeLog {
     pipe: pipe::Receiver,
@@ -38,15 +42,27 @@ impl PipeLog {
             .open_receiver(fifo)?;
         // Refused above the user's limit; then the pipe keeps its size.
         let _ = rustix::pipe::fcntl_setpipe_size(&pipe, PIPE_BYTES);
-        let log = BoundedLog::open(log, max_bytes)?;
         Ok(Self {
             pipe,
-            log,
+            log: BoundedLog::open(log, max_bytes)?,
             broken: false,
         })
     }
 
-    /// Copies for ever; returns on a failure of the pipe only. Cancel-safe.
+    /// As [`PipeLog::open`], from a terminal in raw mode.
+    #[cfg(feature = "xen")]
+    pub(crate) fn open_terminal(terminal: &Path, log: &Path, max_bytes: u64) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let file = File::from(rustix::fs::open(terminal, flags, Mode::empty())?);
+        // Not a pipe, but read without blocking and awaited in the same way.
+        Ok(Self {
+            pipe: pipe::Receiver::from_file_unchecked(file)?,
+            log: BoundedLog::open(log, max_bytes)?,
+            broken: false,
+        })
+    }
+
+    /// Copies for ever; returns when the pipe fails or a terminal has been closed. Cancel-safe.
     pub(crate) async fn run(&mut self) -> io::Error {
         loop {
             if let Err(error) = self.pipe.readable().await {
@@ -74,6 +90,9 @@ impl PipeLog {
     fn copy_chunk(&mut self) -> io::Result<usize> {
         let mut chunk = [0; CHUNK_BYTES];
         let len = self.pipe.try_read(&mut chunk)?;
+        if len == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         // A full disk loses console output and nothing else.
         match self.log.append(&chunk[..len]) {
             Ok(()) => self.broken = false,

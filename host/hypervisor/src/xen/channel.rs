@@ -1,0 +1,252 @@
+//! The way to a domain's agent: a vchan that the agent serves, or, where its kernel has none, TCP
+//! over the bridge. Either is announced by the agent in xenstore, and awaited there.
+
+use std::io;
+use std::net::Ipv6Addr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+use xbee_link::vchan::Vchan;
+use xbee_link::xenstore::{self, Xenstore};
+
+use crate::domain::AgentStream;
+use crate::work;
+
+/// Where an agent announces itself, below its domain's own directory in xenstore.
+pub(crate) const AGENT_PATH: &str = "data/xbee/agent";
+
+/// What was found under the agent's path.
+enum Found {
+    Vchan(Box<Vchan>),
+    /// A TCP port.
+    Port(u16),
+    Nothing,
+}
+
+/// Waits until the agent of the domain serves. Cancel-safe. `ending` tells that the domain ends, which
+/// the stream hears of in no other way.
+pub(crate) async fn connect(
+    domid: u32,
+    address: Option<Ipv6Addr>,
+    ending: watch::Receiver<bool>,
+) -> Result<Box<dyn AgentStream>, io::Error> {
+    let path = format!("/local/domain/{domid}/{AGENT_PATH}");
+    let watched = path.clone();
+    let mut store = work::blocking(move || {
+        let mut store = Xenstore::open().map_err(|error| broken(&error))?;
+        store.watch(&watched, "agent").map_err(|error| broken(&error))?;
+        Ok(store)
+    })
+    .await
+    .map_err(io::Error::other)?;
+    let events = AsyncFd::with_interest(store.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
+    let peer = u16::try_from(domid).map_err(io::Error::other)?;
+    loop {
+        let path = path.clone();
+        let (found, back) = work::blocking(move || {
+            let found = look(&mut store, peer, &path)?;
+            Ok((found, store))
+        })
+        .await
+        .map_err(io::Error::other)?;
+        store = back;
+        match (found, address) {
+            (Found::Vchan(vchan), _) => return Ok(Box::new(AgentChannel::new(*vchan, ending)?)),
+            (Found::Port(port), Some(address)) => {
+                // Refused or lost: the agent announces itself anew when it listens again.
+                match TcpStream::connect((address, port)).await {
+                    Ok(stream) => return Ok(Box::new(stream)),
+                    Err(error) => tracing::debug!(domid, %error, "the agent's port"),
+                }
+            }
+            (Found::Port(_), None) => {
+                return Err(io::Error::other(
+                    "the guest's kernel has no vchan, and the domain has no network interface",
+                ));
+            }
+            (Found::Nothing, _) => {}
+        }
+        events.readable().await?.clear_ready();
+    }
+}
+
+fn look(store: &mut Xenstore, peer: u16, path: &str) -> Result<Found, crate::Error> {
+    // Only after these have been taken is a new event seen as one.
+    while store.next_event().map_err(|error| broken(&error))?.is_some() {}
+    match Vchan::connect(store, peer, path) {
+        Ok(Some(vchan)) => return Ok(Found::Vchan(Box::new(vchan))),
+        Ok(None) => {}
+        // What the guest wrote is none of the host's failures: it may write something better.
+        Err(error) => tracing::warn!(peer, %error, "the agent's channel"),
+    }
+    let port = store
+        .read(&format!("{path}/ipv6"))
+        .map_err(|error| broken(&error))?;
+    Ok(match port.and_then(|port| port.parse().ok()) {
+        Some(port) => Found::Port(port),
+        None => Found::Nothing,
+    })
+}
+
+pub(crate) fn broken(error: &xenstore::Error) -> crate::Error {
+    crate::Error::HypervisorBroken {
+        detail: format!("xenstore: {}", crate::error::chain(error)),
+    }
+}
+
+/// A vchan as a stream. There is no half-close: its peer sees the end when this is dropped.
+#[derive(Debug)]
+pub(crate) struct AgentChannel {
+    shared: Arc<Mutex<Shared>>,
+    driver: AbortHandle,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// `None` once the stream has been dropped.
+    vchan: Option<Vchan>,
+    /// The domain has ended, or the channel's events cannot be had.
+    ended: bool,
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+}
+
+impl Shared {
+    fn wake(&mut self) {
+        for waker in [self.reader.take(), self.writer.take()]
+            .into_iter()
+            .flatten()
+        {
+            waker.wake();
+        }
+    }
+}
+
+impl AgentChannel {
+    pub(crate) fn new(vchan: Vchan, ending: watch::Receiver<bool>) -> io::Result<Self> {
+        let events =
+            AsyncFd::with_interest(vchan.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
+        let shared = Arc::new(Mutex::new(Shared {
+            vchan: Some(vchan),
+            ended: false,
+            reader: None,
+            writer: None,
+        }));
+        let driver = tokio::spawn(drive(events, Arc::clone(&shared), ending)).abort_handle();
+        Ok(Self { shared, driver })
+    }
+
+    fn poll(
+        &self,
+        operate: impl FnOnce(&mut Vchan) -> io::Result<usize>,
+        at_end: io::Result<usize>,
+        waker: impl FnOnce(&mut Shared) -> &mut Option<Waker>,
+        context: &Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        let mut shared = lock(&self.shared);
+        let Some(vchan) = &mut shared.vchan else {
+            return Poll::Ready(at_end);
+        };
+        match operate(vchan) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if shared.ended {
+                    return Poll::Ready(at_end);
+                }
+                // The driver wakes under the lock, so nothing is missed in between.
+                *waker(&mut shared) = Some(context.waker().clone());
+                Poll::Pending
+            }
+            result => Poll::Ready(result),
+        }
+    }
+}
+
+impl Drop for AgentChannel {
+    fn drop(&mut self) {
+        self.driver.abort();
+        lock(&self.shared).vchan = None;
+    }
+}
+
+fn lock(shared: &Mutex<Shared>) -> std::sync::MutexGuard<'_, Shared> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Wakes reader and writer when the other end has done something, and when its domain has ended.
+async fn drive(
+    events: AsyncFd<OwnedFd>,
+    shared: Arc<Mutex<Shared>>,
+    mut ending: watch::Receiver<bool>,
+) {
+    let end = loop {
+        tokio::select! {
+            // An error is the end of the back end itself.
+            _ = ending.wait_for(|ending| *ending) => break None,
+            ready = events.readable() => match ready {
+                Ok(mut ready) => {
+                    ready.clear_ready();
+                    let mut shared = lock(&shared);
+                    let Some(vchan) = &shared.vchan else { return };
+                    if let Err(error) = vchan.acknowledge() {
+                        break Some(error);
+                    }
+                    shared.wake();
+                }
+                Err(error) => break Some(error),
+            },
+        }
+    };
+    if let Some(error) = end {
+        tracing::warn!(%error, "the events of an agent's channel are lost");
+    }
+    let mut shared = lock(&shared);
+    shared.ended = true;
+    shared.wake();
+}
+
+impl AsyncRead for AgentChannel {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let unfilled = buffer.initialize_unfilled();
+        let read = self.poll(
+            |vchan| vchan.read(unfilled),
+            Ok(0),
+            |shared| &mut shared.reader,
+            context,
+        );
+        read.map_ok(|len| buffer.advance(len))
+    }
+}
+
+impl AsyncWrite for AgentChannel {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.poll(
+            |vchan| vchan.write(bytes),
+            Err(io::ErrorKind::BrokenPipe.into()),
+            |shared| &mut shared.writer,
+            context,
+        )
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}

@@ -1,0 +1,447 @@
+//! One domain: what watches it, and the operations on it.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, broadcast, watch};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+use super::config::XenConfig;
+use super::files;
+use super::libvirt::{Libvirt, Seen};
+use super::xml;
+use crate::domain::{
+    AgentStream, DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
+};
+use crate::error::{Error, chain};
+use crate::lifecycle::Lifecycle;
+use crate::pipe_log::PipeLog;
+use crate::rundir::{Record, RunDir};
+use crate::work::blocking;
+
+const MIB: u64 = 1 << 20;
+
+/// What a domain takes beyond its own memory, in bytes: for itself and for each virtual CPU. Xen's
+/// tools reserve as much, and 1/128 of the memory for its page tables.
+const OVERHEAD_BYTES: u64 = 2 * MIB;
+const OVERHEAD_PER_VCPU_BYTES: u64 = MIB;
+
+/// A guest that is still booting does not hear that it shall switch off, so it is told again.
+const SHUTDOWN_INTERVAL: Duration = Duration::from_secs(2);
+
+/// The console's last words come within this time of the guest's end, through a daemon.
+const LAST_WORDS: Duration = Duration::from_millis(200);
+
+/// A domain. Operations on its life cycle are serialised by `operation`; the state of a started
+/// one is set by what `supervise` sees and by nothing else.
+#[derive(Debug)]
+pub(crate) struct Domain {
+    pub(crate) spec: DomainSpec,
+    pub(crate) dir: RunDir,
+    pub(crate) operation: tokio::sync::Mutex<()>,
+    pub(crate) life: Lifecycle,
+    libvirt: Arc<Libvirt>,
+    /// Something happened to it.
+    pub(crate) look: Notify,
+    /// libvirt said that its guest ended by itself.
+    pub(crate) ended_by_itself: AtomicBool,
+    /// Its end is our doing.
+    killed: AtomicBool,
+    /// Its end has been seen, and what is left of it is being removed.
+    ending: watch::Sender<bool>,
+    supervisor: Mutex<Option<AbortHandle>>,
+}
+
+impl Domain {
+    pub(crate) fn new(
+        spec: DomainSpec,
+        dir: RunDir,
+        state: DomainState,
+        libvirt: Arc<Libvirt>,
+        events: broadcast::Sender<DomainEvent>,
+    ) -> Self {
+        Self {
+            life: Lifecycle::new(spec.id, state, events),
+            spec,
+            dir,
+            operation: tokio::sync::Mutex::new(()),
+            libvirt,
+            look: Notify::new(),
+            ended_by_itself: AtomicBool::new(false),
+            killed: AtomicBool::new(false),
+            ending: watch::Sender::new(false),
+            supervisor: Mutex::default(),
+        }
+    }
+
+    /// Makes the domain and waits until it executes. The caller holds `operation`. A domain that did
+    /// not start has ended: half a start may have left traces. One for which there is no room now
+    /// has not been touched.
+    pub(crate) async fn start(self: &Arc<Self>, config: &XenConfig) -> Result<(), Error> {
+        let (_, free_bytes, _) = self.libvirt.host().await?;
+        let needed_bytes = self.spec.memory_bytes / 128 * 129
+            + OVERHEAD_BYTES
+            + u64::from(self.spec.vcpus) * OVERHEAD_PER_VCPU_BYTES;
+        if needed_bytes > free_bytes {
+            return Err(Error::NoMemoryNow {
+                asked_mib: needed_bytes.div_ceil(MIB),
+                free_mib: free_bytes / MIB,
+            });
+        }
+        let initramfs = self.dir.initramfs_path();
+        let xml = xml::render(
+            &self.spec,
+            config,
+            initramfs.as_deref(),
+            &files::sources(&self.spec, &self.dir),
+        )?;
+        self.dir.mark_started(&xml)?;
+        let started = self.libvirt.create(xml).await;
+        if let Err(error) = started {
+            let detail = match self.libvirt.destroy(self.spec.id).await {
+                Ok(_) => chain(&error),
+                Err(again) => format!("{}; {}", chain(&error), chain(&again)),
+            };
+            self.fail(format!("it did not start: {detail}"))?;
+            return Err(Error::StartFailed {
+                id: self.spec.id,
+                detail,
+            });
+        }
+        self.attend(config);
+        self.life.left(&DomainState::Created).await;
+        Ok(())
+    }
+
+    fn fail(&self, detail: String) -> Result<(), Error> {
+        let reason = StopReason::Failed { detail };
+        self.dir.set_stop_reason(&reason)?;
+        self.life.set(DomainState::Stopped { reason });
+        Ok(())
+    }
+
+    /// Watches a domain that has been started until it ends.
+    fn attend(self: &Arc<Self>, config: &XenConfig) {
+        let task = tokio::spawn(supervise(Arc::clone(self), config.console_max_bytes));
+        *self
+            .supervisor
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(task.abort_handle());
+    }
+
+    /// Lets go of the domain without ending it: it is gone, or somebody else takes it up.
+    pub(crate) fn discard(&self) {
+        let supervisor = self
+            .supervisor
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(supervisor) = supervisor {
+            supervisor.abort();
+        }
+    }
+
+    /// Waits for the agent. Cancel-safe.
+    pub(crate) async fn agent(&self) -> Result<Box<dyn AgentStream>, Error> {
+        let control = |source| Error::Control {
+            id: self.spec.id,
+            operation: "reach its agent",
+            source,
+        };
+        let Some(domid) = self.libvirt.domid(self.spec.id).await? else {
+            // It ends, and why is about to be known.
+            let reason = self.life.stopped().await;
+            return Err(Error::Gone {
+                id: self.spec.id,
+                reason,
+            });
+        };
+        let address = self.spec.interface.map(|interface| interface.address);
+        super::channel::connect(domid, address, self.ending.subscribe())
+            .await
+            .map_err(|error| control(error.into()))
+    }
+
+    pub(crate) async fn pause(&self, limit: Duration) -> Result<(), Error> {
+        match self.life.get() {
+            DomainState::Paused => Ok(()),
+            DomainState::Running => {
+                let asked = self.libvirt.pause(self.spec.id).await;
+                self.changed("pause", asked, &DomainState::Running, limit)
+                    .await
+            }
+            _ => Err(self.life.wrong("pause")),
+        }
+    }
+
+    pub(crate) async fn resume(&self, limit: Duration) -> Result<(), Error> {
+        match self.life.get() {
+            DomainState::Running => Ok(()),
+            DomainState::Paused => {
+                let asked = self.libvirt.resume(self.spec.id).await;
+                self.changed("resume", asked, &DomainState::Paused, limit)
+                    .await
+            }
+            _ => Err(self.life.wrong("resume")),
+        }
+    }
+
+    /// Waits until what was asked of libvirt has been seen.
+    async fn changed(
+        &self,
+        operation: &'static str,
+        asked: Result<(), Error>,
+        before: &DomainState,
+        limit: Duration,
+    ) -> Result<(), Error> {
+        let control = |source| Error::Control {
+            id: self.spec.id,
+            operation,
+            source,
+        };
+        asked.map_err(|error| control(error.into()))?;
+        self.look.notify_one();
+        tokio::time::timeout(limit, self.life.left(before))
+            .await
+            .map_err(|elapsed| control(elapsed.into()))?;
+        match self.life.get() {
+            DomainState::Stopped { .. } => Err(self.life.wrong(operation)),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) async fn shutdown(
+        &self,
+        grace: Duration,
+        limit: Duration,
+    ) -> Result<ShutdownOutcome, Error> {
+        let deadline = Instant::now() + grace;
+        loop {
+            match self.life.get() {
+                DomainState::Created => return Err(self.life.wrong("shut down")),
+                DomainState::Stopped { reason } => return Ok(reason.shutdown_outcome()),
+                // A halted guest hears nothing.
+                DomainState::Paused => self.resume(limit).await?,
+                DomainState::Running => {}
+            }
+            if Instant::now() >= deadline {
+                break;
+            }
+            if let Err(error) = self.libvirt.shut_down(self.spec.id).await {
+                // Too early in its boot, or it has ended; and what cannot be asked can be forced.
+                tracing::debug!(domain = %self.spec.id, %error, "asked to shut down");
+            }
+            let next = deadline.min(Instant::now() + SHUTDOWN_INTERVAL);
+            if let Ok(reason) = tokio::time::timeout_at(next, self.life.stopped()).await {
+                return Ok(reason.shutdown_outcome());
+            }
+            // Its guest has ended, and what is left of it is being removed.
+            if *self.ending.borrow()
+                && let Ok(reason) = tokio::time::timeout(limit, self.life.stopped()).await
+            {
+                return Ok(reason.shutdown_outcome());
+            }
+        }
+        self.kill(limit).await?;
+        match self.life.get() {
+            DomainState::Stopped { reason } => Ok(reason.shutdown_outcome()),
+            _ => Ok(ShutdownOutcome::Forced),
+        }
+    }
+
+    /// Ends the domain, whatever it does, and waits until it is gone.
+    pub(crate) async fn kill(&self, limit: Duration) -> Result<(), Error> {
+        match self.life.get() {
+            DomainState::Created | DomainState::Stopped { .. } => return Ok(()),
+            DomainState::Running | DomainState::Paused => {}
+        }
+        let control = |source| Error::Control {
+            id: self.spec.id,
+            operation: "end",
+            source,
+        };
+        self.killed.store(true, Ordering::Release);
+        self.ending.send_replace(true);
+        self.libvirt
+            .destroy(self.spec.id)
+            .await
+            .map_err(|error| control(error.into()))?;
+        self.look.notify_one();
+        tokio::time::timeout(limit, self.life.stopped())
+            .await
+            .map_err(|elapsed| control(elapsed.into()))?;
+        Ok(())
+    }
+
+    pub(crate) async fn stats(&self) -> Result<DomainStats, Error> {
+        match self.life.get() {
+            DomainState::Created => return Ok(DomainStats::default()),
+            DomainState::Stopped { .. } => return Err(self.life.wrong("measure")),
+            DomainState::Running | DomainState::Paused => {}
+        }
+        match self.libvirt.stats(self.spec.id).await {
+            // It ended just now: that says more.
+            Err(_) if matches!(self.life.get(), DomainState::Stopped { .. }) => {
+                Err(self.life.wrong("measure"))
+            }
+            result => result,
+        }
+    }
+
+    /// The terminal is there as long as the domain is; a console that cannot be read is no reason to end it.
+    async fn console(&self, max_bytes: u64) -> Option<PipeLog> {
+        let log = self.dir.console_log();
+        let opened = match self.libvirt.console(self.spec.id).await {
+            Ok(Some(terminal)) => {
+                PipeLog::open_terminal(Path::new(&terminal), &log, max_bytes)
+                    .map_err(Error::io("read from", terminal))
+            }
+            Ok(None) => return None,
+            Err(error) => Err(error),
+        };
+        opened
+            .inspect_err(|error| {
+                tracing::warn!(domain = %self.spec.id, error = chain(error), "no console");
+            })
+            .ok()
+    }
+
+    /// Removes what is left of an ended domain and tells why it ended.
+    async fn bury(&self, seen: Seen) -> Result<StopReason, Error> {
+        let crashed = seen == Seen::Crashed;
+        if crashed || seen == Seen::Off {
+            // Should this process end before the domain is gone.
+            let likely = if crashed {
+                StopReason::GuestPanic
+            } else {
+                StopReason::GuestShutdown
+            };
+            self.dir.set_stop_reason(&likely)?;
+        }
+        let was_there = self.libvirt.destroy(self.spec.id).await?;
+        let by_itself = self.ended_by_itself.load(Ordering::Acquire);
+        Ok(if self.killed.load(Ordering::Acquire) {
+            StopReason::Destroyed
+        } else if crashed {
+            StopReason::GuestPanic
+        } else if seen == Seen::Off && was_there {
+            StopReason::GuestShutdown
+        } else if seen == Seen::Off || by_itself {
+            // It ended in an orderly way and was not preserved.
+            StopReason::GuestReset
+        } else {
+            StopReason::Failed {
+                detail: "it was destroyed, and not by the host manager".to_owned(),
+            }
+        })
+    }
+}
+
+/// Watches a domain from its start to its end.
+async fn supervise(domain: Arc<Domain>, console_max_bytes: u64) {
+    let mut console = None;
+    let mut console_opened = false;
+    let seen = loop {
+        match domain.libvirt.see(domain.spec.id).await {
+            Ok(seen @ (Seen::Off | Seen::Crashed | Seen::Gone)) => break seen,
+            Ok(seen) => {
+                if !console_opened {
+                    console = domain.console(console_max_bytes).await;
+                    console_opened = true;
+                }
+                domain.life.set(match seen {
+                    Seen::Paused => DomainState::Paused,
+                    _ => DomainState::Running,
+                });
+            }
+            // It is looked at again when the connection is back.
+            Err(error) => tracing::warn!(domain = %domain.spec.id, %error, "out of sight"),
+        }
+        loop {
+            tokio::select! {
+                () = domain.look.notified() => break,
+                error = run(&mut console), if console.is_some() => {
+                    tracing::debug!(domain = %domain.spec.id, %error, "the console is closed");
+                    console = None;
+                }
+            }
+        }
+    };
+    if console.is_none() && !console_opened && seen != Seen::Gone {
+        // Adopted after its end.
+        console = domain.console(console_max_bytes).await;
+    }
+    if console.is_some() {
+        // What comes later is lost, and nothing waits for it.
+        let _ = tokio::time::timeout(LAST_WORDS, run(&mut console)).await;
+    }
+    domain.ending.send_replace(true);
+    let reason = loop {
+        match domain.bury(seen).await {
+            Ok(reason) => break reason,
+            Err(error) => {
+                tracing::warn!(domain = %domain.spec.id, error = chain(&error), "cannot remove an ended domain");
+                domain.look.notified().await;
+            }
+        }
+    };
+    if let Err(error) = domain.dir.set_stop_reason(&reason) {
+        tracing::warn!(domain = %domain.spec.id, %error, "the end of a domain was not noted");
+    }
+    domain.life.set(DomainState::Stopped { reason });
+}
+
+async fn run(console: &mut Option<PipeLog>) -> std::io::Error {
+    match console {
+        Some(console) => console.run().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Takes up a domain that was made before this process began.
+pub(crate) async fn adopt(
+    dir: RunDir,
+    record: Record,
+    boot_id: &str,
+    config: &XenConfig,
+    libvirt: &Arc<Libvirt>,
+    events: broadcast::Sender<DomainEvent>,
+) -> Result<Arc<Domain>, Error> {
+    let id = record.spec.id;
+    let (stopped, started) = {
+        let dir = dir.clone();
+        blocking(move || Ok((dir.stop_reason()?, dir.has_started()))).await?
+    };
+    let same_boot = record.boot_id == boot_id;
+    let state = match stopped {
+        Some(reason) => DomainState::Stopped { reason },
+        None if started && !same_boot => DomainState::Stopped {
+            reason: StopReason::Failed {
+                detail: "the host was restarted".to_owned(),
+            },
+        },
+        None if started => DomainState::Running,
+        None => DomainState::Created,
+    };
+    if started && same_boot && matches!(state, DomainState::Stopped { .. }) {
+        // Its end was noted, and then perhaps not completed. Without libvirt there is a next time.
+        if let Err(error) = libvirt.destroy(id).await {
+            tracing::warn!(domain = %id, %error, "an ended domain may be there still");
+        }
+    }
+    let running = state == DomainState::Running;
+    let domain = Domain::new(record.spec, dir, state, Arc::clone(libvirt), events);
+    let domain = Arc::new(domain);
+    if running {
+        match libvirt.see(id).await {
+            Ok(Seen::Paused) => domain.life.set(DomainState::Paused),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(domain = %id, %error, "out of sight"),
+        }
+        domain.attend(config);
+    }
+    Ok(domain)
+}
