@@ -13,6 +13,7 @@ mod log;
 mod overlay;
 mod pipe_log;
 pub mod qemu;
+mod readable;
 mod rundir;
 pub mod sim;
 mod spec;
@@ -29,8 +30,8 @@ use xbee_protocol::Transport;
 
 pub use domain::{
     AgentStream, CID_MIN, Disk, DiskFormat, DomainEvent, DomainId, DomainInfo, DomainSpec,
-    DomainState, DomainStats, HostCapabilities, Interface, MEMORY_MIN_BYTES, ShutdownOutcome, StopReason,
-    VCPUS_MAX,
+    DomainState, DomainStats, HostCapabilities, Interface, MEMORY_MIN_BYTES, ShutdownOutcome,
+    StopReason, VCPUS_MAX,
 };
 pub use error::Error;
 

@@ -33,7 +33,10 @@ pub(crate) struct Backing {
 impl Backing {
     /// The base at `path`. It is named such that QEMU opens no other file for it, whatever the
     /// base's own header says by then. `None`: the path does not fit, or is not text.
-    #[cfg_attr(not(feature = "xen"), expect(dead_code, reason = "QEMU gets its bases by descriptor"))]
+    #[cfg_attr(
+        not(feature = "xen"),
+        expect(dead_code, reason = "QEMU gets its bases by descriptor")
+    )]
     pub(crate) fn new(path: &Path, format: DiskFormat) -> Option<Self> {
         let mut name = serde_json::json!({
             "driver": format.to_string(),

@@ -11,8 +11,9 @@ use std::process::{Command, Stdio};
 use rustix::process::{
     Gid, Pid, PidfdFlags, Resource, Rlimit, Signal, Uid, WaitId, WaitIdOptions, WaitIdStatus,
 };
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+use crate::readable::readable;
 
 /// Whom a domain's process runs as.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,13 +111,8 @@ pub(crate) fn launch(launch: Launch<'_>) -> io::Result<Process> {
     let pid = Pid::from_child(&child);
     Ok(Process {
         pid,
-        pidfd: register(rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)?)?,
+        pidfd: readable(rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)?)?,
     })
-}
-
-fn register(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` stays open, under one number, for as long as it exists.
-    Ok(unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?)
 }
 
 fn limit(resource: Resource, maximum: u64) -> io::Result<()> {
@@ -179,7 +175,7 @@ impl Process {
         match Stat::read(pid)? {
             Some(now) if now.start_ticks == then.start_ticks && !now.ended => Ok(Some(Self {
                 pid,
-                pidfd: register(pidfd)?,
+                pidfd: readable(pidfd)?,
             })),
             _ => Ok(None),
         }

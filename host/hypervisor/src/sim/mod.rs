@@ -23,8 +23,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::broadcast;
-use xbee_protocol::{AGENT_VSOCK_PORT, Transport};
 use tokio::time::Instant;
+use xbee_protocol::{AGENT_VSOCK_PORT, Transport};
 
 pub use config::{SimConfig, SimEvent};
 use domain::Domain;

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -17,6 +17,7 @@ use xbee_link::vchan::Vchan;
 use xbee_link::xenstore::{self, Xenstore};
 
 use crate::domain::AgentStream;
+use crate::readable::readable;
 use crate::work;
 
 /// Where an agent announces itself, below its domain's own directory in xenstore.
@@ -41,12 +42,14 @@ pub(crate) async fn connect(
     let watched = path.clone();
     let mut store = work::blocking(move || {
         let mut store = Xenstore::open().map_err(|error| broken(&error))?;
-        store.watch(&watched, "agent").map_err(|error| broken(&error))?;
+        store
+            .watch(&watched, "agent")
+            .map_err(|error| broken(&error))?;
         Ok(store)
     })
     .await
     .map_err(io::Error::other)?;
-    let events = AsyncFd::with_interest(store.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
+    let events = readable(store.as_fd().try_clone_to_owned()?)?;
     let peer = u16::try_from(domid).map_err(io::Error::other)?;
     loop {
         let path = path.clone();
@@ -79,7 +82,11 @@ pub(crate) async fn connect(
 
 fn look(store: &mut Xenstore, peer: u16, path: &str) -> Result<Found, crate::Error> {
     // Only after these have been taken is a new event seen as one.
-    while store.next_event().map_err(|error| broken(&error))?.is_some() {}
+    while store
+        .next_event()
+        .map_err(|error| broken(&error))?
+        .is_some()
+    {}
     match Vchan::connect(store, peer, path) {
         Ok(Some(vchan)) => return Ok(Found::Vchan(Box::new(vchan))),
         Ok(None) => {}
@@ -131,8 +138,7 @@ impl Shared {
 
 impl AgentChannel {
     pub(crate) fn new(vchan: Vchan, ending: watch::Receiver<bool>) -> io::Result<Self> {
-        let events =
-            AsyncFd::with_interest(vchan.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
+        let events = readable(vchan.as_fd().try_clone_to_owned()?)?;
         let shared = Arc::new(Mutex::new(Shared {
             vchan: Some(vchan),
             ended: false,

@@ -295,10 +295,8 @@ impl Domain {
     async fn console(&self, max_bytes: u64) -> Option<PipeLog> {
         let log = self.dir.console_log();
         let opened = match self.libvirt.console(self.spec.id).await {
-            Ok(Some(terminal)) => {
-                PipeLog::open_terminal(Path::new(&terminal), &log, max_bytes)
-                    .map_err(Error::io("read from", terminal))
-            }
+            Ok(Some(terminal)) => PipeLog::open_terminal(Path::new(&terminal), &log, max_bytes)
+                .map_err(Error::io("read from", terminal)),
             Ok(None) => return None,
             Err(error) => Err(error),
         };

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use super::xml::Source;
 use crate::domain::{Disk, DiskFormat, DomainSpec};
 use crate::error::Error;
+use crate::image;
 use crate::overlay::Backing;
 use crate::rundir::{INITRAMFS, RunDir, new_file, overlay};
-use crate::image;
 
 /// The domain as it was described to libvirt. Written before it is started: without it, nothing was.
 const DESCRIPTION: &str = "domain.xml";
@@ -44,10 +44,14 @@ impl RunDir {
             if is_direct(disk) {
                 continue;
             }
-            let backing = Backing::new(&disk.image, disk.format).ok_or_else(|| Error::InvalidSpec {
-                field: "disks",
-                detail: format!("{}: the path is too long for an overlay, or no text", disk.image.display()),
-            })?;
+            let backing =
+                Backing::new(&disk.image, disk.format).ok_or_else(|| Error::InvalidSpec {
+                    field: "disks",
+                    detail: format!(
+                        "{}: the path is too long for an overlay, or no text",
+                        disk.image.display()
+                    ),
+                })?;
             self.make_overlay(index, disk, &image, Some(&backing), None)?;
         }
         Ok(())

@@ -138,8 +138,7 @@ impl Libvirt {
     /// Ends a domain; `false`: there was none (any more).
     pub(crate) async fn destroy(self: &Arc<Self>, id: DomainId) -> Result<bool, Error> {
         self.call(move |connect| {
-            let destroyed =
-                Domain::lookup_by_uuid(connect, id).and_then(|domain| domain.destroy());
+            let destroyed = Domain::lookup_by_uuid(connect, id).and_then(|domain| domain.destroy());
             match destroyed {
                 Ok(()) => Ok(true),
                 // The second: it ended while this call waited for another one.
@@ -190,13 +189,11 @@ impl Libvirt {
 
     /// Xen's number of a running domain.
     pub(crate) async fn domid(self: &Arc<Self>, id: DomainId) -> Result<Option<u32>, Error> {
-        self.call(
-            move |connect| match Domain::lookup_by_uuid(connect, id) {
-                Ok(domain) => Ok(domain.get_id()),
-                Err(error) if error.code() == ErrorNumber::NoDomain => Ok(None),
-                Err(error) => Err(error),
-            },
-        )
+        self.call(move |connect| match Domain::lookup_by_uuid(connect, id) {
+            Ok(domain) => Ok(domain.get_id()),
+            Err(error) if error.code() == ErrorNumber::NoDomain => Ok(None),
+            Err(error) => Err(error),
+        })
         .await
     }
 
@@ -393,9 +390,9 @@ fn console_terminal(xml: &str) -> Option<String> {
     loop {
         match reader.read_event().ok()? {
             Event::Eof => return None,
-            Event::Start(tag) | Event::Empty(tag) if tag.name().as_ref() == b"console" => {
+            Event::Start(tag) | Event::Empty(tag) if tag.name().as_ref() == "console" => {
                 let attribute = tag.try_get_attribute("tty").ok()??;
-                return Some(String::from_utf8(attribute.value.into_owned()).ok()?);
+                return Some(attribute.value.into_owned());
             }
             _ => {}
         }

@@ -123,8 +123,8 @@ impl XenHypervisor {
         // What happened between a look at a domain and its place in the map was noticed by nobody.
         inner.look_at_all();
         let tasks = vec![
-            tokio::spawn(keep_connected(Arc::downgrade(&inner))).abort_handle(),
-            tokio::spawn(release::watch(Arc::downgrade(&inner))).abort_handle(),
+            tokio::spawn(keep_connected(Arc::clone(&inner))).abort_handle(),
+            tokio::spawn(release::watch(Arc::clone(&inner))).abort_handle(),
         ];
         Ok(Self { inner, tasks })
     }
@@ -158,18 +158,17 @@ impl Drop for XenHypervisor {
 }
 
 /// Reaches libvirt's daemon again whenever the connection to it is lost.
-async fn keep_connected(inner: Weak<Inner>) {
+async fn keep_connected(inner: Arc<Inner>) {
     loop {
-        let Some(strong) = inner.upgrade() else { return };
-        strong.lost.notified().await;
+        inner.lost.notified().await;
         let mut pause = RECONNECT_MIN;
-        while let Err(error) = strong.libvirt.connect().await {
+        while let Err(error) = inner.libvirt.connect().await {
             tracing::warn!(%error, "libvirt is not back");
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RECONNECT_MAX);
         }
         tracing::info!("libvirt is back");
-        strong.look_at_all();
+        inner.look_at_all();
     }
 }
 
@@ -322,7 +321,12 @@ fn version() -> Result<String, Error> {
         Ok::<_, Error>(text.trim().to_owned())
     };
     // `extra` begins with a point.
-    Ok(format!("{}.{}{}", part("major")?, part("minor")?, part("extra")?))
+    Ok(format!(
+        "{}.{}{}",
+        part("major")?,
+        part("minor")?,
+        part("extra")?
+    ))
 }
 
 #[async_trait]

@@ -2,42 +2,47 @@
 //! libvirt does not.
 
 use std::os::fd::AsFd;
-use std::sync::Weak;
+use std::sync::Arc;
 
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use xbee_link::xenstore::Xenstore;
 
 use super::Inner;
 use super::channel::broken;
 use crate::error::{Error, chain};
+use crate::readable::readable;
 use crate::work::blocking;
 
-/// Has all domains looked at when some domain has ended, for as long as the back end is there.
-pub(crate) async fn watch(inner: Weak<Inner>) {
+/// Has all domains looked at when some domain has ended.
+pub(crate) async fn watch(inner: Arc<Inner>) {
     if let Err(error) = try_watch(&inner).await {
         // libvirt is still there.
-        tracing::warn!(error = chain(&error), "ends of domains are not seen in xenstore");
+        tracing::warn!(
+            error = chain(&error),
+            "ends of domains are not seen in xenstore"
+        );
     }
 }
 
-async fn try_watch(inner: &Weak<Inner>) -> Result<(), Error> {
+async fn try_watch(inner: &Inner) -> Result<(), Error> {
     const WATCHED: &str = "@releaseDomain";
     let mut store = blocking(|| {
         let mut store = Xenstore::open().map_err(|error| broken(&error))?;
-        store.watch(WATCHED, "release").map_err(|error| broken(&error))?;
+        store
+            .watch(WATCHED, "release")
+            .map_err(|error| broken(&error))?;
         Ok(store)
     })
     .await?;
     let failed = |error| Error::io("await events of", "/dev/xen/xenbus")(error);
     let fd = store.as_fd().try_clone_to_owned().map_err(failed)?;
-    let events = AsyncFd::with_interest(fd, Interest::READABLE).map_err(failed)?;
+    let events = readable(fd).map_err(failed)?;
     loop {
         // Without a reply to wait for this does not block.
-        while store.next_event().map_err(|error| broken(&error))?.is_some() {
-            let Some(inner) = inner.upgrade() else {
-                return Ok(());
-            };
+        while store
+            .next_event()
+            .map_err(|error| broken(&error))?
+            .is_some()
+        {
             inner.look_at_all();
         }
         events.readable().await.map_err(failed)?.clear_ready();

@@ -62,7 +62,10 @@ pub(crate) fn render(
         let _ = writeln!(xml, "{text}");
     };
     if let Some(initramfs) = initramfs {
-        line(format!("    <initrd>{}</initrd>", path("run_dir", initramfs)?));
+        line(format!(
+            "    <initrd>{}</initrd>",
+            path("run_dir", initramfs)?
+        ));
     }
     let args = kernel_args(spec)?;
     line(format!("    <cmdline>{}</cmdline>", escape(args.as_str())));

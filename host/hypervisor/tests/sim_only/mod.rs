@@ -53,6 +53,7 @@ impl Host {
                 read_only: false,
             }],
             cid: 3 + number,
+            interface: None,
             boot_config: BootConfig {
                 generation: GENERATION,
                 domain: id,

@@ -16,6 +16,8 @@ use xbee_agent::protocol::{
 };
 use xbee_hypervisor::qemu::{QemuConfig, QemuHypervisor};
 use xbee_hypervisor::sim::{SimConfig, SimEvent, SimHost, SimHypervisor};
+#[cfg(feature = "xen")]
+use xbee_hypervisor::xen::{XenConfig, XenHypervisor};
 use xbee_hypervisor::{DomainId, DomainSpec, DomainState, Hypervisor};
 
 /// Printed by every guest when its own program runs.
@@ -25,7 +27,7 @@ pub const READY: &str = "guest: up";
 pub const SECRET: Secret = Secret([5; 32]);
 
 /// No guest here takes longer for anything, even with others compiling beside it.
-pub const LIMIT: Duration = Duration::from_secs(90);
+pub const LIMIT: Duration = Duration::from_secs(240);
 
 /// Bound of the console logs here.
 pub const CONSOLE_MAX_BYTES: u64 = 256 << 10;
@@ -69,18 +71,25 @@ echo guest: up
 [ -s /xbee/boot ] || echo no boot configuration
 for word in $(cat /proc/cmdline); do
     case $word in
-    xbee.test=button) dd if=/dev/input/event0 bs=24 count=1 of=/dev/null; poweroff -f ;;
+    xbee.test=button)
+        # Xen asks the kernel, which runs this.
+        printf '#!/bin/busybox sh\nexec /bin/busybox poweroff -f\n' >/sbin/poweroff
+        chmod 755 /sbin/poweroff
+        [ -e /dev/input/event0 ] || continue
+        dd if=/dev/input/event0 bs=24 count=1 of=/dev/null; poweroff -f ;;
     xbee.test=poweroff) poweroff -f ;;
     xbee.test=reset) reboot -f ;;
     xbee.test=panic) echo c >/proc/sysrq-trigger ;;
     xbee.test=flood) yes "flood flood flood flood flood flood flood flood" ;;
     xbee.test=disks)
-        echo "vda: $(head -c 1024 /dev/vda | tail -c 16) size $(cat /sys/block/vda/size)"
-        echo "vdb: $(head -c 1024 /dev/vdb | tail -c 16) read-only $(cat /sys/block/vdb/ro)"
-        printf 'written by guest' | dd of=/dev/vda bs=512 seek=1 conv=notrunc 2>/dev/null
+        x=; [ -b /dev/vda ] || x=x
+        vda=${x}vda vdb=${x}vdb
+        echo "vda: $(head -c 1024 /dev/$vda | tail -c 16) size $(cat /sys/block/$vda/size)"
+        echo "vdb: $(head -c 1024 /dev/$vdb | tail -c 16) read-only $(cat /sys/block/$vdb/ro)"
+        printf 'written by guest' | dd of=/dev/$vda bs=512 seek=1 conv=notrunc 2>/dev/null
         sync
         echo 3 >/proc/sys/vm/drop_caches
-        echo "vda: $(head -c 528 /dev/vda | tail -c 16)"
+        echo "vda: $(head -c 528 /dev/$vda | tail -c 16)"
         poweroff -f ;;
     esac
 done
@@ -103,6 +112,12 @@ enum Backend {
         vswitch: PathBuf,
     },
     Sim(Arc<SimHost>),
+    #[cfg(feature = "xen")]
+    Xen {
+        kernel: PathBuf,
+        base: PathBuf,
+        initramfs: PathBuf,
+    },
 }
 
 impl Fixture {
@@ -120,21 +135,39 @@ impl Fixture {
         }
     }
 
+    /// `None`, and a printed reason, where this is no control domain or the images are missing.
+    #[cfg(feature = "xen")]
+    pub fn xen() -> Option<Self> {
+        let capabilities = std::fs::read_to_string("/proc/xen/capabilities").unwrap_or_default();
+        if !capabilities.contains("control_d") {
+            println!("skipped: this is not dom0 of a Xen host (make xen-test)");
+            return None;
+        }
+        let images = images()?;
+        let dir = tempfile::tempdir().unwrap();
+        let initramfs = dir.path().join("test.cpio");
+        std::fs::write(
+            &initramfs,
+            initramfs_with_test(&images.base, &images.directory),
+        )
+        .unwrap();
+        Some(Self {
+            dir,
+            backend: Backend::Xen {
+                kernel: images.kernel,
+                base: images.base,
+                initramfs,
+            },
+        })
+    }
+
     /// `None`, and a printed reason, where the images are missing.
     pub fn qemu() -> Option<Self> {
-        let home = std::env::var_os("HOME")
-            .map(PathBuf::from)
-            .unwrap_or_default();
-        let images = std::env::var_os("XBEE_IMAGES")
-            .map_or_else(|| home.join(".cache/xbee/images"), PathBuf::from);
-        let kernel = images.join("kernel/vmlinux");
-        let base = images.join("base/initramfs.cpio");
-        for path in [&kernel, &base] {
-            if !path.exists() {
-                println!("skipped: {} is missing (make images)", path.display());
-                return None;
-            }
-        }
+        let Images {
+            directory,
+            kernel,
+            base,
+        } = images()?;
         // Cargo puts the programs of the workspace above the tests.
         let vswitch = std::env::current_exe()
             .unwrap()
@@ -151,11 +184,7 @@ impl Fixture {
         let dir = tempfile::tempdir().unwrap();
         // Where the images are, only root may be able to look.
         let initramfs = dir.path().join("test.cpio");
-        std::fs::write(
-            &initramfs,
-            initramfs_with_test(&base, &images.join("kernel")),
-        )
-        .unwrap();
+        std::fs::write(&initramfs, initramfs_with_test(&base, &directory)).unwrap();
         Some(Self {
             dir,
             backend: Backend::Qemu {
@@ -185,6 +214,42 @@ impl Fixture {
                 config.vswitch_program = Some(vswitch.clone());
                 Box::new(QemuHypervisor::new(config).await.unwrap())
             }
+            #[cfg(feature = "xen")]
+            Backend::Xen { .. } => {
+                let mut config = XenConfig::new(self.domains_dir());
+                config.console_max_bytes = CONSOLE_MAX_BYTES;
+                Box::new(XenHypervisor::new(config).await.unwrap())
+            }
+        }
+    }
+
+    fn transport(&self) -> Transport {
+        match &self.backend {
+            Backend::Qemu { .. } | Backend::Sim(_) => Transport::Vsock {
+                port: AGENT_VSOCK_PORT,
+            },
+            #[cfg(feature = "xen")]
+            Backend::Xen { .. } => Transport::Xen {
+                path: "data/xbee/agent".to_owned(),
+                port: 22594,
+            },
+        }
+    }
+
+    /// As many domains as this back end's guests let run at once.
+    pub fn domains_max(&self) -> usize {
+        match &self.backend {
+            Backend::Qemu { .. } => 4,
+            _ => 8,
+        }
+    }
+
+    /// What is said of a domain after [`Fixture::crash`].
+    pub fn crash_detail(&self) -> &'static str {
+        match &self.backend {
+            Backend::Qemu { .. } | Backend::Sim(_) => "QEMU ended (signal 9)",
+            #[cfg(feature = "xen")]
+            Backend::Xen { .. } => "it was destroyed, and not by the host manager",
         }
     }
 
@@ -198,6 +263,19 @@ impl Fixture {
             Backend::Qemu {
                 kernel, initramfs, ..
             } => (kernel.clone(), initramfs.clone()),
+            #[cfg(feature = "xen")]
+            Backend::Xen {
+                kernel,
+                base,
+                initramfs,
+            } => {
+                let initramfs = if guest == Guest::Agent {
+                    base
+                } else {
+                    initramfs
+                };
+                (kernel.clone(), initramfs.clone())
+            }
             Backend::Sim(_) => (self.path("kernel"), self.path("initramfs")),
         };
         DomainSpec {
@@ -212,14 +290,13 @@ impl Fixture {
             disks: Vec::new(),
             // Tests run in processes of their own, at the same time.
             cid: (std::process::id() % 50_000) * 16 + NEXT_CID.fetch_add(1, Ordering::Relaxed),
+            interface: None,
             boot_config: BootConfig {
                 generation: GENERATION,
                 domain: id,
                 hostname: "guest".to_owned(),
                 secret: SECRET,
-                transport: Transport::Vsock {
-                    port: AGENT_VSOCK_PORT,
-                },
+                transport: self.transport(),
                 network: None,
             }
             .encode(),
@@ -256,6 +333,8 @@ impl Fixture {
         match &self.backend {
             Backend::Sim(_) => None,
             Backend::Qemu { .. } => Some(qemu_pid(id).is_some()),
+            #[cfg(feature = "xen")]
+            Backend::Xen { .. } => Some(xl(&["domid", &xen_name(id)]).is_some()),
         }
     }
 
@@ -271,6 +350,10 @@ impl Fixture {
                 )
                 .unwrap(),
             Backend::Qemu { .. } => kill_process(qemu_pid(id).unwrap(), Signal::KILL).unwrap(),
+            #[cfg(feature = "xen")]
+            Backend::Xen { .. } => {
+                xl(&["destroy", &xen_name(id)]).expect("xl destroy");
+            }
         }
     }
 
@@ -278,6 +361,20 @@ impl Fixture {
     pub async fn wait_until_switched_off(&self, id: DomainId) {
         match &self.backend {
             Backend::Sim(_) => sleep(Duration::from_millis(100)).await,
+            #[cfg(feature = "xen")]
+            Backend::Xen { .. } => {
+                // The column of states of `xl list`, which has an s when it has been shut down.
+                let has_shut_down = || {
+                    let list = xl(&["list", &xen_name(id)]).unwrap();
+                    let line = list.lines().nth(1).unwrap();
+                    line.split_whitespace().nth(4).unwrap().contains('s')
+                };
+                let deadline = Instant::now() + LIMIT;
+                while !has_shut_down() {
+                    sleep(Duration::from_millis(300)).await;
+                    assert!(Instant::now() < deadline);
+                }
+            }
             // It stays, halted. Its processor time no longer grows.
             Backend::Qemu { .. } => {
                 let deadline = Instant::now() + LIMIT;
@@ -344,6 +441,11 @@ impl Drop for Fixture {
                 .file_name()
                 .to_str()
                 .and_then(|name| name.parse().ok());
+            #[cfg(feature = "xen")]
+            if let (Backend::Xen { .. }, Some(id)) = (&self.backend, id) {
+                // It may be gone.
+                let _ = xl(&["destroy", &xen_name(id)]);
+            }
             if let Some(pid) = id.and_then(qemu_pid) {
                 // It may have ended just now.
                 let _ = kill_process(pid, Signal::KILL);
@@ -389,6 +491,25 @@ pub fn qemu_pid(id: DomainId) -> Option<Pid> {
         })
 }
 
+/// What Xen calls the domain.
+#[cfg(feature = "xen")]
+pub fn xen_name(id: DomainId) -> String {
+    format!("xbee-{}", &id.simple().to_string()[..8])
+}
+
+/// What Xen's own tool says; `None`: it fails.
+#[cfg(feature = "xen")]
+pub fn xl(args: &[&str]) -> Option<String> {
+    let output = std::process::Command::new("xl")
+        .args(args)
+        .output()
+        .unwrap();
+    output
+        .status
+        .success()
+        .then(|| String::from_utf8(output.stdout).unwrap())
+}
+
 /// The boot sector of a Linux kernel, as far as it is looked at.
 fn bzimage_header() -> Vec<u8> {
     let mut header = vec![0; 1024];
@@ -405,14 +526,47 @@ pub async fn state(hypervisor: &dyn Hypervisor, id: DomainId) -> Option<DomainSt
         .map(|info| info.state)
 }
 
+struct Images {
+    /// Of the kernel.
+    directory: PathBuf,
+    kernel: PathBuf,
+    base: PathBuf,
+}
+
+/// The images; `None`, and a printed reason, where they are missing.
+fn images() -> Option<Images> {
+    let home = std::env::var_os("HOME")
+        .map(PathBuf::from)
+        .unwrap_or_default();
+    let images = std::env::var_os("XBEE_IMAGES")
+        .map_or_else(|| home.join(".cache/xbee/images"), PathBuf::from);
+    let directory = images.join("kernel");
+    let kernel = directory.join("vmlinux");
+    let base = images.join("base/initramfs.cpio");
+    for path in [&kernel, &base] {
+        if !path.exists() {
+            println!("skipped: {} is missing (make images)", path.display());
+            return None;
+        }
+    }
+    Some(Images {
+        directory,
+        kernel,
+        base,
+    })
+}
+
 fn initramfs_with_test(base: &Path, kernel: &Path) -> Vec<u8> {
     let mut archive = std::fs::read(base).unwrap();
     archive.resize(archive.len().next_multiple_of(4), 0);
     let mut writer = xbee_initramfs::Writer::new(archive);
     writer.file("init", 0o755, INIT.as_bytes()).unwrap();
     writer.dir("test", 0o755).unwrap();
-    // What the power button needs.
-    for (index, name) in ["button.ko", "evdev.ko"].iter().enumerate() {
+    // What the power button needs, and disks on Xen.
+    for (index, name) in ["button.ko", "evdev.ko", "xen-blkfront.ko"]
+        .iter()
+        .enumerate()
+    {
         if let Some(module) = find(&kernel.join("lib/modules"), name) {
             writer
                 .file(
