@@ -28,6 +28,12 @@ pub enum BackendError {
         #[source]
         source: io::Error,
     },
+    /// Not part of this program.
+    #[error(
+        "this xbed was built without the back end xen: build it with `cargo build -p xbed --features xen`, or use --backend qemu"
+    )]
+    #[cfg_attr(feature = "xen", expect(dead_code, reason = "it is built with it"))]
+    NoXen,
     /// The hypervisor's word.
     #[error(transparent)]
     Hypervisor(#[from] xbee_hypervisor::Error),
@@ -61,6 +67,15 @@ pub async fn open(config: &Config) -> Result<Arc<dyn Hypervisor>, BackendError> 
             qemu.kvm_probe_kernel = ImageStore::new(config.images.clone()).kernel();
             Arc::new(QemuHypervisor::new(qemu).await?)
         }
+        #[cfg(feature = "xen")]
+        Backend::Xen => {
+            use xbee_hypervisor::xen::{XenConfig, XenHypervisor};
+            let mut xen = XenConfig::new(config.domains());
+            xen.bridge.clone_from(&config.bridge);
+            Arc::new(XenHypervisor::new(xen).await?)
+        }
+        #[cfg(not(feature = "xen"))]
+        Backend::Xen => return Err(BackendError::NoXen),
     })
 }
 

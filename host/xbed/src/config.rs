@@ -1,5 +1,6 @@
 //! Where `xbed` finds things and how much it may use: command line over file over defaults.
 
+use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ pub struct Options {
 pub enum Backend {
     /// Plain QEMU, one process a domain
     Qemu,
+    /// Xen, through libvirt (needs a program built with the feature xen)
+    Xen,
     /// A simulator: nothing is really executed
     Sim,
 }
@@ -59,6 +62,45 @@ struct File {
     shutdown_grace_s: Option<u64>,
     terminate_grace_s: Option<u64>,
     ca_file: Option<PathBuf>,
+    #[serde(default)]
+    xen: XenFile,
+}
+
+/// The table `[xen]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct XenFile {
+    bridge: Option<String>,
+    prefix: Option<Prefix>,
+}
+
+/// The first half of the IPv6 addresses on a network, as `fd00:1:2:3::/64`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Prefix(u64);
+
+impl Prefix {
+    /// Length of a prefix, in bits.
+    pub const BITS: u8 = 64;
+
+    /// The address with this number on the network.
+    pub fn address(self, number: u32) -> Ipv6Addr {
+        Ipv6Addr::from_bits(u128::from(self.0) << 64 | u128::from(number))
+    }
+}
+
+impl TryFrom<String> for Prefix {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let address = text.strip_suffix("/64").and_then(|text| text.parse().ok());
+        match address.map(Ipv6Addr::to_bits) {
+            Some(bits) if bits as u64 == 0 => Ok(Prefix((bits >> 64) as u64)),
+            _ => Err(format!(
+                "{text:?} is no prefix of 64 bits, which one writes as fd00:1:2:3::/64"
+            )),
+        }
+    }
 }
 
 /// What holds after all sources were read.
@@ -87,6 +129,10 @@ pub struct Config {
     pub terminate_grace: Duration,
     /// Certificates (PEM) trusted for https beside the system's.
     pub ca_file: Option<PathBuf>,
+    /// Bridge that domains are on (back end `xen`).
+    pub bridge: String,
+    /// Where their addresses are from; `None`: they have no network.
+    pub prefix: Option<Prefix>,
 }
 
 /// Virtual CPUs given out for each logical CPU of the host, unless configured: most domains wait most of the time.
@@ -142,6 +188,8 @@ impl Config {
             shutdown_grace: Duration::from_secs(file.shutdown_grace_s.unwrap_or(30)),
             terminate_grace: Duration::from_secs(file.terminate_grace_s.unwrap_or(5)),
             ca_file: file.ca_file,
+            bridge: file.xen.bridge.unwrap_or_else(|| "xenbr0".to_owned()),
+            prefix: file.xen.prefix,
         })
     }
 
@@ -199,6 +247,16 @@ mod tests {
         assert_eq!(config.data, Path::new("/b"));
         let capacity = config.capacity(2, 1 << 40);
         assert_eq!((capacity.vcpus, capacity.memory_bytes), (8, 5 << 20));
+    }
+
+    #[test]
+    fn addresses_of_domains_come_from_the_prefix() {
+        let prefix = Prefix::try_from("fd00:1:2:3::/64".to_owned()).unwrap();
+        assert_eq!(prefix.address(0x1_0002).to_string(), "fd00:1:2:3::1:2");
+        for wrong in ["fd00::", "fd00::/48", "fd00::1/64", "10.0.0.0/64", ""] {
+            let error = Prefix::try_from(wrong.to_owned()).unwrap_err();
+            assert!(error.contains("fd00:1:2:3::/64"), "{error}");
+        }
     }
 
     #[test]

@@ -81,7 +81,7 @@ impl Host {
         let images = ImageStore::new(config.images.clone());
         let images = match config.backend {
             Backend::Sim => images.with_simulated_base(),
-            Backend::Qemu => images,
+            Backend::Qemu | Backend::Xen => images,
         };
         Ok(Arc::new(Host {
             images,

@@ -2,14 +2,13 @@
 
 use std::time::SystemTime;
 
-use xbee_agent::protocol::{
-    AGENT_VSOCK_PORT, BootConfig, GENERATION, MountRoot, Secret, StartMode, Transport,
-};
+use xbee_agent::protocol::{BootConfig, GENERATION, MountRoot, Network, Secret, StartMode};
 use xbee_engine::Failure;
-use xbee_hypervisor::DomainSpec;
+use xbee_hypervisor::{DomainSpec, Interface};
 
 use super::stage_in::BootFiles;
 use super::{agent, agent_failure, fail, files, hypervisor_failure, run_scripts, session};
+use crate::config::{Backend, Prefix};
 use crate::plan::When;
 use crate::ssh;
 use crate::task::StepContext;
@@ -74,15 +73,20 @@ fn spec(context: &StepContext, boot: &BootFiles) -> DomainSpec {
     let task = &context.task;
     let plan = &task.record.plan;
     let hostname = hostname(context);
+    let cid = u32::try_from(FIRST_CID + task.number % CIDS).unwrap_or(u32::MAX - 1);
+    let interface = interface(context, cid);
     let config = BootConfig {
         generation: GENERATION,
         domain: task.record.id,
         hostname: hostname.clone(),
         secret: Secret(task.record.secret),
-        transport: Transport::Vsock {
-            port: AGENT_VSOCK_PORT,
-        },
-        network: None,
+        transport: context.host.hypervisor.transport(),
+        network: interface.map(|interface| Network {
+            mac: interface.mac,
+            address: interface.address,
+            prefix_length: Prefix::BITS,
+            gateway: None,
+        }),
     };
     DomainSpec {
         id: task.record.id,
@@ -94,10 +98,24 @@ fn spec(context: &StepContext, boot: &BootFiles) -> DomainSpec {
         initramfs: Some(boot.initramfs.clone()),
         kernel_args: boot.kernel_args.clone(),
         disks: boot.disk.iter().cloned().collect(),
-        cid: u32::try_from(FIRST_CID + task.number % CIDS).unwrap_or(u32::MAX - 1),
+        cid,
+        interface,
         boot_config: config.encode(),
         run_dir: context.host.run_dir(task),
     }
+}
+
+/// The domain's place on the network, where domains have one: like the context identifier, from a
+/// number that no other task has. The first two numbers of a network are the host's own.
+fn interface(context: &StepContext, number: u32) -> Option<Interface> {
+    let config = &context.host.config;
+    let prefix = config.prefix.filter(|_| config.backend == Backend::Xen)?;
+    let [a, b, c, d] = number.to_be_bytes();
+    Some(Interface {
+        // Locally administered, and of one card (IEEE 802, clause 8).
+        mac: [0x02, 0xbe, a, b, c, d],
+        address: prefix.address(number),
+    })
 }
 
 /// `xbee-` and the beginning of the task's id.
