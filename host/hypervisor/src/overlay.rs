@@ -155,4 +155,29 @@ mod tests {
             assert_eq!(number(block_at + clusters * 2, 2), 0);
         }
     }
+
+    /// That QEMU takes it is shown with a Xen domain, which reads and writes such a disk.
+    #[cfg(feature = "xen")]
+    #[test]
+    fn a_base_is_named_with_its_format_and_nothing_behind_it() {
+        let backing = Backing::new(Path::new("/a \"b\".img"), DiskFormat::Qcow2).unwrap();
+        let mut image = Vec::new();
+        write(&mut image, 1 << 30, Some(&backing)).unwrap();
+        let number = |at: usize, len: usize| {
+            image[at..at + len]
+                .iter()
+                .fold(0usize, |n, b| n << 8 | usize::from(*b))
+        };
+        assert_eq!((number(104, 4), number(108, 4)), (0xe279_2aca, 5));
+        assert_eq!(&image[112..117], b"qcow2");
+        // The list of extensions ends before the name begins.
+        assert_eq!((number(120, 8), number(8, 8)), (0, 128));
+        let name = std::str::from_utf8(&image[128..128 + number(16, 4)]).unwrap();
+        assert_eq!(
+            name,
+            r#"json:{"backing":null,"driver":"qcow2","file":{"driver":"file","filename":"/a \"b\".img"}}"#
+        );
+        let long = "x".repeat(1000);
+        assert!(Backing::new(Path::new(&long), DiskFormat::Raw).is_none());
+    }
 }

@@ -8,6 +8,8 @@
 mod qemu_only;
 mod sim_only;
 mod support;
+#[cfg(feature = "xen")]
+mod xen_only;
 
 use std::collections::HashSet;
 use std::io::Write;

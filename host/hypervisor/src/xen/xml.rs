@@ -164,3 +164,99 @@ fn path(field: &'static str, path: &Path) -> Result<String, Error> {
         }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::domain::{Disk, Interface};
+    use crate::rundir::RunDir;
+    use crate::xen::files;
+
+    fn example() -> DomainSpec {
+        let id: DomainId = "7bf4280f-fe99-4e19-829e-6705512a33dd".parse().unwrap();
+        let disk = |image: &str, format, read_only| Disk {
+            image: image.into(),
+            format,
+            read_only,
+        };
+        DomainSpec {
+            id,
+            name: "xbee-7bf4280f".to_owned(),
+            owner: "1000".to_owned(),
+            vcpus: 1,
+            memory_bytes: 192 * MIB,
+            kernel: "/var/lib/xbee/images/kernel/vmlinux".into(),
+            initramfs: None,
+            kernel_args: vec!["xbee.note=a<b".to_owned()],
+            disks: vec![
+                disk("/var/lib/xbee/images/root.qcow2", DiskFormat::Qcow2, false),
+                disk("/var/lib/xbee/data & more.img", DiskFormat::Raw, true),
+            ],
+            cid: 5,
+            interface: Some(Interface {
+                mac: [0x02, 0xbe, 0, 0, 0, 5],
+                address: "fd00:1:2:3::5".parse().unwrap(),
+            }),
+            boot_config: Vec::new(),
+            run_dir: format!("/var/lib/xbee/run/{id}").into(),
+        }
+    }
+
+    fn rendered(spec: &DomainSpec, config: &XenConfig) -> Result<String, Error> {
+        let dir = RunDir::named(&config.domains_dir, spec.id);
+        let initramfs = dir.path(crate::rundir::INITRAMFS);
+        render(spec, config, Some(&initramfs), &files::sources(spec, &dir))
+    }
+
+    #[test]
+    fn the_example_is_what_is_rendered() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../xen-configs/domain.xml");
+        let xml = rendered(&example(), &XenConfig::new("/var/lib/xbee/run".into())).unwrap();
+        if std::env::var_os("XBEE_ACCEPT").is_some() {
+            std::fs::write(&path, &xml).unwrap();
+        }
+        assert_eq!(
+            xml,
+            std::fs::read_to_string(&path).unwrap(),
+            "accept with XBEE_ACCEPT=1"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_described_is_refused() {
+        let config = XenConfig::new("/var/lib/xbee/run".into());
+        let field = |change: &dyn Fn(&mut DomainSpec)| {
+            let mut spec = example();
+            change(&mut spec);
+            match rendered(&spec, &config) {
+                Err(Error::InvalidSpec { field, .. }) => field,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(field(&|spec| spec.kernel = "/a\nb".into()), "kernel");
+        assert_eq!(
+            field(&|spec| spec.disks = vec![spec.disks[0].clone(); 27]),
+            "disks"
+        );
+        assert_eq!(
+            field(&|spec| spec.kernel_args = vec!["a".repeat(2000)]),
+            "kernel_args"
+        );
+    }
+
+    #[test]
+    fn names_are_escaped_and_guests_can_be_paravirtual() {
+        let mut spec = example();
+        spec.name = "<&'\">".to_owned();
+        let mut config = XenConfig::new("/var/lib/xbee/run".into());
+        config.paravirtual = true;
+        let xml = rendered(&spec, &config).unwrap();
+        assert!(
+            xml.contains("<title>&lt;&amp;&apos;&quot;&gt;</title>"),
+            "{xml}"
+        );
+        assert!(xml.contains("<type>linux</type>"), "{xml}");
+    }
+}
