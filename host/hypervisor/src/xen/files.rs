@@ -3,8 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use super::xml::Source;
-use crate::domain::{Disk, DiskFormat, DomainSpec};
+use crate::domain::DomainSpec;
 use crate::error::Error;
 use crate::image;
 use crate::overlay::Backing;
@@ -13,27 +12,11 @@ use crate::rundir::{INITRAMFS, RunDir, new_file, overlay};
 /// The domain as it was described to libvirt. Written before it is started: without it, nothing was.
 const DESCRIPTION: &str = "domain.xml";
 
-/// Whether the guest sees the image itself. A qcow2 image can refer to other files: it is
-/// always opened through an overlay, which decides what is opened with it.
-fn is_direct(disk: &Disk) -> bool {
-    disk.read_only && disk.format == DiskFormat::Raw
-}
-
-/// The files that the guest sees as its disks.
-pub(crate) fn sources(spec: &DomainSpec, dir: &RunDir) -> Vec<Source> {
-    let source = |(index, disk): (usize, &Disk)| {
-        let (path, format) = if is_direct(disk) {
-            (disk.image.clone(), DiskFormat::Raw)
-        } else {
-            (dir.path(&overlay(index)), DiskFormat::Qcow2)
-        };
-        Source {
-            path,
-            format,
-            read_only: disk.read_only,
-        }
-    };
-    spec.disks.iter().enumerate().map(source).collect()
+/// The files that the guest sees as its disks: overlays, all of them. A qcow2 image can refer to
+/// other files, and an overlay decides what is opened with it.
+pub(crate) fn sources(spec: &DomainSpec, dir: &RunDir) -> Vec<PathBuf> {
+    let path = |index| dir.path(&overlay(index));
+    (0..spec.disks.len()).map(path).collect()
 }
 
 impl RunDir {
@@ -41,8 +24,14 @@ impl RunDir {
     pub(crate) fn make_for_xen(&self, spec: &DomainSpec) -> Result<(), Error> {
         for (index, disk) in spec.disks.iter().enumerate() {
             let image = image::open_disk(disk)?;
-            if is_direct(disk) {
-                continue;
+            if disk.read_only {
+                return Err(Error::InvalidSpec {
+                    field: "disks",
+                    detail: format!(
+                        "{}: read-only, which QEMU does not do as Xen's disk back end",
+                        disk.image.display()
+                    ),
+                });
             }
             let backing =
                 Backing::new(&disk.image, disk.format).ok_or_else(|| Error::InvalidSpec {

@@ -15,25 +15,17 @@ const KERNEL_ARGS_MAX_BYTES: usize = 2047;
 
 const MIB: u64 = 1 << 20;
 
-/// A file that the guest sees as a disk.
-#[derive(Debug)]
-pub(crate) struct Source {
-    pub(crate) path: PathBuf,
-    pub(crate) format: DiskFormat,
-    pub(crate) read_only: bool,
-}
-
 /// The name that Xen's and libvirt's tools show.
 pub(crate) fn name(id: DomainId) -> String {
     format!("xbee-{}", &id.simple().to_string()[..8])
 }
 
-/// The domain's description. `initramfs` and `disks` are the files in its run directory.
+/// The domain's description. `initramfs` and `disks` (overlays) are the files in its run directory.
 pub(crate) fn render(
     spec: &DomainSpec,
     config: &XenConfig,
     initramfs: Option<&Path>,
-    disks: &[Source],
+    disks: &[PathBuf],
 ) -> Result<String, Error> {
     let os_type = if config.paravirtual {
         "linux"
@@ -83,19 +75,13 @@ pub(crate) fn render(
         line("    <disk type='file' device='disk'>".to_owned());
         line(format!(
             "      <driver name='qemu' type='{}'/>",
-            disk.format
+            DiskFormat::Qcow2
         ));
-        line(format!(
-            "      <source file='{}'/>",
-            path("disks", &disk.path)?
-        ));
+        line(format!("      <source file='{}'/>", path("disks", disk)?));
         line(format!(
             "      <target dev='{}' bus='xen'/>",
             disk_name(index)?
         ));
-        if disk.read_only {
-            line("      <readonly/>".to_owned());
-        }
         line("    </disk>".to_owned());
     }
     if let Some(interface) = &spec.interface {
@@ -192,7 +178,7 @@ mod tests {
             kernel_args: vec!["xbee.note=a<b".to_owned()],
             disks: vec![
                 disk("/var/lib/xbee/images/root.qcow2", DiskFormat::Qcow2, false),
-                disk("/var/lib/xbee/data & more.img", DiskFormat::Raw, true),
+                disk("/var/lib/xbee/data.img", DiskFormat::Raw, false),
             ],
             cid: 5,
             interface: Some(Interface {

@@ -83,8 +83,10 @@ for word in $(cat /proc/cmdline); do
     xbee.test=panic) echo c >/proc/sysrq-trigger ;;
     xbee.test=flood) yes "flood flood flood flood flood flood flood flood" ;;
     xbee.test=disks)
-        x=; [ -b /dev/vda ] || x=x
-        vda=${x}vda vdb=${x}vdb
+        vda=vda vdb=vdb
+        # They come after their driver, one by one.
+        [ "$(cat /sys/hypervisor/type)" = xen ] && vda=xvda vdb=xvdb
+        for disk in $vda $vdb; do until [ -b /dev/$disk ]; do sleep 0.1; done; done
         echo "vda: $(head -c 1024 /dev/$vda | tail -c 16) size $(cat /sys/block/$vda/size)"
         echo "vdb: $(head -c 1024 /dev/$vdb | tail -c 16) read-only $(cat /sys/block/$vdb/ro)"
         printf 'written by guest' | dd of=/dev/$vda bs=512 seek=1 conv=notrunc 2>/dev/null
@@ -563,11 +565,8 @@ fn initramfs_with_test(base: &Path, kernel: &Path) -> Vec<u8> {
     let mut writer = xbee_initramfs::Writer::new(archive);
     writer.file("init", 0o755, INIT.as_bytes()).unwrap();
     writer.dir("test", 0o755).unwrap();
-    // What the power button needs, and disks on Xen.
-    for (index, name) in ["button.ko", "evdev.ko", "xen-blkfront.ko"]
-        .iter()
-        .enumerate()
-    {
+    // What the power button needs.
+    for (index, name) in ["button.ko", "evdev.ko"].iter().enumerate() {
         if let Some(module) = find(&kernel.join("lib/modules"), name) {
             writer
                 .file(

@@ -31,6 +31,10 @@ async fn disks_are_written_through_an_overlay_and_stay_as_they_were() {
         read_only,
     };
     spec.disks = vec![disk(&first, false), disk(&second, true)];
+    let error = hypervisor.create(&spec).await.unwrap_err();
+    assert_eq!(error.code(), "domain-invalid");
+    assert!(error.to_string().contains("read-only"), "{error}");
+    spec.disks[1].read_only = false;
     hypervisor.create(&spec).await.unwrap();
     hypervisor.start(spec.id).await.unwrap();
     let console = fixture
@@ -41,13 +45,15 @@ async fn disks_are_written_through_an_overlay_and_stay_as_they_were() {
         "{console}"
     );
     assert!(
-        console.contains("vdb: content of secnd read-only 1"),
+        console.contains("vdb: content of secnd read-only 0"),
         "{console}"
     );
     assert_eq!(
         super::end(&*hypervisor, spec.id).await,
         StopReason::GuestShutdown
     );
+    // And what the guest wrote is what it read again.
+    assert!(console.contains("vda: written by guest"), "{console}");
     assert!(
         std::fs::read(&first).unwrap() == disk_with(b"content of first"),
         "the image was written"
