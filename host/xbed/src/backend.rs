@@ -32,7 +32,7 @@ pub enum BackendError {
     #[error(
         "this xbed was built without the back end xen: build it with `cargo build -p xbed --features xen`, or use --backend qemu"
     )]
-    #[cfg_attr(feature = "xen", expect(dead_code, reason = "it is built with it"))]
+    #[cfg(not(feature = "xen"))]
     NoXen,
     /// The hypervisor's word.
     #[error(transparent)]

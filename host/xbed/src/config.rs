@@ -130,6 +130,10 @@ pub struct Config {
     /// Certificates (PEM) trusted for https beside the system's.
     pub ca_file: Option<PathBuf>,
     /// Bridge that domains are on (back end `xen`).
+    #[cfg_attr(
+        not(feature = "xen"),
+        expect(dead_code, reason = "only that back end has bridges")
+    )]
     pub bridge: String,
     /// Where their addresses are from; `None`: they have no network.
     pub prefix: Option<Prefix>,
