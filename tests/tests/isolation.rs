@@ -63,13 +63,9 @@ impl Bridge {
         self.tries(from, &format!("ping -6 -q -c 2 -i 0.2 -W 1 {address}"))
     }
 
-    fn wait_until_up(&self) {
-        for _ in 0..50 {
-            if self.reaches(1, "fd00:1::12") {
-                return;
-            }
-        }
-        panic!("without rules the guests reach each other");
+    /// For what must come: on a busy machine a few answers come too late.
+    fn gets_through(&self, from: u32, address: &str) -> bool {
+        (0..50).any(|_| self.reaches(from, address))
     }
 
     /// Through dom0's router rather than over the bridge.
@@ -106,17 +102,17 @@ fn guests_on_the_bridge_reach_only_whom_they_may() {
         return;
     }
     let bridge = Bridge::new();
-    bridge.wait_until_up();
-    assert!(bridge.reaches(1, "fd00:1::1"));
+    assert!(bridge.gets_through(1, "fd00:1::12"), "without rules");
+    assert!(bridge.gets_through(1, "fd00:1::1"), "without rules");
     bridge.route_through_dom0("add");
-    assert!(bridge.reaches(1, "fd00:1::12"), "dom0 routes");
+    assert!(bridge.gets_through(1, "fd00:1::12"), "dom0 routes");
     bridge.route_through_dom0("del");
 
     let rules = root().join("xen-configs/dom0/xenbee.nft");
     bridge.within(0, &format!("nft -f {}", rules.display()));
     assert!(!bridge.reaches(1, "fd00:1::12"), "guest to guest");
     assert!(!bridge.reaches(1, "fd00:1::1"), "guest to dom0");
-    assert!(bridge.reaches(0, "fd00:1::11"), "dom0 to guest");
+    assert!(bridge.gets_through(0, "fd00:1::11"), "dom0 to guest");
     bridge.route_through_dom0("add");
     assert!(!bridge.reaches(1, "fd00:1::12"), "guest to guest by dom0");
     bridge.route_through_dom0("del");
@@ -126,7 +122,7 @@ fn guests_on_the_bridge_reach_only_whom_they_may() {
         0,
         &format!("nft add element bridge xenbee pairs {{ {pair} }}"),
     );
-    assert!(bridge.reaches(1, "fd00:1::12"), "a pair");
+    assert!(bridge.gets_through(1, "fd00:1::12"), "a pair");
     assert!(!bridge.reaches(1, "fd00:1::1"), "a pair's guest to dom0");
     // Read again, as at the next boot of dom0: once more nobody may.
     bridge.within(0, &format!("nft -f {}", rules.display()));
