@@ -1,16 +1,23 @@
-//! The agent's way to the host: one non-blocking byte stream, whatever carries it.
+//! The way to the host and to other guests: one non-blocking byte stream, whatever carries it.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod device;
+mod hub;
+mod lock;
+pub mod peer;
+pub mod rendezvous;
 mod ring;
+mod stream;
+pub mod suspend;
 pub mod vchan;
+mod vsock;
 pub mod xenstore;
 
 use std::fmt;
 use std::io;
 use std::net::{Ipv6Addr, SocketAddrV6};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::event::PollFlags;
@@ -20,6 +27,7 @@ use rustix::net::{
     bind, connect, listen, recv, send, socket_with, sockopt,
 };
 
+use crate::hub::PeerStream;
 use crate::vchan::Vchan;
 
 /// The host's context identifier on vsock.
@@ -31,6 +39,13 @@ pub enum Address {
     /// `AF_VSOCK`.
     Vsock {
         /// Context identifier.
+        cid: u32,
+        /// Port.
+        port: u32,
+    },
+    /// Another guest of the same owner on this host: see [`peer`].
+    Peer {
+        /// Its context identifier.
         cid: u32,
         /// Port.
         port: u32,
@@ -48,13 +63,14 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Address::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
+            Address::Peer { cid, port } => write!(f, "peer:{cid}:{port}"),
             Address::Unix(path) => write!(f, "unix:{}", path.display()),
             Address::Listen { port } => write!(f, "tcp:[::]:{port}"),
         }
     }
 }
 
-/// A stream to the host, or one that is to become it. Nothing blocks.
+/// A stream to the host or to another guest, or what is to become one. Nothing blocks.
 #[derive(Debug)]
 pub struct Link(Carrier);
 
@@ -64,6 +80,7 @@ enum Carrier {
     /// Until the host connects.
     Listener(OwnedFd),
     Vchan(Vchan),
+    Peer(PeerStream),
 }
 
 impl Link {
@@ -83,9 +100,12 @@ impl Link {
                 let connected = connect(&fd, &SocketAddrUnix::new(path)?);
                 (fd, connected)
             }
-            Address::Vsock { cid, port } => {
+            Address::Peer { cid, port } if peer::is_xen() => {
+                return Ok(Link(Carrier::Peer(hub::dial(*cid, *port)?)));
+            }
+            Address::Vsock { cid, port } | Address::Peer { cid, port } => {
                 let fd = socket(AddressFamily::from_raw(libc::AF_VSOCK as u16))?;
-                let connected = connect_vsock(&fd, *cid, *port);
+                let connected = vsock::connect(&fd, *cid, *port);
                 (fd, connected)
             }
             Address::Listen { port } => {
@@ -103,7 +123,7 @@ impl Link {
         }
     }
 
-    /// Whether the host is there now. To be asked when the link is ready, until it says yes.
+    /// Whether the other end is there now. To be asked when the link is ready, until it says yes.
     ///
     /// # Errors
     /// Why it will not be.
@@ -131,6 +151,7 @@ impl Link {
                 // One that has gone again already is found out by the first read.
                 Ok(!vchan.is_awaited())
             }
+            Carrier::Peer(stream) => stream.connected(),
         }
     }
 
@@ -139,6 +160,7 @@ impl Link {
         match &self.0 {
             Carrier::Socket(_) if wants_to_write => Some(PollFlags::IN | PollFlags::OUT),
             Carrier::Vchan(vchan) if vchan.is_ready(wants_to_write) => None,
+            Carrier::Peer(stream) if stream.is_ready(wants_to_write) => None,
             // Of a vchan the descriptor tells of changes only, and by being readable.
             _ => Some(PollFlags::IN),
         }
@@ -152,13 +174,8 @@ impl Link {
         match &mut self.0 {
             Carrier::Socket(fd) => Ok(recv(fd, buffer, RecvFlags::empty())?.0),
             Carrier::Listener(_) => Err(io::ErrorKind::NotConnected.into()),
-            Carrier::Vchan(vchan) => match vchan.read(buffer) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    vchan.acknowledge()?;
-                    vchan.read(buffer)
-                }
-                result => result,
-            },
+            Carrier::Vchan(vchan) => vchan.read_after_events(buffer),
+            Carrier::Peer(stream) => stream.read(buffer),
         }
     }
 
@@ -171,6 +188,7 @@ impl Link {
             Carrier::Socket(fd) => Ok(send(fd, bytes, SendFlags::NOSIGNAL)?),
             Carrier::Listener(_) => Err(io::ErrorKind::NotConnected.into()),
             Carrier::Vchan(vchan) => vchan.write(bytes),
+            Carrier::Peer(stream) => stream.write(bytes),
         }
     }
 
@@ -193,29 +211,9 @@ impl AsFd for Link {
         match &self.0 {
             Carrier::Socket(fd) | Carrier::Listener(fd) => fd.as_fd(),
             Carrier::Vchan(vchan) => vchan.as_fd(),
+            Carrier::Peer(stream) => stream.as_fd(),
         }
     }
-}
-
-fn connect_vsock(fd: &OwnedFd, cid: u32, port: u32) -> Result<(), Errno> {
-    // SAFETY: all-zero bytes are a valid sockaddr_vm, which has integers only.
-    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
-    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
-    address.svm_cid = cid;
-    address.svm_port = port;
-    // SAFETY: the pointer is to a sockaddr_vm of the size given, alive during the call; the
-    // descriptor is open.
-    let result = unsafe {
-        libc::connect(
-            fd.as_raw_fd(),
-            (&raw const address).cast(),
-            size_of::<libc::sockaddr_vm>() as libc::socklen_t,
-        )
-    };
-    if result == 0 {
-        return Ok(());
-    }
-    Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
 }
 
 #[cfg(test)]

@@ -219,6 +219,17 @@ impl Vchan {
         Ok(self.finish(step)?.unwrap_or(0))
     }
 
+    /// [`Vchan::read`] that looks again, if there is nothing, once it has taken the events.
+    pub(crate) fn read_after_events(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.acknowledge()?;
+                self.read(buffer)
+            }
+            result => result,
+        }
+    }
+
     /// Writes what fits now.
     ///
     /// # Errors

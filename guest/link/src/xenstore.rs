@@ -16,7 +16,7 @@ use rustix::net::{
 };
 
 /// The kernel's way to the store, in every domain.
-const DEVICE: &str = "/dev/xen/xenbus";
+pub(crate) const DEVICE: &str = "/dev/xen/xenbus";
 /// The daemon's own socket, where it runs in this domain.
 const SOCKET: &str = "/run/xenstored/socket";
 

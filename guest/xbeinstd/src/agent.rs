@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use xbee_link::suspend::News;
 use xbee_link::{Address, Link};
 use xbee_protocol::{
     AgentInfo, BootConfig, ConversationInfo, Failure, GuestMessage, HostMessage, REDIAL_MAX_MS,
@@ -25,7 +26,7 @@ use crate::reap;
 use crate::session::{Incoming, Outbox, Session};
 use crate::task::Task;
 use crate::transfer::{Get, Progress, Put};
-use crate::xen::{News, Xen};
+use crate::xen::Xen;
 
 /// How long processes have to end when somebody else than the host wants the machine off.
 const POWER_OFF_GRACE: Duration = Duration::from_secs(5);

@@ -1,0 +1,133 @@
+//! Streams between guests of one owner on one host, named by context identifier and port as on
+//! vsock, whatever the hypervisor: [`Address::Peer`](crate::Address::Peer) dials, a [`PeerListener`] accepts.
+//!
+//! Guests of QEMU use `AF_VSOCK`, and the host's switch passes the streams on. Guests of Xen use a
+//! vchan of their own for each stream; xenstore and domain 0 bring the two together. A process of
+//! such a guest needs root and the kernel modules of vchan, and gets one more thread with its first
+//! dial or listener. Which of the two it is, the guest's devices say.
+//!
+//! | what is there | on vsock | on Xen |
+//! |---|---|---|
+//! | a guest of one's own, nobody listens | `ConnectionReset` | `ConnectionRefused` |
+//! | no such guest, or another owner's | `ConnectionReset` | `ConnectionReset` |
+//! | a listener that takes no more | it waits | `ConnectionRefused` |
+//! | too much under way | | `ResourceBusy` |
+//! | no answer | `TimedOut` | `TimedOut` |
+//!
+//! On Xen a guest cannot dial itself, there is no half-close, and streams end with
+//! `ConnectionReset` when one of the two guests is saved.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socket_with};
+
+use crate::hub::{self, PeerQueue};
+use crate::rendezvous;
+use crate::xenstore::{self, Xenstore};
+use crate::{Carrier, Link, vsock};
+
+/// Streams that wait to be accepted.
+pub(crate) const BACKLOG: usize = 16;
+
+/// Who is at the other end of an accepted stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerAddress {
+    /// Context identifier of its guest; [`HOST_CID`](crate::HOST_CID) for the host, on vsock.
+    pub cid: u32,
+    /// Its port.
+    pub port: u32,
+}
+
+/// Takes streams at a port.
+#[derive(Debug)]
+pub struct PeerListener(Door);
+
+#[derive(Debug)]
+enum Door {
+    Socket(OwnedFd),
+    Queue(PeerQueue),
+}
+
+impl PeerListener {
+    /// Listens at a port of this guest.
+    ///
+    /// # Errors
+    /// `AddrInUse`; `InvalidInput` for the port `u32::MAX`, which vsock gives a meaning of its own;
+    /// what the system says.
+    pub fn bind(port: u32) -> io::Result<PeerListener> {
+        if port == vsock::ANY {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        if is_xen() {
+            return Ok(PeerListener(Door::Queue(hub::listen(port)?)));
+        }
+        let fd = socket_with(
+            AddressFamily::from_raw(libc::AF_VSOCK as u16),
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )?;
+        vsock::bind(&fd, port)?;
+        listen(&fd, BACKLOG as i32)?;
+        Ok(PeerListener(Door::Socket(fd)))
+    }
+
+    /// A stream that has come, with who has dialled it; `None` where there is none now.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn accept(&mut self) -> io::Result<Option<(Link, PeerAddress)>> {
+        match &mut self.0 {
+            Door::Queue(queue) => Ok(queue
+                .accept()?
+                .map(|(stream, from)| (Link(Carrier::Peer(stream)), from))),
+            Door::Socket(listener) => match vsock::accept(listener) {
+                Ok((fd, cid, port)) => {
+                    let link = Link(Carrier::Socket(fd));
+                    Ok(Some((link, PeerAddress { cid, port })))
+                }
+                // Who wanted to connect has gone again.
+                Err(Errno::AGAIN | Errno::CONNABORTED | Errno::INTR) => Ok(None),
+                Err(error) => Err(error.into()),
+            },
+        }
+    }
+
+    /// What to poll the descriptor for.
+    pub fn interest(&self) -> PollFlags {
+        PollFlags::IN
+    }
+}
+
+impl AsFd for PeerListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.0 {
+            Door::Socket(fd) => fd.as_fd(),
+            Door::Queue(queue) => queue.as_fd(),
+        }
+    }
+}
+
+/// This guest's context identifier.
+///
+/// # Errors
+/// `NotFound` where it has none, or not yet; what the system says.
+pub fn local_cid() -> io::Result<u32> {
+    if !is_xen() {
+        return vsock::local_cid();
+    }
+    let cid = Xenstore::open()
+        .and_then(|mut store| store.read(rendezvous::CID))
+        .map_err(io::Error::other)?;
+    let cid = cid.ok_or(io::ErrorKind::NotFound)?;
+    rendezvous::number(&cid).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// Whether this is a guest of Xen's. One can have vsock's device too, and nothing behind it.
+pub(crate) fn is_xen() -> bool {
+    Path::new(xenstore::DEVICE).exists()
+}

@@ -1,0 +1,189 @@
+//! A stream to another guest of Xen's: a vchan that comes, and goes, while the program holds it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::vchan::Vchan;
+
+/// How long a dial waits for domain 0, which has a shorter limit of its own for the other guest.
+const DIAL_LIMIT: Duration = Duration::from_secs(30);
+
+/// What the program and the thread that knows xenstore share.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    /// Of the two below: what the program polls.
+    either: OwnedFd,
+    news: Bell,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+enum State {
+    Dialling {
+        since: Instant,
+    },
+    Open {
+        vchan: Vchan,
+        /// The other guest is no more, or has given the stream up.
+        ended: bool,
+    },
+    Failed(io::ErrorKind),
+}
+
+/// A descriptor that is readable when there is something to look for.
+#[derive(Debug)]
+pub(crate) struct Bell(OwnedFd);
+
+impl Bell {
+    pub(crate) fn new() -> io::Result<Bell> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        Ok(Bell(eventfd(0, flags)?))
+    }
+
+    pub(crate) fn ring(&self) {
+        // It fails only where it is full, and then it is readable.
+        let _full = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
+    }
+
+    pub(crate) fn hush(&self) {
+        // It fails only where it is empty.
+        let _empty = rustix::io::read(&self.0, &mut [0; 8]);
+    }
+}
+
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Slot {
+    pub(crate) fn dialling() -> io::Result<Slot> {
+        let since = Instant::now();
+        Self::new(State::Dialling { since })
+    }
+
+    pub(crate) fn open(vchan: Vchan) -> io::Result<Slot> {
+        let slot = Self::dialling()?;
+        slot.fill(vchan)?;
+        Ok(slot)
+    }
+
+    fn new(state: State) -> io::Result<Slot> {
+        let either = epoll::create(CreateFlags::CLOEXEC)?;
+        let news = Bell::new()?;
+        epoll::add(&either, &news, EventData::new_u64(0), EventFlags::IN)?;
+        Ok(Slot {
+            either,
+            news,
+            state: Mutex::new(state),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn is_dialling(&self) -> bool {
+        matches!(*self.lock(), State::Dialling { .. })
+    }
+
+    /// Here is what was dialled for. Closed at once where the program has lost interest.
+    pub(crate) fn fill(&self, vchan: Vchan) -> io::Result<()> {
+        let mut state = self.lock();
+        if let State::Dialling { .. } = *state {
+            epoll::add(&self.either, &vchan, EventData::new_u64(1), EventFlags::IN)?;
+            let ended = false;
+            *state = State::Open { vchan, ended };
+            self.news.ring();
+        }
+        Ok(())
+    }
+
+    /// The other guest is no more. What it has sent can be read still.
+    pub(crate) fn end(&self) {
+        match &mut *self.lock() {
+            State::Open { ended, .. } => *ended = true,
+            state @ State::Dialling { .. } => {
+                *state = State::Failed(io::ErrorKind::ConnectionReset);
+            }
+            State::Failed(_) => return,
+        }
+        self.news.ring();
+    }
+
+    /// Closes it, unless it has failed before.
+    pub(crate) fn fail(&self, kind: io::ErrorKind) {
+        let mut state = self.lock();
+        if !matches!(*state, State::Failed(_)) {
+            *state = State::Failed(kind);
+            self.news.ring();
+        }
+    }
+
+    /// After a restore of this domain: see [`Vchan::abandon`].
+    pub(crate) fn abandon(&self) {
+        let failed = State::Failed(io::ErrorKind::ConnectionReset);
+        if let State::Open { vchan, .. } = std::mem::replace(&mut *self.lock(), failed) {
+            vchan.abandon();
+        }
+        self.news.ring();
+    }
+
+    pub(crate) fn connected(&self) -> io::Result<bool> {
+        match &*self.lock() {
+            State::Dialling { since } if since.elapsed() >= DIAL_LIMIT => {
+                Err(io::ErrorKind::TimedOut.into())
+            }
+            State::Dialling { .. } => Ok(false),
+            State::Open { .. } => Ok(true),
+            State::Failed(kind) => Err((*kind).into()),
+        }
+    }
+
+    pub(crate) fn is_ready(&self, wants_to_write: bool) -> bool {
+        match &*self.lock() {
+            State::Dialling { .. } => false,
+            State::Open { vchan, ended } => {
+                // What it has rung for is looked at here, so that polling ends with the next news.
+                self.news.hush();
+                vchan.is_ready(wants_to_write) || *ended
+            }
+            State::Failed(_) => true,
+        }
+    }
+
+    pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match &mut *self.lock() {
+            State::Dialling { .. } => Err(io::ErrorKind::NotConnected.into()),
+            State::Open { vchan, ended } => match vchan.read_after_events(buffer) {
+                // There was no close that a vchan tells of.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && *ended => {
+                    Err(io::ErrorKind::ConnectionReset.into())
+                }
+                result => result,
+            },
+            State::Failed(kind) => Err((*kind).into()),
+        }
+    }
+
+    pub(crate) fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut *self.lock() {
+            State::Dialling { .. } => Err(io::ErrorKind::NotConnected.into()),
+            State::Open { ended: true, .. } => Err(io::ErrorKind::BrokenPipe.into()),
+            State::Open { vchan, .. } => vchan.write(bytes),
+            State::Failed(kind) => Err((*kind).into()),
+        }
+    }
+}
+
+impl AsFd for Slot {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.either.as_fd()
+    }
+}
