@@ -9,6 +9,7 @@ mod config;
 mod domain;
 mod files;
 mod libvirt;
+mod peer;
 mod release;
 mod xml;
 
@@ -125,6 +126,7 @@ impl XenHypervisor {
         let tasks = vec![
             tokio::spawn(keep_connected(Arc::clone(&inner))).abort_handle(),
             tokio::spawn(release::watch(Arc::clone(&inner))).abort_handle(),
+            tokio::spawn(peer::run(Arc::clone(&inner))).abort_handle(),
         ];
         Ok(Self { inner, tasks })
     }
