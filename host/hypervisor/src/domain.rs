@@ -139,6 +139,13 @@ pub enum DomainState {
     },
 }
 
+impl DomainState {
+    /// Whether no other state can follow: a saved domain can be restored.
+    pub(crate) fn is_final(&self) -> bool {
+        matches!(self, Self::Stopped { reason } if *reason != StopReason::Saved)
+    }
+}
+
 impl fmt::Display for DomainState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -162,6 +169,8 @@ pub enum StopReason {
     GuestPanic,
     /// `destroy` or a forced `shutdown`.
     Destroyed,
+    /// `save`: `restore` brings it back.
+    Saved,
     /// The hypervisor's process ended by itself.
     Failed {
         /// What is known of the cause, for a user's eyes.
@@ -187,6 +196,7 @@ impl fmt::Display for StopReason {
             Self::GuestReset => f.write_str("the guest asked for a reset"),
             Self::GuestPanic => f.write_str("the guest's kernel panicked"),
             Self::Destroyed => f.write_str("it was ended by force"),
+            Self::Saved => f.write_str("it was saved to a file"),
             Self::Failed { detail } => f.write_str(detail),
         }
     }

@@ -141,6 +141,35 @@ pub enum Error {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The back end cannot do this.
+    #[error("cannot {operation} domain {id}: {reason}")]
+    Unsupported {
+        /// Which.
+        id: DomainId,
+        /// What was asked for.
+        operation: &'static str,
+        /// Why it cannot.
+        reason: &'static str,
+    },
+    /// A file that the domain cannot be restored from.
+    #[error("cannot restore domain {id} from {path}: {detail}", path = path.display())]
+    NotItsSave {
+        /// Which.
+        id: DomainId,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        detail: &'static str,
+    },
+    /// The domain could not be saved; it goes on.
+    #[error("domain {id} was not saved and goes on")]
+    NotSaved {
+        /// Which.
+        id: DomainId,
+        /// Why.
+        #[source]
+        source: Box<Error>,
+    },
     /// The operating system refused something.
     #[error("cannot {action} {path}", path = path.display())]
     Io {
@@ -174,6 +203,9 @@ impl Error {
             Self::StartFailed { .. } => "start-failed",
             Self::Control { .. } => "hypervisor-control",
             Self::Switch { .. } => "vsock-switch",
+            Self::Unsupported { .. } => "unsupported",
+            Self::NotItsSave { .. } => "not-its-save",
+            Self::NotSaved { .. } => "not-saved",
             Self::Io { .. } => "host-io",
         }
     }

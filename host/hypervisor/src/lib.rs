@@ -8,6 +8,7 @@
 mod domain;
 mod error;
 pub mod image;
+mod kept;
 mod lifecycle;
 mod log;
 mod overlay;
@@ -15,13 +16,14 @@ mod pipe_log;
 pub mod qemu;
 mod readable;
 mod rundir;
+mod save_file;
 pub mod sim;
 mod spec;
 mod work;
 #[cfg(feature = "xen")]
 pub mod xen;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -55,6 +57,15 @@ pub trait Hypervisor: Send + Sync {
     async fn pause(&self, id: DomainId) -> Result<(), Error>;
     /// Lets a paused domain go on.
     async fn resume(&self, id: DomainId) -> Result<(), Error>;
+    /// Writes memory and state of a running or paused domain to `file` (an absolute path) and ends
+    /// it as [`StopReason::Saved`]; its disks stay in the run directory. What was in `file` is replaced
+    /// when all is written, and the newest save is the only valid one. A save that fails, for want of
+    /// space for example, is [`Error::NotSaved`]: the domain goes on.
+    async fn save(&self, id: DomainId, file: &Path) -> Result<(), Error>;
+    /// Brings a saved domain back from the file it was saved to: the guest goes on where it was, halted
+    /// if it was, and its agent connects again. The file is gone then: with disks that are written to, it
+    /// is worth nothing any more. A domain that has been restored already is fine.
+    async fn restore(&self, id: DomainId, file: &Path) -> Result<(), Error>;
     /// Asks the guest to switch off (ACPI or the hypervisor's own way), waits up to `grace`, then forces it.
     async fn shutdown(&self, id: DomainId, grace: Duration) -> Result<ShutdownOutcome, Error>;
     /// Ends the domain at once in whatever state and removes all traces. Idempotent: unknown ids are fine.

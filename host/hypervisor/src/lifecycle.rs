@@ -5,7 +5,7 @@ use tokio::sync::{broadcast, watch};
 use crate::domain::{DomainEvent, DomainId, DomainState, StopReason};
 use crate::error::Error;
 
-/// A domain's state. The end is final.
+/// A domain's state. The end is final, but for that of a saved one.
 #[derive(Debug)]
 pub(crate) struct Lifecycle {
     id: DomainId,
@@ -32,7 +32,7 @@ impl Lifecycle {
 
     pub(crate) fn set(&self, state: DomainState) {
         let changed = self.state.send_if_modified(|current| {
-            if *current == state || matches!(current, DomainState::Stopped { .. }) {
+            if *current == state || current.is_final() {
                 return false;
             }
             current.clone_from(&state);

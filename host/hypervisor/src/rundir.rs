@@ -15,7 +15,8 @@ use uuid::Uuid;
 use crate::domain::{Disk, DomainId, DomainSpec, StopReason};
 use crate::error::Error;
 use crate::image::DiskImage;
-use crate::{image, overlay, spec};
+use crate::kept::Transfer;
+use crate::{image, overlay, save_file, spec};
 
 pub(crate) const INITRAMFS: &str = "initramfs.cpio";
 const CONSOLE_LOG: &str = "console.log";
@@ -41,12 +42,25 @@ pub(crate) fn boot_id() -> Result<String, Error> {
 }
 
 /// What is kept of a domain. Written last: a directory without it was never finished.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Record {
     version: u32,
-    /// The host's boot in which the domain was made: none of its processes survives it.
+    /// The host's boot in which the domain was made or restored: none of its processes survives it.
     pub(crate) boot_id: String,
     pub(crate) spec: DomainSpec,
+    #[serde(default)]
+    pub(crate) transfer: Transfer,
+}
+
+impl Record {
+    pub(crate) fn new(spec: DomainSpec, boot_id: String) -> Self {
+        Self {
+            version: VERSION,
+            boot_id,
+            spec,
+            transfer: Transfer::None,
+        }
+    }
 }
 
 /// A domain's directory.
@@ -118,13 +132,12 @@ impl RunDir {
     /// cut-off earlier attempt left is replaced, and a failure leaves nothing.
     pub(crate) fn make(
         &self,
-        spec: &DomainSpec,
-        boot_id: &str,
+        record: &Record,
         owner: Option<u32>,
         contents: impl FnOnce() -> Result<(), Error>,
     ) -> Result<(), Error> {
         self.remove()?;
-        let made = self.fill(spec, boot_id, owner, contents);
+        let made = self.fill(record, owner, contents);
         if made.is_err() {
             self.remove()?;
         }
@@ -133,8 +146,7 @@ impl RunDir {
 
     fn fill(
         &self,
-        spec: &DomainSpec,
-        boot_id: &str,
+        record: &Record,
         owner: Option<u32>,
         contents: impl FnOnce() -> Result<(), Error>,
     ) -> Result<(), Error> {
@@ -156,16 +168,15 @@ impl RunDir {
             fs::set_permissions(&self.0, fs::Permissions::from_mode(0o710))
                 .map_err(Error::io("open to its domain", &self.0))?;
         }
-        self.initramfs(spec, owner)?;
+        self.initramfs(&record.spec, owner)?;
         contents()?;
         let console = self.console_log();
         new_file(&console).map_err(Error::io("make", &console))?;
-        let record = Record {
-            version: VERSION,
-            boot_id: boot_id.to_owned(),
-            spec: spec.clone(),
-        };
-        self.write_json(RECORD, &record)
+        self.write_record(record)
+    }
+
+    pub(crate) fn write_record(&self, record: &Record) -> Result<(), Error> {
+        self.write_json(RECORD, record)
     }
 
     /// Makes the overlay of a disk that `image` is the base of. With `backing`, it names its base
@@ -284,6 +295,11 @@ impl RunDir {
         }
     }
 
+    /// Forgets that the domain had ended: it has been restored.
+    pub(crate) fn clear_stop_reason(&self) -> Result<(), Error> {
+        save_file::forget(&self.path(STOPPED))
+    }
+
     pub(crate) fn set_stop_reason(&self, reason: &StopReason) -> Result<(), Error> {
         self.write_json(STOPPED, reason)
     }
@@ -311,6 +327,8 @@ impl RunDir {
                 .mode(0o600)
                 .open(&partial)?;
             file.write_all(&serde_json::to_vec(value)?)?;
+            // What a saved domain is known by outlives a restart of the host.
+            file.sync_all()?;
             fs::rename(&partial, &path)
         };
         write().map_err(Error::io("write", &path))

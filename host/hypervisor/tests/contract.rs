@@ -72,6 +72,12 @@ contract!(
     the_agent_connects_and_dials_again,
     domains_outlive_their_manager,
     what_happened_meanwhile_is_known_after_a_restart,
+    what_a_back_end_cannot_do_it_says,
+    a_saved_domain_goes_on_where_it_was,
+    a_halted_domain_is_saved_and_restored_halted,
+    only_the_newest_save_of_a_domain_restores_it,
+    a_save_that_cannot_be_written_changes_nothing,
+    a_save_that_is_cut_off_is_completed_or_undone,
     a_failed_create_leaves_nothing,
     user_errors_say_what_to_do,
 );
@@ -193,6 +199,14 @@ async fn unknown_domains_are_not_found(fixture: Fixture) {
         hypervisor.resume(id).await.unwrap_err(),
         hypervisor.shutdown(id, LIMIT).await.unwrap_err(),
         hypervisor.stats(id).await.unwrap_err(),
+        hypervisor
+            .save(id, &fixture.path("save"))
+            .await
+            .unwrap_err(),
+        hypervisor
+            .restore(id, &fixture.path("save"))
+            .await
+            .unwrap_err(),
     ] {
         assert!(
             matches!(error, Error::NotFound(unknown) if unknown == id),
@@ -550,6 +564,274 @@ async fn what_happened_meanwhile_is_known_after_a_restart(fixture: Fixture) {
         hypervisor.destroy(spec.id).await.unwrap();
         assert_gone(&fixture, &*hypervisor, spec.id).await;
     }
+}
+
+async fn what_a_back_end_cannot_do_it_says(fixture: Fixture) {
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Idle).await;
+    let file = fixture.path("save");
+    for (operation, result) in [("save", hypervisor.save(spec.id, &file).await.err())] {
+        let code = result.as_ref().map(Error::code);
+        assert_eq!(
+            code == Some("unsupported"),
+            fixture.cannot(operation),
+            "{operation}: {code:?}"
+        );
+    }
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+async fn a_saved_domain_goes_on_where_it_was(fixture: Fixture) {
+    if fixture.cannot("save") {
+        return;
+    }
+    let mut hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Agent).await;
+    let (agent, _events) = connect(&*hypervisor, spec.id).await;
+    agent.start(StartMode::Agent).await.unwrap();
+    let boot = agent.hello().boot_id;
+    let conversation = Uuid::new_v4();
+    let mut task = support::echo(conversation);
+    task.argv = vec!["sleep".to_owned(), "100000".to_owned()];
+    assert!(!agent.execute(task).await.unwrap());
+
+    let file = fixture.path("save");
+    for restart in [false, true] {
+        let begin = Instant::now();
+        hypervisor.save(spec.id, &file).await.unwrap();
+        let saved = begin.elapsed();
+        assert_eq!(
+            state(&*hypervisor, spec.id).await,
+            Some(stopped(StopReason::Saved))
+        );
+        assert_ne!(fixture.process_exists(spec.id), Some(true));
+        // Its connections are closed, and there are no others.
+        assert!(agent.stats().await.is_err());
+        let error = hypervisor.channel(spec.id).await.err().unwrap();
+        assert_eq!(error.code(), "domain-gone");
+        if restart {
+            drop(hypervisor);
+            hypervisor = fixture.open().await;
+            assert_eq!(
+                state(&*hypervisor, spec.id).await,
+                Some(stopped(StopReason::Saved))
+            );
+        }
+        let begin = Instant::now();
+        hypervisor.restore(spec.id, &file).await.unwrap();
+        println!(
+            "saved in {saved:?}, restored in {:?}, {} bytes",
+            begin.elapsed(),
+            spec.memory_bytes
+        );
+        assert_eq!(
+            state(&*hypervisor, spec.id).await,
+            Some(DomainState::Running)
+        );
+        assert!(!file.exists());
+        // Again: it has been done.
+        hypervisor.restore(spec.id, &file).await.unwrap();
+        let (agent, _events) = connect(&*hypervisor, spec.id).await;
+        assert_eq!(agent.hello().boot_id, boot);
+        let known = &agent.hello().conversations;
+        assert!(
+            known
+                .iter()
+                .any(|known| known.conversation == conversation && known.running),
+            "{known:?}"
+        );
+    }
+    let (agent, mut events) = connect(&*hypervisor, spec.id).await;
+    agent
+        .terminate_task(conversation, Duration::ZERO)
+        .await
+        .unwrap();
+    let ended = timeout(LIMIT, events.recv()).await.unwrap();
+    assert!(matches!(ended, Some(Event::Exited { .. })), "{ended:?}");
+    agent.shutdown(Duration::ZERO).await.unwrap();
+    assert_eq!(end(&*hypervisor, spec.id).await, StopReason::GuestShutdown);
+    hypervisor.destroy(spec.id).await.unwrap();
+    assert_gone(&fixture, &*hypervisor, spec.id).await;
+}
+
+/// Connects to an agent until it proves itself: one that is about to dial again may offer a connection
+/// that is of no use.
+async fn connect(
+    hypervisor: &dyn Hypervisor,
+    id: DomainId,
+) -> (Agent, tokio::sync::mpsc::Receiver<Event>) {
+    let connect = async {
+        loop {
+            let stream = hypervisor.channel(id).await.unwrap();
+            match Agent::connect(stream, &support::SECRET, Resume::default()).await {
+                Ok(connected) => return connected,
+                Err(error) => println!("not yet: {error}"),
+            }
+        }
+    };
+    timeout(LIMIT, connect).await.expect("no agent")
+}
+
+async fn a_halted_domain_is_saved_and_restored_halted(fixture: Fixture) {
+    if fixture.cannot("save") {
+        return;
+    }
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Count).await;
+    fixture.wait_console(&*hypervisor, spec.id, READY).await;
+    let mut events = hypervisor.events();
+    hypervisor.pause(spec.id).await.unwrap();
+    let file = fixture.path("save");
+    hypervisor.save(spec.id, &file).await.unwrap();
+    // A saved domain is as good as any other that has ended.
+    assert_eq!(
+        hypervisor.shutdown(spec.id, LIMIT).await.unwrap(),
+        ShutdownOutcome::EndedOtherwise
+    );
+    hypervisor.restore(spec.id, &file).await.unwrap();
+    let mut seen = Vec::new();
+    while seen.last() != Some(&stopped(StopReason::Saved)) {
+        seen.push(events.recv().await.unwrap().state);
+    }
+    assert_eq!(seen, [DomainState::Paused, stopped(StopReason::Saved)]);
+    assert_eq!(events.recv().await.unwrap().state, DomainState::Paused);
+    let console = hypervisor.console(spec.id).await.unwrap();
+    // What is on its way to the log still comes.
+    sleep(Duration::from_millis(500)).await;
+    let before = std::fs::read(&console).unwrap();
+    sleep(Duration::from_millis(500)).await;
+    assert!(
+        std::fs::read(&console).unwrap() == before,
+        "a halted guest printed"
+    );
+    hypervisor.resume(spec.id).await.unwrap();
+    goes_on(&fixture, &*hypervisor, &spec).await;
+    hypervisor.destroy(spec.id).await.unwrap();
+    assert_gone(&fixture, &*hypervisor, spec.id).await;
+}
+
+/// Whether a guest that counts does so, and has been booted once.
+async fn goes_on(
+    fixture: &Fixture,
+    hypervisor: &dyn Hypervisor,
+    spec: &xbee_hypervisor::DomainSpec,
+) {
+    let before = fixture.wait_console(hypervisor, spec.id, READY).await;
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let now = fixture.wait_console(hypervisor, spec.id, READY).await;
+        assert_eq!(now.matches(READY).count(), 1, "{now}");
+        if now.len() > before.len() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "the guest does not go on: {now}");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn only_the_newest_save_of_a_domain_restores_it(fixture: Fixture) {
+    if fixture.cannot("save") {
+        return;
+    }
+    let hypervisor = fixture.open().await;
+    let created = fixture.spec(Guest::Idle);
+    hypervisor.create(&created).await.unwrap();
+    let [file, older, other] = ["save", "older", "other"].map(|name| fixture.path(name));
+    for error in [
+        hypervisor.save(created.id, &file).await.unwrap_err(),
+        hypervisor.restore(created.id, &file).await.unwrap_err(),
+    ] {
+        assert_eq!(error.code(), "domain-wrong-state");
+    }
+    let spec = fixture.run(&*hypervisor, Guest::Count).await;
+    fixture.wait_console(&*hypervisor, spec.id, READY).await;
+    hypervisor.save(spec.id, &file).await.unwrap();
+    std::fs::copy(&file, &older).unwrap();
+    hypervisor.restore(spec.id, &file).await.unwrap();
+    hypervisor.save(spec.id, &file).await.unwrap();
+    std::fs::write(&other, "something else").unwrap();
+    for (path, code) in [
+        (&older, "not-its-save"),
+        (&other, "not-its-save"),
+        (&fixture.path("none"), "host-io"),
+    ] {
+        let error = hypervisor.restore(spec.id, path).await.unwrap_err();
+        assert_eq!(error.code(), code, "{error}");
+        assert_eq!(
+            state(&*hypervisor, spec.id).await,
+            Some(stopped(StopReason::Saved))
+        );
+    }
+    // Its name may be another by now.
+    std::fs::rename(&file, &other).unwrap();
+    hypervisor.restore(spec.id, &other).await.unwrap();
+    goes_on(&fixture, &*hypervisor, &spec).await;
+    for spec in [created, spec] {
+        hypervisor.destroy(spec.id).await.unwrap();
+        assert_gone(&fixture, &*hypervisor, spec.id).await;
+    }
+}
+
+async fn a_save_that_cannot_be_written_changes_nothing(fixture: Fixture) {
+    if fixture.cannot("save") {
+        return;
+    }
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Count).await;
+    fixture.wait_console(&*hypervisor, spec.id, READY).await;
+    let file = fixture.path("none/save");
+    let error = hypervisor.save(spec.id, &file).await.unwrap_err();
+    assert_eq!(error.code(), "not-saved");
+    assert_eq!(
+        state(&*hypervisor, spec.id).await,
+        Some(DomainState::Running)
+    );
+    goes_on(&fixture, &*hypervisor, &spec).await;
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+async fn a_save_that_is_cut_off_is_completed_or_undone(fixture: Fixture) {
+    if fixture.cannot("save") {
+        return;
+    }
+    let fixture = std::sync::Arc::new(fixture);
+    let spec = {
+        let hypervisor = fixture.open().await;
+        let spec = fixture.run(&*hypervisor, Guest::Count).await;
+        fixture.wait_console(&*hypervisor, spec.id, READY).await;
+        spec
+    };
+    let file = fixture.path("save");
+    for delay_ms in [0, 300, 2_000] {
+        // A manager that is gone from one moment to the next.
+        let manager = tokio::runtime::Runtime::new().unwrap();
+        let (its, id, into) = (std::sync::Arc::clone(&fixture), spec.id, file.clone());
+        let (opened, is_open) = tokio::sync::oneshot::channel();
+        manager.spawn(async move {
+            let hypervisor = its.open().await;
+            let _ = opened.send(());
+            // Nobody hears how it ended.
+            let _ = hypervisor.save(id, &into).await;
+            std::future::pending::<()>().await;
+        });
+        is_open.await.unwrap();
+        sleep(Duration::from_millis(delay_ms)).await;
+        manager.shutdown_background();
+
+        let hypervisor = fixture.open().await;
+        if fixture.settled(&*hypervisor, spec.id).await == stopped(StopReason::Saved) {
+            println!("after {delay_ms} ms: saved");
+            hypervisor.restore(spec.id, &file).await.unwrap();
+        } else {
+            println!("after {delay_ms} ms: not saved");
+            assert!(!file.exists());
+        }
+        goes_on(&fixture, &*hypervisor, &spec).await;
+        assert!(!fixture.path("save.partial").exists());
+    }
+    let hypervisor = fixture.open().await;
+    hypervisor.destroy(spec.id).await.unwrap();
+    assert_gone(&fixture, &*hypervisor, spec.id).await;
 }
 
 async fn a_failed_create_leaves_nothing(fixture: Fixture) {

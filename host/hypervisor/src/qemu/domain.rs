@@ -125,6 +125,14 @@ impl Domain {
         self.attend(Arc::new(process), logs, config).await
     }
 
+    pub(crate) fn cannot(&self, operation: &'static str, reason: &'static str) -> Error {
+        Error::Unsupported {
+            id: self.spec.id,
+            operation,
+            reason,
+        }
+    }
+
     fn fail(&self, detail: String) -> Result<(), Error> {
         let reason = StopReason::Failed { detail };
         self.dir.set_stop_reason(&reason)?;

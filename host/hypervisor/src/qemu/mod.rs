@@ -16,7 +16,7 @@ mod switch;
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -34,12 +34,16 @@ use crate::domain::{
     HostCapabilities, ShutdownOutcome,
 };
 use crate::error::Error;
-use crate::rundir::{self, RunDir};
+use crate::rundir::{self, Record, RunDir};
 use crate::work::{blocking, joined};
 use crate::{Hypervisor, image, spec};
 
 /// Events kept for a receiver that lags.
 const EVENTS_MAX: usize = 4096;
+
+/// As QEMU itself says when asked to (7.2, docs of `query-migrate`: "non-migratable device").
+const NO_SAVE: &str =
+    "QEMU does not save a domain with a vhost-user-vsock device, over which its agent is reached";
 
 /// Domains as QEMU processes.
 #[derive(Debug)]
@@ -148,7 +152,8 @@ impl Inner {
                 return Ok((spec, dir, false));
             }
             image::open_kernel(&spec.kernel)?;
-            dir.make(&spec, &boot_id, owner, || dir.make_for_qemu(&spec, owner))?;
+            let record = Record::new(spec.clone(), boot_id);
+            dir.make(&record, owner, || dir.make_for_qemu(&spec, owner))?;
             Ok((spec, dir, true))
         })
         .await?;
@@ -248,6 +253,14 @@ impl Hypervisor for QemuHypervisor {
         let domain = self.domain(id)?;
         let _operation = domain.operation.lock().await;
         domain.resume().await
+    }
+
+    async fn save(&self, id: DomainId, _file: &Path) -> Result<(), Error> {
+        Err(self.domain(id)?.cannot("save", NO_SAVE))
+    }
+
+    async fn restore(&self, id: DomainId, _file: &Path) -> Result<(), Error> {
+        Err(self.domain(id)?.cannot("restore", NO_SAVE))
     }
 
     async fn shutdown(&self, id: DomainId, grace: Duration) -> Result<ShutdownOutcome, Error> {

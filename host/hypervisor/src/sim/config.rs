@@ -78,6 +78,8 @@ pub enum SimEvent {
     },
     /// The guest prints without end.
     FloodConsole,
+    /// The guest prints a line now and then.
+    Count,
     /// The guest is deaf to the power button from now on.
     IgnorePowerButton,
     /// The agent's connection breaks; it dials again.

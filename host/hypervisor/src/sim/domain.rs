@@ -1,7 +1,7 @@
 //! One simulated domain.
 
-use std::io;
-use std::path::PathBuf;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,20 +9,25 @@ use tokio::io::DuplexStream;
 use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
+use uuid::Uuid;
 use xbee_protocol::{BOOT_CONFIG_PATH, BootConfig};
 
 use super::agent::{Agent, Order};
 use super::config::{SimConfig, SimEvent};
+use super::connection::Connection;
 use super::random::Random;
 use crate::domain::{
     DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
 };
 use crate::error::Error;
 use crate::log::BoundedLog;
+use crate::save_file::{self, Fingerprint};
 
 /// What goes through a domain's console at a time, in bytes, when it floods it.
 const FLOOD_BYTES: usize = 16 << 10;
 const FLOOD_INTERVAL: Duration = Duration::from_millis(10);
+/// Between two lines of one that counts.
+const COUNT_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
 pub(super) struct Domain {
@@ -31,6 +36,10 @@ pub(super) struct Domain {
     events: broadcast::Sender<DomainEvent>,
     console: Mutex<BoundedLog>,
     newest_connection: Mutex<Option<DuplexStream>>,
+    /// Counts the saves: connections from before one are cut.
+    saves: watch::Sender<u32>,
+    /// What it was saved to, and whether it was halted.
+    saved: Mutex<Option<(Fingerprint, bool)>>,
     connected: Notify,
     life: Mutex<Option<Life>>,
 }
@@ -62,6 +71,8 @@ impl Domain {
             events,
             console: Mutex::new(console),
             newest_connection: Mutex::default(),
+            saves: watch::Sender::new(0),
+            saved: Mutex::default(),
             connected: Notify::new(),
             life: Mutex::default(),
         })
@@ -73,7 +84,7 @@ impl Domain {
 
     fn set_state(&self, state: DomainState) {
         let changed = self.state.send_if_modified(|current| {
-            if *current == state || matches!(current, DomainState::Stopped { .. }) {
+            if *current == state || current.is_final() {
                 return false;
             }
             current.clone_from(&state);
@@ -172,13 +183,13 @@ impl Domain {
     async fn unpaused(&self) {
         let mut state = self.state.subscribe();
         // Fails only when the domain is no more.
-        let _ = state.wait_for(|state| *state != DomainState::Paused).await;
+        let _ = state.wait_for(|state| !is_halted(state)).await;
     }
 
     async fn paused(&self) {
         let mut state = self.state.subscribe();
         // Fails only when the domain is no more.
-        let _ = state.wait_for(|state| *state == DomainState::Paused).await;
+        let _ = state.wait_for(is_halted).await;
     }
 
     /// Gives the host its end of a new connection, in place of one that it has not taken.
@@ -198,8 +209,9 @@ impl Domain {
             .unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    pub(super) async fn next_connection(&self) -> DuplexStream {
+    pub(super) async fn next_connection(&self) -> Connection {
         loop {
+            let saves = self.saves.subscribe();
             let connected = self.connected.notified();
             let stream = self
                 .newest_connection
@@ -207,7 +219,7 @@ impl Domain {
                 .unwrap_or_else(PoisonError::into_inner)
                 .take();
             if let Some(stream) = stream {
-                return stream;
+                return Connection::new(stream, saves);
             }
             connected.await;
         }
@@ -231,6 +243,57 @@ impl Domain {
             }
             _ => Err(self.wrong_state("resume")),
         }
+    }
+
+    pub(super) fn save(&self, file: &Path) -> Result<(), Error> {
+        let paused = match self.state() {
+            DomainState::Running => false,
+            DomainState::Paused => true,
+            _ => return Err(self.wrong_state("save")),
+        };
+        let write = || {
+            // The guest itself is parked in memory; its file is one of a kind.
+            let mut opened = save_file::begin(file)?;
+            writeln!(opened, "simulated: {} {}", self.spec.id, Uuid::new_v4())
+                .map_err(Error::io("write", file))?;
+            let known_by = save_file::seal(file)?;
+            save_file::publish(file)?;
+            Ok(known_by)
+        };
+        let known_by = write().map_err(|error| Error::NotSaved {
+            id: self.spec.id,
+            source: Box::new(error),
+        })?;
+        *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some((known_by, paused));
+        self.forget_connection();
+        self.saves.send_modify(|saves| *saves += 1);
+        self.set_state(DomainState::Stopped {
+            reason: StopReason::Saved,
+        });
+        Ok(())
+    }
+
+    pub(super) fn restore(&self, file: &Path) -> Result<(), Error> {
+        let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+        let (known_by, paused) = match (self.state(), &*saved) {
+            (DomainState::Running | DomainState::Paused, _) => return Ok(()),
+            (
+                DomainState::Stopped {
+                    reason: StopReason::Saved,
+                },
+                Some(saved),
+            ) => saved,
+            _ => return Err(self.wrong_state("restore")),
+        };
+        save_file::check(file, self.spec.id, known_by)?;
+        save_file::forget(file)?;
+        let state = match paused {
+            true => DomainState::Paused,
+            false => DomainState::Running,
+        };
+        *saved = None;
+        self.set_state(state);
+        Ok(())
     }
 
     pub(super) async fn shutdown(&self, grace: Duration) -> Result<ShutdownOutcome, Error> {
@@ -285,6 +348,14 @@ impl Domain {
     }
 }
 
+/// Whether nothing in the guest goes on, for now.
+fn is_halted(state: &DomainState) -> bool {
+    let saved = DomainState::Stopped {
+        reason: StopReason::Saved,
+    };
+    *state == DomainState::Paused || *state == saved
+}
+
 fn console_path(spec: &DomainSpec) -> PathBuf {
     spec.run_dir.join("console.log")
 }
@@ -313,7 +384,7 @@ async fn end(
     let (orders, receiver) = mpsc::unbounded_channel();
     let guest = guest(domain, config, random.clone(), receiver);
     tokio::pin!(guest);
-    let mut deaf = false;
+    let (mut deaf, mut counting) = (false, false);
     loop {
         domain.unpaused().await;
         tokio::select! {
@@ -333,6 +404,7 @@ async fn end(
                     }
                     SimEvent::Crash { detail } => return StopReason::Failed { detail },
                     SimEvent::FloodConsole => flooding = true,
+                    SimEvent::Count => counting = true,
                     SimEvent::IgnorePowerButton => deaf = true,
                     // Nobody takes them where no agent is.
                     SimEvent::DropConnection => drop(orders.send(Order::Drop)),
@@ -349,6 +421,7 @@ async fn end(
             () = sleep(FLOOD_INTERVAL), if flooding => {
                 domain.print(&"flood\n".repeat(FLOOD_BYTES / 6));
             }
+            () = sleep(COUNT_INTERVAL), if counting => domain.print("another line\n"),
             // Nothing above goes on while it is halted.
             () = domain.paused() => {}
         }

@@ -7,6 +7,7 @@
 mod agent;
 mod command;
 mod config;
+mod connection;
 mod domain;
 mod files;
 mod machine;
@@ -17,7 +18,7 @@ mod task;
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -210,6 +211,14 @@ impl Hypervisor for SimHypervisor {
 
     async fn resume(&self, id: DomainId) -> Result<(), Error> {
         self.0.domain(id)?.resume()
+    }
+
+    async fn save(&self, id: DomainId, file: &Path) -> Result<(), Error> {
+        self.0.domain(id)?.save(file)
+    }
+
+    async fn restore(&self, id: DomainId, file: &Path) -> Result<(), Error> {
+        self.0.domain(id)?.restore(file)
     }
 
     async fn shutdown(&self, id: DomainId, grace: Duration) -> Result<ShutdownOutcome, Error> {

@@ -23,6 +23,17 @@ use crate::work;
 /// Where an agent announces itself, below its domain's own directory in xenstore.
 pub(crate) const AGENT_PATH: &str = "data/xbee/agent";
 
+/// Whether a domain's agent can be spoken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Streams {
+    /// Yes; counted, so that those from before a save are told from those after.
+    Open(u32),
+    /// Not while it is saved: no channel may be open then.
+    Cut,
+    /// The domain's end has been seen, and what is left of it is being removed.
+    Ended,
+}
+
 /// What was found under the agent's path.
 enum Found {
     Vchan(Box<Vchan>),
@@ -31,12 +42,13 @@ enum Found {
     Nothing,
 }
 
-/// Waits until the agent of the domain serves. Cancel-safe. `ending` tells that the domain ends, which
-/// the stream hears of in no other way.
+/// Waits until the agent of the domain serves. Cancel-safe. The stream lives as long as `streams` is
+/// `open`: of the domain's end, and of a save, it hears in no other way.
 pub(crate) async fn connect(
     domid: u32,
     address: Option<Ipv6Addr>,
-    ending: watch::Receiver<bool>,
+    open: Streams,
+    streams: watch::Receiver<Streams>,
 ) -> Result<Box<dyn AgentStream>, io::Error> {
     let path = format!("/local/domain/{domid}/{AGENT_PATH}");
     let watched = path.clone();
@@ -61,7 +73,9 @@ pub(crate) async fn connect(
         .map_err(io::Error::other)?;
         store = back;
         match (found, address) {
-            (Found::Vchan(vchan), _) => return Ok(Box::new(AgentChannel::new(*vchan, ending)?)),
+            (Found::Vchan(vchan), _) => {
+                return Ok(Box::new(AgentChannel::new(*vchan, open, streams)?));
+            }
             (Found::Port(port), Some(address)) => {
                 // Refused or lost: the agent announces itself anew when it listens again.
                 match TcpStream::connect((address, port)).await {
@@ -117,7 +131,7 @@ pub(crate) struct AgentChannel {
 
 #[derive(Debug)]
 struct Shared {
-    /// `None` once the stream has been dropped.
+    /// `None` once the stream has been dropped or cut.
     vchan: Option<Vchan>,
     /// The domain has ended, or the channel's events cannot be had.
     ended: bool,
@@ -137,7 +151,11 @@ impl Shared {
 }
 
 impl AgentChannel {
-    pub(crate) fn new(vchan: Vchan, ending: watch::Receiver<bool>) -> io::Result<Self> {
+    pub(crate) fn new(
+        vchan: Vchan,
+        open: Streams,
+        streams: watch::Receiver<Streams>,
+    ) -> io::Result<Self> {
         let events = readable(vchan.as_fd().try_clone_to_owned()?)?;
         let shared = Arc::new(Mutex::new(Shared {
             vchan: Some(vchan),
@@ -145,7 +163,7 @@ impl AgentChannel {
             reader: None,
             writer: None,
         }));
-        let driver = tokio::spawn(drive(events, Arc::clone(&shared), ending)).abort_handle();
+        let driver = tokio::spawn(drive(events, Arc::clone(&shared), open, streams)).abort_handle();
         Ok(Self { shared, driver })
     }
 
@@ -189,12 +207,19 @@ fn lock(shared: &Mutex<Shared>) -> std::sync::MutexGuard<'_, Shared> {
 async fn drive(
     events: AsyncFd<OwnedFd>,
     shared: Arc<Mutex<Shared>>,
-    mut ending: watch::Receiver<bool>,
+    open: Streams,
+    mut streams: watch::Receiver<Streams>,
 ) {
     let end = loop {
         tokio::select! {
             // An error is the end of the back end itself.
-            _ = ending.wait_for(|ending| *ending) => break None,
+            now = streams.wait_for(|streams| *streams != open) => {
+                let ended = now.map_or(Streams::Ended, |now| *now) == Streams::Ended;
+                if !ended {
+                    lock(&shared).vchan = None;
+                }
+                break None;
+            }
             ready = events.readable() => match ready {
                 Ok(mut ready) => {
                     ready.clear_ready();

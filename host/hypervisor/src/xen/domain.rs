@@ -1,7 +1,7 @@
 //! One domain: what watches it, and the operations on it.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use tokio::sync::{Notify, broadcast, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
+use super::channel::Streams;
 use super::config::XenConfig;
 use super::files;
 use super::libvirt::{Libvirt, Seen};
@@ -17,9 +18,11 @@ use crate::domain::{
     AgentStream, DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
 };
 use crate::error::{Error, chain};
+use crate::kept::{Kept, Transfer};
 use crate::lifecycle::Lifecycle;
 use crate::pipe_log::PipeLog;
 use crate::rundir::{Record, RunDir};
+use crate::save_file;
 use crate::work::blocking;
 
 const MIB: u64 = 1 << 20;
@@ -35,6 +38,9 @@ const SHUTDOWN_INTERVAL: Duration = Duration::from_secs(2);
 /// The console's last words come within this time of the guest's end, through a daemon.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
+/// What could not be done about an ended domain is tried again after so long.
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
+
 /// A domain. Operations on its life cycle are serialised by `operation`; the state of a started
 /// one is set by what `supervise` sees and by nothing else.
 #[derive(Debug)]
@@ -43,15 +49,18 @@ pub(crate) struct Domain {
     pub(crate) dir: RunDir,
     pub(crate) operation: tokio::sync::Mutex<()>,
     pub(crate) life: Lifecycle,
-    libvirt: Arc<Libvirt>,
+    pub(super) kept: Arc<Kept>,
+    pub(super) libvirt: Arc<Libvirt>,
     /// Something happened to it.
     pub(crate) look: Notify,
     /// libvirt said that its guest ended by itself.
     pub(crate) ended_by_itself: AtomicBool,
     /// Its end is our doing.
     killed: AtomicBool,
-    /// Its end has been seen, and what is left of it is being removed.
-    ending: watch::Sender<bool>,
+    /// It is being saved: what it does meanwhile is no change of its state.
+    pub(super) saving: watch::Sender<bool>,
+    pub(super) streams: watch::Sender<Streams>,
+    pub(super) streams_opened: AtomicU32,
     supervisor: Mutex<Option<AbortHandle>>,
 }
 
@@ -59,6 +68,7 @@ impl Domain {
     pub(crate) fn new(
         spec: DomainSpec,
         dir: RunDir,
+        record: Record,
         state: DomainState,
         libvirt: Arc<Libvirt>,
         events: broadcast::Sender<DomainEvent>,
@@ -66,13 +76,16 @@ impl Domain {
         Self {
             life: Lifecycle::new(spec.id, state, events),
             spec,
+            kept: Kept::new(dir.clone(), record),
             dir,
             operation: tokio::sync::Mutex::new(()),
             libvirt,
             look: Notify::new(),
             ended_by_itself: AtomicBool::new(false),
             killed: AtomicBool::new(false),
-            ending: watch::Sender::new(false),
+            saving: watch::Sender::new(false),
+            streams: watch::Sender::new(Streams::Open(0)),
+            streams_opened: AtomicU32::new(0),
             supervisor: Mutex::default(),
         }
     }
@@ -81,16 +94,7 @@ impl Domain {
     /// not start has ended: half a start may have left traces. One for which there is no room now
     /// has not been touched.
     pub(crate) async fn start(self: &Arc<Self>, config: &XenConfig) -> Result<(), Error> {
-        let (_, free_bytes, _) = self.libvirt.host().await?;
-        let needed_bytes = self.spec.memory_bytes / 128 * 129
-            + OVERHEAD_BYTES
-            + u64::from(self.spec.vcpus) * OVERHEAD_PER_VCPU_BYTES;
-        if needed_bytes > free_bytes {
-            return Err(Error::NoMemoryNow {
-                asked_mib: needed_bytes.div_ceil(MIB),
-                free_mib: free_bytes / MIB,
-            });
-        }
+        self.check_room().await?;
         let initramfs = self.dir.initramfs_path();
         let xml = xml::render(
             &self.spec,
@@ -116,6 +120,21 @@ impl Domain {
         Ok(())
     }
 
+    /// Whether there is memory for it now.
+    pub(super) async fn check_room(&self) -> Result<(), Error> {
+        let (_, free_bytes, _) = self.libvirt.host().await?;
+        let needed_bytes = self.spec.memory_bytes / 128 * 129
+            + OVERHEAD_BYTES
+            + u64::from(self.spec.vcpus) * OVERHEAD_PER_VCPU_BYTES;
+        if needed_bytes > free_bytes {
+            return Err(Error::NoMemoryNow {
+                asked_mib: needed_bytes.div_ceil(MIB),
+                free_mib: free_bytes / MIB,
+            });
+        }
+        Ok(())
+    }
+
     fn fail(&self, detail: String) -> Result<(), Error> {
         let reason = StopReason::Failed { detail };
         self.dir.set_stop_reason(&reason)?;
@@ -123,8 +142,16 @@ impl Domain {
         Ok(())
     }
 
+    /// Whether a save or a restore is to be completed or undone.
+    pub(super) fn is_unsettled(&self) -> bool {
+        !matches!(
+            self.kept.transfer(),
+            Transfer::None | Transfer::Saved { .. }
+        )
+    }
+
     /// Watches a domain that has been started until it ends.
-    fn attend(self: &Arc<Self>, config: &XenConfig) {
+    pub(super) fn attend(self: &Arc<Self>, config: &XenConfig) {
         let task = tokio::spawn(supervise(Arc::clone(self), config.console_max_bytes));
         *self
             .supervisor
@@ -151,18 +178,36 @@ impl Domain {
             operation: "reach its agent",
             source,
         };
-        let Some(domid) = self.libvirt.domid(self.spec.id).await? else {
-            // It ends, and why is about to be known.
-            let reason = self.life.stopped().await;
-            return Err(Error::Gone {
-                id: self.spec.id,
-                reason,
-            });
-        };
+        let mut streams = self.streams.subscribe();
         let address = self.spec.interface.map(|interface| interface.address);
-        super::channel::connect(domid, address, self.ending.subscribe())
-            .await
-            .map_err(|error| control(error.into()))
+        loop {
+            // Not while it is saved. The sender lives as long as `self`.
+            let open = streams
+                .wait_for(|streams| matches!(streams, Streams::Open(_)))
+                .await
+                .map_or(Streams::Ended, |streams| *streams);
+            let Some(domid) = self.libvirt.domid(self.spec.id).await? else {
+                // It ends, and why is about to be known.
+                let reason = self.life.stopped().await;
+                return Err(Error::Gone {
+                    id: self.spec.id,
+                    reason,
+                });
+            };
+            tokio::select! {
+                _ = streams.wait_for(|streams| *streams != open) => {}
+                stream = super::channel::connect(domid, address, open, self.streams.subscribe()) => {
+                    return stream.map_err(|error| control(error.into()));
+                }
+            }
+        }
+    }
+
+    /// Waits until it is not being saved, up to `deadline`.
+    async fn not_saving(&self, deadline: Instant) {
+        let mut saving = self.saving.subscribe();
+        // Past the deadline the caller does what it wants to.
+        let _ = tokio::time::timeout_at(deadline, saving.wait_for(|saving| !saving)).await;
     }
 
     pub(crate) async fn pause(&self, limit: Duration) -> Result<(), Error> {
@@ -219,6 +264,7 @@ impl Domain {
         limit: Duration,
     ) -> Result<ShutdownOutcome, Error> {
         let deadline = Instant::now() + grace;
+        self.not_saving(deadline).await;
         loop {
             match self.life.get() {
                 DomainState::Created => return Err(self.life.wrong("shut down")),
@@ -239,7 +285,7 @@ impl Domain {
                 return Ok(reason.shutdown_outcome());
             }
             // Its guest has ended, and what is left of it is being removed.
-            if *self.ending.borrow()
+            if *self.streams.borrow() == Streams::Ended
                 && let Ok(reason) = tokio::time::timeout(limit, self.life.stopped()).await
             {
                 return Ok(reason.shutdown_outcome());
@@ -264,7 +310,7 @@ impl Domain {
             source,
         };
         self.killed.store(true, Ordering::Release);
-        self.ending.send_replace(true);
+        self.streams.send_replace(Streams::Ended);
         self.libvirt
             .destroy(self.spec.id)
             .await
@@ -309,6 +355,14 @@ impl Domain {
 
     /// Removes what is left of an ended domain and tells why it ended.
     async fn bury(&self, seen: Seen) -> Result<StopReason, Error> {
+        if let Transfer::Saving { file, paused } = self.kept.transfer() {
+            if seen == Seen::Gone && !self.killed.load(Ordering::Acquire) {
+                return self.saved(file, paused).await;
+            }
+            let partial = save_file::partial(&file);
+            blocking(move || save_file::forget(&partial)).await?;
+            self.kept.set_transfer(Transfer::None).await?;
+        }
         let crashed = seen == Seen::Crashed;
         if crashed || seen == Seen::Off {
             // Should this process end before the domain is gone.
@@ -343,7 +397,21 @@ async fn supervise(domain: Arc<Domain>, console_max_bytes: u64) {
     let mut console = None;
     let mut console_opened = false;
     let seen = loop {
-        match domain.libvirt.see(domain.spec.id).await {
+        let seen = domain.libvirt.see(domain.spec.id).await;
+        if *domain.saving.borrow() {
+            let mut saving = domain.saving.subscribe();
+            loop {
+                tokio::select! {
+                    _ = saving.wait_for(|saving| !saving) => break,
+                    error = run(&mut console), if console.is_some() => {
+                        tracing::debug!(domain = %domain.spec.id, %error, "the console is closed");
+                        console = None;
+                    }
+                }
+            }
+            continue;
+        }
+        match seen {
             Ok(seen @ (Seen::Off | Seen::Crashed | Seen::Gone)) => break seen,
             Ok(seen) => {
                 if !console_opened {
@@ -376,13 +444,14 @@ async fn supervise(domain: Arc<Domain>, console_max_bytes: u64) {
         // What comes later is lost, and nothing waits for it.
         let _ = tokio::time::timeout(LAST_WORDS, run(&mut console)).await;
     }
-    domain.ending.send_replace(true);
+    domain.streams.send_replace(Streams::Ended);
     let reason = loop {
         match domain.bury(seen).await {
             Ok(reason) => break reason,
             Err(error) => {
                 tracing::warn!(domain = %domain.spec.id, error = chain(&error), "cannot remove an ended domain");
-                domain.look.notified().await;
+                // Whichever comes first.
+                let _ = tokio::time::timeout(RETRY_PAUSE, domain.look.notified()).await;
             }
         }
     };
@@ -414,25 +483,71 @@ pub(crate) async fn adopt(
         blocking(move || Ok((dir.stop_reason()?, dir.has_started()))).await?
     };
     let same_boot = record.boot_id == boot_id;
-    let state = match stopped {
-        Some(reason) => DomainState::Stopped { reason },
-        None if started && !same_boot => DomainState::Stopped {
+    let state = match (&record.transfer, stopped) {
+        (Transfer::Saved { .. } | Transfer::Restoring { .. }, _) => DomainState::Stopped {
+            reason: StopReason::Saved,
+        },
+        (Transfer::Restored { .. }, _) if same_boot => DomainState::Stopped {
+            reason: StopReason::Saved,
+        },
+        (_, Some(reason)) if reason != StopReason::Saved => DomainState::Stopped { reason },
+        (_, _) if started && !same_boot => DomainState::Stopped {
             reason: StopReason::Failed {
                 detail: "the host was restarted".to_owned(),
             },
         },
-        None if started => DomainState::Running,
-        None => DomainState::Created,
+        (_, _) if started => DomainState::Running,
+        (_, _) => DomainState::Created,
     };
-    if started && same_boot && matches!(state, DomainState::Stopped { .. }) {
+    if started && same_boot && state.is_final() {
         // Its end was noted, and then perhaps not completed. Without libvirt there is a next time.
         if let Err(error) = libvirt.destroy(id).await {
             tracing::warn!(domain = %id, %error, "an ended domain may be there still");
         }
     }
     let running = state == DomainState::Running;
-    let domain = Domain::new(record.spec, dir, state, Arc::clone(libvirt), events);
+    let transfer = record.transfer.clone();
+    let domain = Domain::new(
+        record.spec.clone(),
+        dir,
+        record,
+        state,
+        Arc::clone(libvirt),
+        events,
+    );
     let domain = Arc::new(domain);
+    match &transfer {
+        // Whatever was left to do of it.
+        Transfer::Saved { file, .. } => {
+            let (file, dir) = (file.clone(), domain.dir.clone());
+            blocking(move || {
+                save_file::publish(&file)?;
+                dir.set_stop_reason(&StopReason::Saved)
+            })
+            .await?;
+        }
+        Transfer::Saving { file, .. } if !same_boot => {
+            let partial = save_file::partial(file);
+            blocking(move || save_file::forget(&partial)).await?;
+            domain.kept.set_transfer(Transfer::None).await?;
+        }
+        Transfer::Restoring {
+            file,
+            known_by,
+            paused,
+        } if !same_boot => {
+            let saved = Transfer::Saved {
+                file: file.clone(),
+                known_by: known_by.clone(),
+                paused: *paused,
+            };
+            domain.kept.set_transfer(saved).await?;
+        }
+        _ => {}
+    }
+    domain
+        .saving
+        .send_replace(matches!(domain.kept.transfer(), Transfer::Saving { .. }));
     if running {
         match libvirt.see(id).await {
             Ok(Seen::Paused) => domain.life.set(DomainState::Paused),

@@ -3,7 +3,7 @@
 //! Calls block and run on threads for that. Nothing is polled: libvirt's event loop has a thread of
 //! its own and says which domain to look at.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{CString, c_int, c_void};
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use quick_xml::events::Event;
 use uuid::Uuid;
 use virt::connect::Connect;
 use virt::domain::Domain;
-use virt::error::ErrorNumber;
+use virt::error::{ErrorDomain, ErrorNumber};
 use virt_sys as sys;
 
 use crate::domain::{DomainId, DomainStats};
@@ -164,6 +164,47 @@ impl Libvirt {
     pub(crate) async fn resume(self: &Arc<Self>, id: DomainId) -> Result<(), Error> {
         self.call(move |connect| Domain::lookup_by_uuid(connect, id)?.resume().map(drop))
             .await
+    }
+
+    /// Has the guest save itself to a file that is there already, and go. It goes on where that fails.
+    pub(crate) async fn save(self: &Arc<Self>, id: DomainId, file: String) -> Result<(), Error> {
+        self.call(move |connect| {
+            let domain = Domain::lookup_by_uuid(connect, id)?;
+            let file = CString::new(file).unwrap_or_default();
+            // SAFETY: the domain and the path are valid during the call; no description is given.
+            let saved = unsafe {
+                sys::virDomainSaveFlags(domain.as_ptr(), file.as_ptr(), std::ptr::null(), 0)
+            };
+            match saved {
+                0 => Ok(()),
+                _ => Err(virt::error::Error::last_error()),
+            }
+        })
+        .await
+    }
+
+    /// Makes the domain of a file again, halted.
+    pub(crate) async fn restore(self: &Arc<Self>, file: String) -> Result<(), Error> {
+        self.call(move |connect| {
+            Domain::domain_restore_flags(connect, &file, None, sys::VIR_DOMAIN_SAVE_PAUSED)
+        })
+        .await
+    }
+
+    /// Waits for what is under way with a domain; `false`: longer than libvirt lets one wait.
+    pub(crate) async fn wait(self: &Arc<Self>, id: DomainId) -> Result<bool, Error> {
+        self.call(move |connect| {
+            // Any question that is asked in turn.
+            let asked =
+                Domain::lookup_by_uuid(connect, id).and_then(|domain| domain.memory_stats(0));
+            match asked {
+                Err(error) if error.code() == ErrorNumber::OperationTimeout => Ok(false),
+                Err(error) if error.domain() == ErrorDomain::Rpc => Err(error),
+                // A domain that is not running has no memory to speak of, but is not busy.
+                _ => Ok(true),
+            }
+        })
+        .await
     }
 
     /// Asks the guest's kernel to switch the machine off, through xenstore.

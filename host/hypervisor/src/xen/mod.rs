@@ -11,6 +11,7 @@ mod files;
 mod libvirt;
 mod peer;
 mod release;
+mod save;
 mod xml;
 
 use std::collections::HashMap;
@@ -33,8 +34,8 @@ use crate::domain::{
     AgentStream, DomainEvent, DomainId, DomainInfo, DomainSpec, DomainState, DomainStats,
     HostCapabilities, ShutdownOutcome,
 };
-use crate::error::Error;
-use crate::rundir::{self, RunDir};
+use crate::error::{Error, chain};
+use crate::rundir::{self, Record, RunDir};
 use crate::work::{blocking, joined};
 use crate::{Hypervisor, image, spec};
 
@@ -119,6 +120,9 @@ impl XenHypervisor {
             )
             .await?;
             tracing::info!(domain = %id, state = %domain.life.get(), "domain found");
+            if domain.is_unsettled() {
+                tokio::spawn(settle(Arc::clone(&inner), Arc::clone(&domain)));
+            }
             inner.lock().insert(id, domain);
         }
         // What happened between a look at a domain and its place in the map was noticed by nobody.
@@ -156,6 +160,14 @@ impl Drop for XenHypervisor {
             domain.discard();
         }
         self.inner.libvirt.disconnect();
+    }
+}
+
+/// Completes or undoes what was under way with a domain that was found.
+async fn settle(inner: Arc<Inner>, domain: Arc<Domain>) {
+    let _operation = domain.operation.lock().await;
+    if let Err(error) = domain.settle(&inner.config, &inner.boot_id).await {
+        tracing::error!(domain = %domain.spec.id, error = chain(&error), "left in between");
     }
 }
 
@@ -253,21 +265,23 @@ impl Inner {
         let (spec, dir, made) = blocking(move || {
             if let Some(existing) = existing {
                 dir.check_same(&existing.spec, &spec)?;
-                return Ok((spec, dir, false));
+                return Ok((spec, dir, None));
             }
             image::open_kernel(&spec.kernel)?;
             // Whether it can be described at all.
             let sources = files::sources(&spec, &dir);
             xml::render(&spec, &config, Some(&spec.run_dir), &sources)?;
-            dir.make(&spec, &boot_id, None, || dir.make_for_xen(&spec))?;
-            Ok((spec, dir, true))
+            let record = Record::new(spec.clone(), boot_id);
+            dir.make(&record, None, || dir.make_for_xen(&spec))?;
+            Ok((spec, dir, Some(record)))
         })
         .await?;
-        if made {
+        if let Some(record) = made {
             let id = spec.id;
             let domain = Domain::new(
                 spec,
                 dir,
+                record,
                 DomainState::Created,
                 Arc::clone(&self.libvirt),
                 self.events.clone(),
@@ -287,6 +301,17 @@ impl Inner {
             DomainState::Running | DomainState::Paused => Ok(()),
             DomainState::Stopped { .. } => Err(domain.life.wrong("start")),
         }
+    }
+
+    async fn save(self: Arc<Self>, domain: Arc<Domain>, file: PathBuf) -> Result<(), Error> {
+        let _operation = domain.operation.lock().await;
+        domain.save(&file, self.config.command_limit).await
+    }
+
+    async fn restore(self: Arc<Self>, domain: Arc<Domain>, file: PathBuf) -> Result<(), Error> {
+        let _operation = domain.operation.lock().await;
+        let _turn = self.starts.acquire().await;
+        domain.restore(&file, &self.config, &self.boot_id).await
     }
 
     async fn destroy(self: Arc<Self>, id: DomainId) -> Result<(), Error> {
@@ -381,6 +406,16 @@ impl Hypervisor for XenHypervisor {
         let domain = self.domain(id)?;
         let _operation = domain.operation.lock().await;
         domain.resume(self.inner.config.command_limit).await
+    }
+
+    async fn save(&self, id: DomainId, file: &Path) -> Result<(), Error> {
+        let (domain, file) = (self.domain(id)?, file.to_owned());
+        self.complete(|inner| inner.save(domain, file)).await
+    }
+
+    async fn restore(&self, id: DomainId, file: &Path) -> Result<(), Error> {
+        let (domain, file) = (self.domain(id)?, file.to_owned());
+        self.complete(|inner| inner.restore(domain, file)).await
     }
 
     async fn shutdown(&self, id: DomainId, grace: Duration) -> Result<ShutdownOutcome, Error> {

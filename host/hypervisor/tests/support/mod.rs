@@ -47,6 +47,8 @@ pub enum Guest {
     Panic,
     /// Prints without end.
     Flood,
+    /// Prints a line now and then.
+    Count,
     /// Reads and writes its disks.
     Disks,
     /// Runs the agent.
@@ -81,6 +83,7 @@ for word in $(cat /proc/cmdline); do
     xbee.test=poweroff) poweroff -f ;;
     xbee.test=reset) reboot -f ;;
     xbee.test=panic) echo c >/proc/sysrq-trigger ;;
+    xbee.test=count) n=0; while true; do n=$((n + 1)); echo "count $n"; sleep 0.2; done ;;
     xbee.test=flood) yes "flood flood flood flood flood flood flood flood" ;;
     xbee.test=disks)
         vda=vda vdb=vdb
@@ -247,6 +250,36 @@ impl Fixture {
         }
     }
 
+    /// Whether this is one of the things that this back end cannot do: it answers
+    /// `Error::Unsupported`. Prints why the caller's test does no more.
+    pub fn cannot(&self, operation: &str) -> bool {
+        let cannot: &[&str] = match &self.backend {
+            Backend::Sim(_) => &[],
+            Backend::Qemu { .. } => &["save"],
+            #[cfg(feature = "xen")]
+            Backend::Xen { .. } => &[],
+        };
+        let cannot = cannot.contains(&operation);
+        if cannot {
+            println!("this back end does not {operation} domains, and says so");
+        }
+        cannot
+    }
+
+    /// The state of a domain once whatever was under way with it has come to its end: a command that
+    /// changes nothing waits for that.
+    pub async fn settled(&self, hypervisor: &dyn Hypervisor, id: DomainId) -> DomainState {
+        loop {
+            let before = state(hypervisor, id).await.unwrap();
+            let resumed = hypervisor.resume(id).await.is_ok();
+            sleep(Duration::from_millis(300)).await;
+            let after = state(hypervisor, id).await.unwrap();
+            if before == after && resumed == (after == DomainState::Running) {
+                return after;
+            }
+        }
+    }
+
     /// What is said of a domain after [`Fixture::crash`].
     pub fn crash_detail(&self) -> &'static str {
         match &self.backend {
@@ -326,6 +359,7 @@ impl Fixture {
                 Guest::Reset => SimEvent::Reset,
                 Guest::Panic => SimEvent::Panic,
                 Guest::Flood => SimEvent::FloodConsole,
+                Guest::Count => SimEvent::Count,
             };
             host.inject(spec.id, event).unwrap();
         }

@@ -1,0 +1,285 @@
+//! A domain is saved to a file by libvirt, and restored from it, with every step noted before.
+//!
+//! libvirt goes on with either when this process has ended. A save is complete when the domain is
+//! gone, and a restored domain is halted until it has been noted that the file is used up: so a
+//! restart of this process finds one of two states, never a guest that has gone on in both.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::channel::Streams;
+use super::config::XenConfig;
+use super::domain::Domain;
+use super::libvirt::Seen;
+use crate::domain::{DomainState, StopReason};
+use crate::error::{Error, chain};
+use crate::kept::Transfer;
+use crate::save_file;
+use crate::work::blocking;
+
+/// Pause between questions to a libvirt that does not answer them.
+const ASK_PAUSE: Duration = Duration::from_secs(1);
+
+impl Domain {
+    /// Saves the domain. The caller holds `operation`.
+    pub(crate) async fn save(self: &Arc<Self>, file: &Path, limit: Duration) -> Result<(), Error> {
+        let paused = match self.life.get() {
+            DomainState::Running => false,
+            DomainState::Paused => true,
+            _ => return Err(self.life.wrong("save")),
+        };
+        let file = file.to_owned();
+        if let Err(error) = self.write(&file, paused).await {
+            self.not_saved(&file, paused).await?;
+            return Err(Error::NotSaved {
+                id: self.spec.id,
+                source: Box::new(error),
+            });
+        }
+        self.saving.send_replace(false);
+        let control = |source| Error::Control {
+            id: self.spec.id,
+            operation: "save",
+            source,
+        };
+        let reason = tokio::time::timeout(limit, self.life.stopped())
+            .await
+            .map_err(|elapsed| control(elapsed.into()))?;
+        match reason {
+            StopReason::Saved => Ok(()),
+            reason => Err(Error::Gone {
+                id: self.spec.id,
+                reason,
+            }),
+        }
+    }
+
+    async fn write(&self, file: &Path, paused: bool) -> Result<(), Error> {
+        let saving = Transfer::Saving {
+            file: file.to_owned(),
+            paused,
+        };
+        self.kept.set_transfer(saving).await?;
+        let begun = file.to_owned();
+        blocking(move || save_file::begin(&begun).map(drop)).await?;
+        self.saving.send_replace(true);
+        // A guest's kernel fails when a process closes a channel that was open while it was saved.
+        self.streams.send_replace(Streams::Cut);
+        if paused {
+            // It saves itself: a halted guest's kernel does not hear that it shall.
+            self.libvirt.resume(self.spec.id).await?;
+        }
+        self.libvirt
+            .save(self.spec.id, text(&save_file::partial(file))?)
+            .await
+    }
+
+    /// Undoes a save that did not come to its end.
+    async fn not_saved(&self, file: &Path, paused: bool) -> Result<(), Error> {
+        if self.kept.transfer() == Transfer::None {
+            return Ok(());
+        }
+        if paused && let Err(error) = self.libvirt.pause(self.spec.id).await {
+            // It has ended, most likely.
+            tracing::warn!(domain = %self.spec.id, error = chain(&error), "not halted again");
+        }
+        let partial = save_file::partial(file);
+        blocking(move || save_file::forget(&partial)).await?;
+        self.kept.set_transfer(Transfer::None).await?;
+        self.open_streams();
+        self.saving.send_replace(false);
+        Ok(())
+    }
+
+    /// What becomes of a domain that is gone while it was being saved: it has been.
+    pub(super) async fn saved(&self, file: PathBuf, paused: bool) -> Result<StopReason, Error> {
+        let sealed = file.clone();
+        let known_by = blocking(move || save_file::seal(&sealed)).await?;
+        self.kept
+            .set_transfer(Transfer::Saved {
+                file: file.clone(),
+                known_by,
+                paused,
+            })
+            .await?;
+        blocking(move || save_file::publish(&file)).await?;
+        Ok(StopReason::Saved)
+    }
+
+    /// Restores the domain. The caller holds `operation`.
+    pub(crate) async fn restore(
+        self: &Arc<Self>,
+        file: &Path,
+        config: &XenConfig,
+        boot_id: &str,
+    ) -> Result<(), Error> {
+        let id = self.spec.id;
+        let (known_by, paused) = match (self.life.get(), self.kept.transfer()) {
+            (DomainState::Running | DomainState::Paused, _) => return Ok(()),
+            (
+                DomainState::Stopped {
+                    reason: StopReason::Saved,
+                },
+                Transfer::Saved {
+                    known_by, paused, ..
+                },
+            ) => (known_by, paused),
+            _ => return Err(self.life.wrong("restore")),
+        };
+        self.check_room().await?;
+        let checked = (file.to_owned(), known_by.clone());
+        blocking(move || save_file::check(&checked.0, id, &checked.1)).await?;
+        let path = text(file)?;
+        let file = file.to_owned();
+        self.kept
+            .set_transfer(Transfer::Restoring {
+                file: file.clone(),
+                known_by: known_by.clone(),
+                paused,
+            })
+            .await?;
+        if let Err(error) = self.libvirt.restore(path).await {
+            if let Err(error) = self.libvirt.destroy(id).await {
+                tracing::warn!(domain = %id, error = chain(&error), "half a restored domain");
+            }
+            self.kept
+                .set_transfer(Transfer::Saved {
+                    file,
+                    known_by,
+                    paused,
+                })
+                .await?;
+            return Err(Error::Control {
+                id,
+                operation: "restore",
+                source: error.into(),
+            });
+        }
+        self.restored(file, paused, config, boot_id).await
+    }
+
+    /// The domain is there again, halted.
+    async fn restored(
+        self: &Arc<Self>,
+        file: PathBuf,
+        paused: bool,
+        config: &XenConfig,
+        boot_id: &str,
+    ) -> Result<(), Error> {
+        let (used, boot_id) = (file.clone(), boot_id.to_owned());
+        self.kept
+            .change(move |record| {
+                record.transfer = Transfer::Restored { file: used, paused };
+                record.boot_id = boot_id;
+            })
+            .await?;
+        self.go_on(file, paused, config).await
+    }
+
+    /// Lets a restored domain go on.
+    async fn go_on(
+        self: &Arc<Self>,
+        file: PathBuf,
+        paused: bool,
+        config: &XenConfig,
+    ) -> Result<(), Error> {
+        let dir = self.dir.clone();
+        blocking(move || dir.clear_stop_reason()).await?;
+        if !paused && let Err(error) = self.libvirt.resume(self.spec.id).await {
+            // What it does instead is seen.
+            tracing::warn!(domain = %self.spec.id, error = chain(&error), "restored, and does not go on");
+        }
+        self.ended_by_itself.store(false, Ordering::Release);
+        self.open_streams();
+        self.attend(config);
+        self.life
+            .left(&DomainState::Stopped {
+                reason: StopReason::Saved,
+            })
+            .await;
+        blocking(move || save_file::forget(&file)).await?;
+        self.kept.set_transfer(Transfer::None).await
+    }
+
+    fn open_streams(&self) {
+        self.streams_opened.fetch_add(1, Ordering::AcqRel);
+        let number = self.streams_opened.load(Ordering::Acquire);
+        self.streams.send_replace(Streams::Open(number));
+    }
+
+    /// Completes or undoes what was under way when the process before this one ended. The caller
+    /// holds `operation`.
+    pub(crate) async fn settle(
+        self: &Arc<Self>,
+        config: &XenConfig,
+        boot_id: &str,
+    ) -> Result<(), Error> {
+        match self.kept.transfer() {
+            Transfer::None | Transfer::Saved { .. } => Ok(()),
+            Transfer::Saving { file, paused } => {
+                match self.idle().await {
+                    // The supervisor does the rest.
+                    Seen::Gone => {
+                        self.saving.send_replace(false);
+                        let completed =
+                            tokio::time::timeout(config.command_limit, self.life.stopped());
+                        completed.await.map(drop).map_err(|elapsed| Error::Control {
+                            id: self.spec.id,
+                            operation: "save",
+                            source: elapsed.into(),
+                        })
+                    }
+                    _ => self.not_saved(&file, paused).await,
+                }
+            }
+            Transfer::Restoring {
+                file,
+                known_by,
+                paused,
+            } => match self.idle().await {
+                Seen::Gone => {
+                    self.kept
+                        .set_transfer(Transfer::Saved {
+                            file,
+                            known_by,
+                            paused,
+                        })
+                        .await
+                }
+                _ => self.restored(file, paused, config, boot_id).await,
+            },
+            Transfer::Restored { file, paused } => self.go_on(file, paused, config).await,
+        }
+    }
+
+    /// What the domain does once libvirt has come to the end of what it does with it.
+    async fn idle(&self) -> Seen {
+        loop {
+            let idle = self.libvirt.wait(self.spec.id).await;
+            match idle {
+                Ok(true) => match self.libvirt.see(self.spec.id).await {
+                    Ok(seen) => return seen,
+                    Err(error) => {
+                        tracing::warn!(domain = %self.spec.id, error = chain(&error), "out of sight");
+                    }
+                },
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::warn!(domain = %self.spec.id, error = chain(&error), "out of sight");
+                }
+            }
+            tokio::time::sleep(ASK_PAUSE).await;
+        }
+    }
+}
+
+fn text(path: &Path) -> Result<String, Error> {
+    match path.to_str() {
+        Some(text) if !text.contains('\0') => Ok(text.to_owned()),
+        _ => Err(Error::io("name to libvirt", path)(
+            std::io::ErrorKind::InvalidInput.into(),
+        )),
+    }
+}
