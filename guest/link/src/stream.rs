@@ -187,3 +187,46 @@ impl AsFd for Slot {
         self.either.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    use super::*;
+
+    fn rings(slot: &Slot) -> bool {
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        poll(&mut [PollFd::new(slot, PollFlags::IN)], Some(&now)).unwrap() > 0
+    }
+
+    #[test]
+    fn a_dial_waits_until_it_fails_and_then_says_so() {
+        type End = fn(&Slot);
+        let ends: [(End, io::ErrorKind); 3] = [
+            (
+                |slot| slot.fail(io::ErrorKind::ConnectionRefused),
+                io::ErrorKind::ConnectionRefused,
+            ),
+            (Slot::end, io::ErrorKind::ConnectionReset),
+            (Slot::abandon, io::ErrorKind::ConnectionReset),
+        ];
+        for (end, kind) in ends {
+            let slot = Slot::dialling().unwrap();
+            assert!(slot.is_dialling() && !slot.connected().unwrap());
+            assert!(!slot.is_ready(true) && !rings(&slot));
+            let early = slot.read(&mut [0]).unwrap_err();
+            assert_eq!(early.kind(), io::ErrorKind::NotConnected);
+            end(&slot);
+            assert!(rings(&slot) && slot.is_ready(false));
+            assert_eq!(slot.connected().unwrap_err().kind(), kind);
+            assert_eq!(slot.read(&mut [0]).unwrap_err().kind(), kind);
+            assert_eq!(slot.write(b"x").unwrap_err().kind(), kind);
+            // The first reason stays.
+            slot.fail(io::ErrorKind::TimedOut);
+            assert_eq!(slot.connected().unwrap_err().kind(), kind);
+        }
+    }
+}

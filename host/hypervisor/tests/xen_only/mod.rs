@@ -1,5 +1,7 @@
 //! What only the Xen back end promises.
 
+mod tcp;
+
 use std::process::Command;
 use std::time::Duration;
 
