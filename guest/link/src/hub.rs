@@ -126,13 +126,13 @@ pub(crate) struct PeerQueue {
 }
 
 impl PeerQueue {
-    pub(crate) fn accept(&mut self) -> io::Result<Option<(PeerStream, PeerAddress)>> {
+    pub(crate) fn accept(&mut self) -> Option<(PeerStream, PeerAddress)> {
         let mut arrived = lock(&self.door.arrived);
         let next = arrived.pop_front();
         if arrived.is_empty() {
             self.door.bell.hush();
         }
-        Ok(next)
+        next
     }
 }
 
@@ -196,12 +196,12 @@ impl Hub {
         });
         let mut worker = Worker {
             hub: Arc::clone(&hub),
-            view: View::open().map_err(io::Error::other)?,
+            view: View::open()?,
             doors: BTreeMap::new(),
             slots: BTreeMap::new(),
             pause_until: None,
         };
-        worker.sweep().map_err(io::Error::other)?;
+        worker.sweep()?;
         std::thread::Builder::new()
             .name("xbee-peer".to_owned())
             .spawn(move || worker.run())?;
@@ -472,7 +472,7 @@ impl Worker {
             .and_then(|()| self.view.store.write(&format!("{LISTEN}/{port}"), ""));
         if let Err(error) = fresh {
             self.hub.numbers.give_back(port.into())?;
-            return Err(io::Error::other(error));
+            return Err(error.into());
         }
         self.doors.insert(port, door);
         Ok(())

@@ -13,9 +13,13 @@
 //! | a listener that takes no more | it waits | `ConnectionRefused` |
 //! | too much under way | | `ResourceBusy` |
 //! | no answer | `TimedOut` | `TimedOut` |
+//! | the other guest is destroyed | the end | `ConnectionReset` |
+//! | the other program is killed | the end or `ConnectionReset` | the end |
 //!
-//! On Xen a guest cannot dial itself, there is no half-close, and streams end with
-//! `ConnectionReset` when one of the two guests is saved.
+//! So an end does not prove that all has come: what matters says so in its own bytes. On Xen a
+//! guest cannot dial itself, there is no half-close, and when a guest is saved its streams end, for
+//! itself with `ConnectionReset`. A guest's kernel has room for 31 streams that it serves, the
+//! host's among them, unless the parameter `limit` of its module `xen-gntalloc` is raised.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -83,7 +87,7 @@ impl PeerListener {
     pub fn accept(&mut self) -> io::Result<Option<(Link, PeerAddress)>> {
         match &mut self.0 {
             Door::Queue(queue) => Ok(queue
-                .accept()?
+                .accept()
                 .map(|(stream, from)| (Link(Carrier::Peer(stream)), from))),
             Door::Socket(listener) => match vsock::accept(listener) {
                 Ok((fd, cid, port)) => {
@@ -120,9 +124,7 @@ pub fn local_cid() -> io::Result<u32> {
     if !is_xen() {
         return vsock::local_cid();
     }
-    let cid = Xenstore::open()
-        .and_then(|mut store| store.read(rendezvous::CID))
-        .map_err(io::Error::other)?;
+    let cid = Xenstore::open()?.read(rendezvous::CID)?;
     let cid = cid.ok_or(io::ErrorKind::NotFound)?;
     rendezvous::number(&cid).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }

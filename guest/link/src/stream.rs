@@ -1,6 +1,7 @@
 //! A stream to another guest of Xen's: a vchan that comes, and goes, while the program holds it.
 
-use std::io;
+use std::collections::VecDeque;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::vchan::Vchan;
+use crate::vchan::{RingSize, Vchan};
 
 /// How long a dial waits for domain 0, which has a shorter limit of its own for the other guest.
 const DIAL_LIMIT: Duration = Duration::from_secs(30);
@@ -27,10 +28,13 @@ enum State {
     Dialling {
         since: Instant,
     },
-    Open {
-        vchan: Vchan,
-        /// The other guest is no more, or has given the stream up.
-        ended: bool,
+    Open(Vchan),
+    /// The other guest is no more, or has given the stream up.
+    Ended {
+        /// What it has sent before and has not been read.
+        rest: VecDeque<u8>,
+        /// It has closed the channel.
+        closed: bool,
     },
     Failed(io::ErrorKind),
 }
@@ -98,22 +102,24 @@ impl Slot {
         let mut state = self.lock();
         if let State::Dialling { .. } = *state {
             epoll::add(&self.either, &vchan, EventData::new_u64(1), EventFlags::IN)?;
-            let ended = false;
-            *state = State::Open { vchan, ended };
+            *state = State::Open(vchan);
             self.news.ring();
         }
         Ok(())
     }
 
-    /// The other guest is no more. What it has sent can be read still.
+    /// The other guest is no more. Its memory, which a channel keeps from being freed, is let go of at
+    /// once, whatever the program does; what was sent can be read still.
     pub(crate) fn end(&self) {
-        match &mut *self.lock() {
-            State::Open { ended, .. } => *ended = true,
-            state @ State::Dialling { .. } => {
-                *state = State::Failed(io::ErrorKind::ConnectionReset);
+        let mut state = self.lock();
+        *state = match &mut *state {
+            State::Open(vchan) => {
+                let (rest, closed) = what_is_left(vchan);
+                State::Ended { rest, closed }
             }
-            State::Failed(_) => return,
-        }
+            State::Dialling { .. } => State::Failed(io::ErrorKind::ConnectionReset),
+            State::Ended { .. } | State::Failed(_) => return,
+        };
         self.news.ring();
     }
 
@@ -129,7 +135,7 @@ impl Slot {
     /// After a restore of this domain: see [`Vchan::abandon`].
     pub(crate) fn abandon(&self) {
         let failed = State::Failed(io::ErrorKind::ConnectionReset);
-        if let State::Open { vchan, .. } = std::mem::replace(&mut *self.lock(), failed) {
+        if let State::Open(vchan) = std::mem::replace(&mut *self.lock(), failed) {
             vchan.abandon();
         }
         self.news.ring();
@@ -141,7 +147,7 @@ impl Slot {
                 Err(io::ErrorKind::TimedOut.into())
             }
             State::Dialling { .. } => Ok(false),
-            State::Open { .. } => Ok(true),
+            State::Open(_) | State::Ended { .. } => Ok(true),
             State::Failed(kind) => Err((*kind).into()),
         }
     }
@@ -149,24 +155,23 @@ impl Slot {
     pub(crate) fn is_ready(&self, wants_to_write: bool) -> bool {
         match &*self.lock() {
             State::Dialling { .. } => false,
-            State::Open { vchan, ended } => {
+            State::Open(vchan) => {
                 // What it has rung for is looked at here, so that polling ends with the next news.
                 self.news.hush();
-                vchan.is_ready(wants_to_write) || *ended
+                vchan.is_ready(wants_to_write)
             }
-            State::Failed(_) => true,
+            State::Ended { .. } | State::Failed(_) => true,
         }
     }
 
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match &mut *self.lock() {
             State::Dialling { .. } => Err(io::ErrorKind::NotConnected.into()),
-            State::Open { vchan, ended } => match vchan.read_after_events(buffer) {
+            State::Open(vchan) => vchan.read_after_events(buffer),
+            State::Ended { rest, closed } => match rest.read(buffer)? {
                 // There was no close that a vchan tells of.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && *ended => {
-                    Err(io::ErrorKind::ConnectionReset.into())
-                }
-                result => result,
+                0 if !*closed && !buffer.is_empty() => Err(io::ErrorKind::ConnectionReset.into()),
+                length => Ok(length),
             },
             State::Failed(kind) => Err((*kind).into()),
         }
@@ -175,11 +180,25 @@ impl Slot {
     pub(crate) fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         match &mut *self.lock() {
             State::Dialling { .. } => Err(io::ErrorKind::NotConnected.into()),
-            State::Open { ended: true, .. } => Err(io::ErrorKind::BrokenPipe.into()),
-            State::Open { vchan, .. } => vchan.write(bytes),
+            State::Open(vchan) => vchan.write(bytes),
+            State::Ended { .. } => Err(io::ErrorKind::BrokenPipe.into()),
             State::Failed(kind) => Err((*kind).into()),
         }
     }
+}
+
+/// What can still be read, no more than a ring holds, and whether the other end has closed.
+fn what_is_left(vchan: &mut Vchan) -> (VecDeque<u8>, bool) {
+    let mut rest = VecDeque::new();
+    let mut buffer = vec![0; 1 << RingSize::default() as u32];
+    while rest.len() < buffer.len() {
+        let room = buffer.len() - rest.len();
+        match vchan.read(&mut buffer[..room]) {
+            Ok(0) | Err(_) => break,
+            Ok(length) => rest.extend(&buffer[..length]),
+        }
+    }
+    (rest, !vchan.is_connected())
 }
 
 impl AsFd for Slot {

@@ -287,7 +287,9 @@ impl Vchan {
     }
 
     /// Gives up a channel that was open while its domain was saved and restored, without touching
-    /// it: its memory and its descriptors stay until the process ends.
+    /// it: its memory, 33 of the 1024 pages that a guest may grant by default, and its descriptors
+    /// stay until the process ends. Not even the memory can be given back: with it the kernel lets go
+    /// of the event channel that is to tell of this, by a number that is another channel's by now.
     pub fn abandon(self) {
         std::mem::forget(self);
     }

@@ -103,6 +103,18 @@ impl Error {
     }
 }
 
+impl From<Error> for io::Error {
+    fn from(error: Error) -> io::Error {
+        let kind = match &error {
+            Error::Unavailable(source) | Error::Io(source) => source.kind(),
+            Error::TimedOut => io::ErrorKind::TimedOut,
+            Error::Malformed => io::ErrorKind::InvalidData,
+            _ => io::ErrorKind::Other,
+        };
+        io::Error::new(kind, error)
+    }
+}
+
 /// What a domain may do with a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {

@@ -18,18 +18,19 @@ use super::support::{Fixture, Guest, LIMIT, SECRET};
 struct Words {
     nobody_listens: &'static str,
     no_such_guest: &'static str,
-    /// After so many bytes.
+    /// In the midst of a stream, after one byte.
     guest_has_gone: &'static str,
 }
 
 const VSOCK: Words = Words {
     nobody_listens: "error ConnectionReset",
     no_such_guest: "error ConnectionReset",
-    guest_has_gone: "end 1 ConnectionReset",
+    guest_has_gone: "end 1",
 };
 #[cfg(feature = "xen")]
 const XEN: Words = Words {
     nobody_listens: "error ConnectionRefused",
+    guest_has_gone: "end 1 ConnectionReset",
     ..VSOCK
 };
 
@@ -80,6 +81,14 @@ mod xen {
             assert_eq!(echo.line().await, "end 50");
         }
         println!("{}", flood.line().await);
+
+        // As many as may wait at a listener, and one more.
+        let mut deaf = two.run("deaf 5002").await;
+        assert_eq!(deaf.line().await, "listening");
+        let refused = one.say(&format!("send {} 5002 1 17", two.cid())).await;
+        assert_eq!(refused, "error ConnectionRefused");
+        let said = one.say(&format!("ping {} 5000 1", two.cid())).await;
+        assert!(said.starts_with("round trip"), "{said}");
 
         // What agents run ends with the manager's connection to them, if it has not left them.
         two.leave("echo 5001").await;
