@@ -1,19 +1,27 @@
 //! The rules of `xen-configs/dom0/xenbee.nft`, tried by trying: namespaces stand for guests.
 #![allow(clippy::unwrap_used)]
 
+use std::net::Ipv6Addr;
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use xbee_tests::{root, run};
 
 /// dom0 and two guests, each a network namespace of its own; removed at the end.
 struct Bridge {
-    mark: u32,
+    mark: String,
 }
+
+static BRIDGES: AtomicU32 = AtomicU32::new(0);
 
 impl Bridge {
     fn new() -> Bridge {
         let bridge = Bridge {
-            mark: std::process::id(),
+            mark: format!(
+                "{}-{}",
+                std::process::id(),
+                BRIDGES.fetch_add(1, Ordering::Relaxed)
+            ),
         };
         let dom0 = bridge.name(0);
         ip(&format!("netns add {dom0}"));
@@ -21,7 +29,8 @@ impl Bridge {
             let name = bridge.name(guest);
             ip(&format!("netns add {name}"));
             ip(&format!(
-                "-n {dom0} link add vif{guest}.0 type veth peer name eth0 netns {name}"
+                "-n {dom0} link add vif{guest}.0 type veth peer name eth0 \
+                 address 02:be:00:00:00:0{guest} netns {name}"
             ));
         }
         ip(&format!("-n {dom0} link add xenbr0 type bridge"));
@@ -63,9 +72,56 @@ impl Bridge {
         self.tries(from, &format!("ping -6 -q -c 2 -i 0.2 -W 1 {address}"))
     }
 
-    /// For what must come: on a busy machine a few answers come too late.
-    fn gets_through(&self, from: u32, address: &str) -> bool {
+    /// A guest's place, as xbed tells it to the rules: its addresses are those that it has.
+    fn pin(&self, guest: u32) {
+        let show = ["-n", &self.name(guest), "-o", "link", "show", "eth0"];
+        let link = run(Command::new("ip").args(show)).line();
+        let mac = link.split(" link/ether ").nth(1).unwrap();
+        let mac = mac.split(' ').next().unwrap();
+        let bytes: Vec<u8> = mac
+            .split(':')
+            .map(|byte| u8::from_str_radix(byte, 16).unwrap())
+            .collect();
+        let [a, b, c, d, e, f] = bytes[..] else {
+            panic!("{mac}")
+        };
+        let local = u64::from_be_bytes([a ^ 2, b, c, 0xff, 0xfe, d, e, f]);
+        let port = format!("vif{guest}.0");
+        self.add("macs", &format!("{port} . {mac}"));
+        for address in [
+            format!("fd00:1::1{guest}").parse().unwrap(),
+            Ipv6Addr::from_bits(0xfe80 << 112 | u128::from(local)),
+        ] {
+            self.add("addresses", &format!("{port} . {address}"));
+            self.add("targets", &format!("{port} . {:#x}", address.to_bits()));
+        }
+    }
+
+    #[track_caller]
+    fn add(&self, set: &str, element: &str) {
+        let element = format!("nft add element bridge xenbee {set} {{ {element} }}");
+        self.within(0, &element);
+    }
+
+    fn mac(&self, of: u32, mac: &str) {
+        ip(&format!("-n {} link set eth0 address {mac}", self.name(of)));
+    }
+
+    /// Forgets what this one has learnt of others' addresses.
+    fn forget(&self, of: u32, device: &str) {
+        ip(&format!("-n {} neigh flush dev {device}", self.name(of)));
+    }
+
+    /// Links and addresses take their time.
+    fn comes_to_reach(&self, from: u32, address: &str) -> bool {
         (0..50).any(|_| self.reaches(from, address))
+    }
+
+    fn wait_until_up(&self) {
+        assert!(
+            self.comes_to_reach(1, "fd00:1::12"),
+            "without rules the guests reach each other"
+        );
     }
 
     /// Through dom0's router rather than over the bridge.
@@ -102,29 +158,84 @@ fn guests_on_the_bridge_reach_only_whom_they_may() {
         return;
     }
     let bridge = Bridge::new();
-    assert!(bridge.gets_through(1, "fd00:1::12"), "without rules");
-    assert!(bridge.gets_through(1, "fd00:1::1"), "without rules");
+    bridge.wait_until_up();
+    assert!(bridge.comes_to_reach(1, "fd00:1::1"));
     bridge.route_through_dom0("add");
-    assert!(bridge.gets_through(1, "fd00:1::12"), "dom0 routes");
+    assert!(bridge.comes_to_reach(1, "fd00:1::12"), "dom0 routes");
     bridge.route_through_dom0("del");
 
     let rules = root().join("xen-configs/dom0/xenbee.nft");
     bridge.within(0, &format!("nft -f {}", rules.display()));
+    assert!(!bridge.reaches(0, "fd00:1::11"), "dom0 to an unknown guest");
+    bridge.pin(1);
+    bridge.pin(2);
     assert!(!bridge.reaches(1, "fd00:1::12"), "guest to guest");
     assert!(!bridge.reaches(1, "fd00:1::1"), "guest to dom0");
-    assert!(bridge.gets_through(0, "fd00:1::11"), "dom0 to guest");
+    assert!(bridge.comes_to_reach(0, "fd00:1::11"), "dom0 to guest");
     bridge.route_through_dom0("add");
     assert!(!bridge.reaches(1, "fd00:1::12"), "guest to guest by dom0");
     bridge.route_through_dom0("del");
 
-    let pair = "vif1.0 . vif2.0 , vif2.0 . vif1.0";
-    bridge.within(
-        0,
-        &format!("nft add element bridge xenbee pairs {{ {pair} }}"),
-    );
-    assert!(bridge.gets_through(1, "fd00:1::12"), "a pair");
+    bridge.add("pairs", "vif1.0 . vif2.0 , vif2.0 . vif1.0");
+    assert!(bridge.comes_to_reach(1, "fd00:1::12"), "a pair");
     assert!(!bridge.reaches(1, "fd00:1::1"), "a pair's guest to dom0");
     // Read again, as at the next boot of dom0: once more nobody may.
     bridge.within(0, &format!("nft -f {}", rules.display()));
+    bridge.pin(1);
+    bridge.pin(2);
     assert!(!bridge.reaches(1, "fd00:1::12"), "without the pair");
+}
+
+#[test]
+fn a_guest_sends_only_as_who_it_is() {
+    if run(Command::new("id").arg("-u")).line() != "0" {
+        println!("skipped: network namespaces of one's own need root");
+        return;
+    }
+    let bridge = Bridge::new();
+    bridge.wait_until_up();
+    let rules = root().join("xen-configs/dom0/xenbee.nft");
+    bridge.within(0, &format!("nft -f {}", rules.display()));
+    bridge.pin(1);
+    bridge.pin(2);
+    bridge.add("pairs", "vif1.0 . vif2.0 , vif2.0 . vif1.0");
+    assert!(bridge.comes_to_reach(1, "fd00:1::12"), "a pair");
+    // Its link-local address is among those that it may have.
+    assert!(bridge.comes_to_reach(1, "fe80::be:ff:fe00:2%eth0"));
+
+    let guest = bridge.name(1);
+    let from = |address: &str| {
+        bridge.tries(
+            1,
+            &format!("ping -6 -q -c 2 -i 0.2 -W 1 -I {address} fd00:1::12"),
+        )
+    };
+    assert!(from("fd00:1::11"));
+    ip(&format!(
+        "-n {guest} -6 address add fd00:1::66/64 dev eth0 nodad"
+    ));
+    assert!(!from("fd00:1::66"), "an address that is not its own");
+    // Whoever asks for such an address gets no answer: the claim is not let through.
+    bridge.forget(0, "xenbr0");
+    assert!(!bridge.reaches(0, "fd00:1::66"), "a claim");
+    let neighbours = run(Command::new("ip").args(["-n", &bridge.name(0), "-6", "neigh"])).ok();
+    let neighbours = neighbours.stdout;
+    assert!(!neighbours.contains("02:be:00:00:00:01"), "{neighbours}");
+    ip(&format!("-n {guest} -6 address del fd00:1::66/64 dev eth0"));
+
+    bridge.mac(1, "02:be:00:00:00:02");
+    bridge.forget(1, "eth0");
+    assert!(!bridge.reaches(1, "fd00:1::12"), "another's card");
+    bridge.mac(1, "02:be:00:00:00:01");
+    bridge.forget(1, "eth0");
+    assert!(bridge.comes_to_reach(1, "fd00:1::12"), "its own again");
+
+    // Internet Protocol version 4 is nobody's.
+    for of in 1..=2 {
+        ip(&format!(
+            "-n {} address add 10.9.9.{of}/24 dev eth0",
+            bridge.name(of)
+        ));
+    }
+    assert!(!bridge.tries(1, "ping -4 -q -c 2 -i 0.2 -W 1 10.9.9.2"));
 }

@@ -62,6 +62,9 @@ pub struct Interface {
     pub mac: [u8; 6],
     /// The address the guest takes.
     pub address: Ipv6Addr,
+    /// Other domains of the same owner that say so too may be reached, and may reach it.
+    #[serde(default)]
+    pub peers: bool,
 }
 
 /// All that is needed to make a domain.
@@ -202,7 +205,8 @@ impl fmt::Display for StopReason {
     }
 }
 
-/// A change of a domain's state, seen within a second of its happening.
+/// A change of a domain's state, seen within a second of its happening; a pause by another tool than
+/// the host manager within a few.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DomainEvent {
     /// Which domain.

@@ -27,6 +27,14 @@ pub enum Error {
         /// What differs.
         detail: String,
     },
+    /// Xen shows a name for each domain, and another domain has this one's.
+    #[error(
+        "Xen has a domain named {name} already: try again with another identity, or end that one (xl destroy)"
+    )]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
     /// The domain's state does not allow the operation.
     #[error("cannot {operation} domain {id}: it is {state}")]
     WrongState {
@@ -130,6 +138,14 @@ pub enum Error {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The rules that keep guests apart are not there, or cannot be changed.
+    #[error("the firewall of the guests' bridge: {detail}: {remedy}")]
+    Firewall {
+        /// What is wrong.
+        detail: String,
+        /// What to do.
+        remedy: &'static str,
+    },
     /// The vsock switch did not do its part.
     #[error("domain {id} could not be {action} the vsock switch")]
     Switch {
@@ -191,6 +207,7 @@ impl Error {
             Self::NotFound(_) => "domain-not-found",
             Self::Gone { .. } => "domain-gone",
             Self::Exists { .. } => "domain-exists",
+            Self::NameTaken { .. } => "name-taken",
             Self::WrongState { .. } => "domain-wrong-state",
             Self::InvalidSpec { .. } => "domain-invalid",
             Self::TooMuchMemory { .. } => "too-much-memory",
@@ -202,6 +219,7 @@ impl Error {
             Self::HypervisorBroken { .. } => "hypervisor-broken",
             Self::StartFailed { .. } => "start-failed",
             Self::Control { .. } => "hypervisor-control",
+            Self::Firewall { .. } => "firewall",
             Self::Switch { .. } => "vsock-switch",
             Self::Unsupported { .. } => "unsupported",
             Self::NotItsSave { .. } => "not-its-save",

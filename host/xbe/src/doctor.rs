@@ -153,6 +153,7 @@ impl Machine {
                 add("libvirt", self.libvirt());
                 add("libxl driver", self.libxl_driver());
                 add("bridge", self.bridge());
+                add("firewall", self.firewall().await);
                 let info = self.run("xl", &["info"]).await;
                 add("memory", xen_memory(&info));
                 add("dom0 memory", dom0_memory(&info));
@@ -347,6 +348,39 @@ impl Machine {
             );
         }
         Ok(format!("{bridge}, with an IPv6 address"))
+    }
+
+    async fn firewall(&self) -> Look {
+        let remedy = "xen-configs/dom0/install, then nft -f /etc/nftables.d/xenbee.nft; until then domains with a \
+                      network are refused, unless xbed is told firewall = \"off\"";
+        let mut lacking = vec![];
+        // What the rules of the same release have, and those of earlier ones do not.
+        for (family, kind, wanted) in [
+            (
+                "bridge",
+                "set",
+                &["pairs", "macs", "addresses", "targets"][..],
+            ),
+            ("bridge", "chain", &["source", "forward"]),
+            ("inet", "chain", &["input", "forward"]),
+        ] {
+            let args = ["-j", "list", "table", family, "xenbee"];
+            let text = match self.run("nft", &args).await {
+                Ok(text) => text,
+                Err(why) => return missing(why, remedy),
+            };
+            let listing: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            let objects = || listing["nftables"].as_array().into_iter().flatten();
+            for name in wanted {
+                if !objects().any(|object| object[kind]["name"] == *name) {
+                    lacking.push(format!("{kind} {name} of table {family} xenbee"));
+                }
+            }
+        }
+        if lacking.is_empty() {
+            return Ok("the rules that keep guests apart are loaded".into());
+        }
+        missing(format!("not there: {}", lacking.join(", ")), remedy)
     }
 
     async fn qemu(&self) -> Look {
@@ -597,6 +631,15 @@ mod tests {
         format!("echo 'free_memory            : {free}'; echo 'xen_commandline        : {line}'")
     }
 
+    /// An `nft` whose table has everything and, in place of its last set, this one.
+    fn nft_lists(last: &str) -> String {
+        let object = |kind, name| format!(r#"{{"{kind}": {{"name": "{name}"}}}}"#);
+        let sets = ["pairs", "macs", "addresses", last].map(|name| object("set", name));
+        let chains = ["source", "forward", "input"].map(|name| object("chain", name));
+        let all = [&sets[..], &chains[..]].concat().join(", ");
+        format!("echo '{{\"nftables\": [{all}]}}'")
+    }
+
     /// A dom0 that lacks nothing.
     fn dom0() -> Fake {
         let mut fake = Fake::new();
@@ -620,6 +663,7 @@ mod tests {
             .file("images/base/initramfs.cpio", "")
             .file("var/lib/x", "")
             .program("xl", &xen_info(2000, "dom0_mem=768M console=com1"))
+            .program("nft", &nft_lists("targets"))
             .program("qemu-img", "")
             .program("ssh", "");
         for device in ["evtchn", "gntdev", "gntalloc", "privcmd", "xenbus"] {
@@ -689,6 +733,7 @@ mod tests {
                 "bridge",
                 "ip link add xenbr0 type bridge",
             ),
+            ("bin/nft", "firewall", "xen-configs/dom0/install"),
             ("bin/xl", "memory", "apt-get install xen-utils-common"),
             ("bin/qemu-img", "qemu-img", "apt-get install qemu-utils"),
             ("bin/ssh", "ssh", "apt-get install openssh-client"),
@@ -707,6 +752,15 @@ mod tests {
             let said = finding.remedy.as_ref().unwrap();
             assert!(said.contains(remedy), "{path}: {said}");
         }
+    }
+
+    #[tokio::test]
+    async fn rules_of_an_earlier_release_are_named() {
+        let fake = dom0();
+        fake.program("nft", &nft_lists("others"));
+        let findings = fake.examine(None).await;
+        let found: Vec<_> = ill(&findings).iter().map(|f| f.found.as_str()).collect();
+        assert_eq!(found, ["not there: set targets of table bridge xenbee"]);
     }
 
     #[tokio::test]

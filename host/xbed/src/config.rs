@@ -72,6 +72,28 @@ struct File {
 struct XenFile {
     bridge: Option<String>,
     prefix: Option<Prefix>,
+    firewall: Option<Firewall>,
+    same_owner: Option<SameOwner>,
+}
+
+/// Who keeps guests on the bridge apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Firewall {
+    /// The rules of `xen-configs/dom0/xenbee.nft`; without them no domain with a network starts.
+    Required,
+    /// Something that this program does not know of.
+    Off,
+}
+
+/// What domains of one owner may do on the bridge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SameOwner {
+    /// They do not reach each other.
+    Isolated,
+    /// They reach each other.
+    Connected,
 }
 
 /// The first half of the IPv6 addresses on a network, as `fd00:1:2:3::/64`.
@@ -137,6 +159,14 @@ pub struct Config {
     pub bridge: String,
     /// Where their addresses are from; `None`: they have no network.
     pub prefix: Option<Prefix>,
+    /// Who keeps domains on the bridge apart.
+    #[cfg_attr(
+        not(feature = "xen"),
+        expect(dead_code, reason = "only that back end has bridges")
+    )]
+    pub firewall: Firewall,
+    /// What domains of one owner may do on the bridge.
+    pub same_owner: SameOwner,
 }
 
 /// Virtual CPUs given out for each logical CPU of the host, unless configured: most domains wait most of the time.
@@ -194,6 +224,8 @@ impl Config {
             ca_file: file.ca_file,
             bridge: file.xen.bridge.unwrap_or_else(|| "xenbr0".to_owned()),
             prefix: file.xen.prefix,
+            firewall: file.xen.firewall.unwrap_or(Firewall::Required),
+            same_owner: file.xen.same_owner.unwrap_or(SameOwner::Isolated),
         })
     }
 

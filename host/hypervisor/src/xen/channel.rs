@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -33,6 +34,15 @@ pub(crate) enum Streams {
     /// The domain's end has been seen, and what is left of it is being removed.
     Ended,
 }
+/// An agent is found in a few looks. A guest that writes there without end is looked at no more often
+/// than this.
+const LOOKS_FREE: u32 = 16;
+const LOOK_PAUSE: Duration = Duration::from_millis(500);
+
+/// Events in a row with which nothing moved: a peer that keeps the protocol sends few of them. One
+/// that goes on is heard no more often than this; its event channel is masked meanwhile.
+const IDLE_EVENTS_MAX: u32 = 64;
+const IDLE_EVENTS_PAUSE: Duration = Duration::from_millis(50);
 
 /// What was found under the agent's path.
 enum Found {
@@ -63,7 +73,16 @@ pub(crate) async fn connect(
     .map_err(io::Error::other)?;
     let events = readable(store.as_fd().try_clone_to_owned()?)?;
     let peer = u16::try_from(domid).map_err(io::Error::other)?;
-    loop {
+    for looks in 0u32.. {
+        if looks >= LOOKS_FREE {
+            if looks == LOOKS_FREE {
+                tracing::warn!(
+                    domid,
+                    "the guest announces and announces its agent, and none is there"
+                );
+            }
+            tokio::time::sleep(LOOK_PAUSE).await;
+        }
         let path = path.clone();
         let (found, back) = work::blocking(move || {
             let found = look(&mut store, peer, &path)?;
@@ -92,6 +111,7 @@ pub(crate) async fn connect(
         }
         events.readable().await?.clear_ready();
     }
+    Err(io::Error::other("the guest announced its agent too often"))
 }
 
 fn look(store: &mut Xenstore, peer: u16, path: &str) -> Result<Found, crate::Error> {
@@ -105,7 +125,7 @@ fn look(store: &mut Xenstore, peer: u16, path: &str) -> Result<Found, crate::Err
         Ok(Some(vchan)) => return Ok(Found::Vchan(Box::new(vchan))),
         Ok(None) => {}
         // What the guest wrote is none of the host's failures: it may write something better.
-        Err(error) => tracing::warn!(peer, %error, "the agent's channel"),
+        Err(error) => tracing::debug!(peer, %error, "the agent's channel"),
     }
     let port = store
         .read(&format!("{path}/ipv6"))
@@ -133,6 +153,8 @@ pub(crate) struct AgentChannel {
 struct Shared {
     /// `None` once the stream has been dropped or cut.
     vchan: Option<Vchan>,
+    /// Reads and writes that moved something, or found that nothing ever will.
+    moves: u64,
     /// The domain has ended, or the channel's events cannot be had.
     ended: bool,
     reader: Option<Waker>,
@@ -159,6 +181,7 @@ impl AgentChannel {
         let events = readable(vchan.as_fd().try_clone_to_owned()?)?;
         let shared = Arc::new(Mutex::new(Shared {
             vchan: Some(vchan),
+            moves: 0,
             ended: false,
             reader: None,
             writer: None,
@@ -187,7 +210,10 @@ impl AgentChannel {
                 *waker(&mut shared) = Some(context.waker().clone());
                 Poll::Pending
             }
-            result => Poll::Ready(result),
+            result => {
+                shared.moves += 1;
+                Poll::Ready(result)
+            }
         }
     }
 }
@@ -210,12 +236,12 @@ async fn drive(
     open: Streams,
     mut streams: watch::Receiver<Streams>,
 ) {
+    let (mut moves, mut idle) = (0, 0u32);
     let end = loop {
         tokio::select! {
             // An error is the end of the back end itself.
-            now = streams.wait_for(|streams| *streams != open) => {
-                let ended = now.map_or(Streams::Ended, |now| *now) == Streams::Ended;
-                if !ended {
+            now = async { streams.wait_for(|streams| *streams != open).await.map_or(Streams::Ended, |now| *now) } => {
+                if now != Streams::Ended {
                     lock(&shared).vchan = None;
                 }
                 break None;
@@ -223,6 +249,12 @@ async fn drive(
             ready = events.readable() => match ready {
                 Ok(mut ready) => {
                     ready.clear_ready();
+                    let moved = lock(&shared).moves;
+                    idle = if moved == moves { idle.saturating_add(1) } else { 0 };
+                    moves = moved;
+                    if idle > IDLE_EVENTS_MAX {
+                        tokio::time::sleep(IDLE_EVENTS_PAUSE).await;
+                    }
                     let mut shared = lock(&shared);
                     let Some(vchan) = &shared.vchan else { return };
                     if let Err(error) = vchan.acknowledge() {

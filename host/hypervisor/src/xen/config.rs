@@ -13,6 +13,9 @@ pub struct XenConfig {
     pub uri: String,
     /// Bridge of the control domain that interfaces are on.
     pub bridge: String,
+    /// Domains with an interface are started only where the rules of `xen-configs/dom0/xenbee.nft`
+    /// are loaded, and these are told of each. Otherwise something else must keep guests apart.
+    pub firewall: bool,
     /// Guests run without hardware virtualization (PV), not in a PVH container.
     pub paravirtual: bool,
     /// Most bytes kept of a domain's console.
@@ -29,6 +32,7 @@ impl XenConfig {
             domains_dir,
             uri: "xen:///system".to_owned(),
             bridge: "xenbr0".to_owned(),
+            firewall: true,
             paravirtual: false,
             console_max_bytes: 4 << 20,
             command_limit: Duration::from_secs(60),

@@ -13,6 +13,8 @@ use super::channel::Streams;
 use super::config::XenConfig;
 use super::files;
 use super::libvirt::{Libvirt, Seen};
+use super::memory::{self, Promises};
+use super::network::Network;
 use super::xml;
 use crate::domain::{
     AgentStream, DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
@@ -24,13 +26,6 @@ use crate::pipe_log::PipeLog;
 use crate::rundir::{Record, RunDir};
 use crate::save_file;
 use crate::work::blocking;
-
-const MIB: u64 = 1 << 20;
-
-/// What a domain takes beyond its own memory, in bytes: for itself and for each virtual CPU. Xen's
-/// tools reserve as much, and 1/128 of the memory for its page tables.
-const OVERHEAD_BYTES: u64 = 2 * MIB;
-const OVERHEAD_PER_VCPU_BYTES: u64 = MIB;
 
 /// A guest that is still booting does not hear that it shall switch off, so it is told again.
 const SHUTDOWN_INTERVAL: Duration = Duration::from_secs(2);
@@ -51,6 +46,7 @@ pub(crate) struct Domain {
     pub(crate) life: Lifecycle,
     pub(super) kept: Arc<Kept>,
     pub(super) libvirt: Arc<Libvirt>,
+    network: Arc<Network>,
     /// Something happened to it.
     pub(crate) look: Notify,
     /// libvirt said that its guest ended by itself.
@@ -61,6 +57,8 @@ pub(crate) struct Domain {
     pub(super) saving: watch::Sender<bool>,
     pub(super) streams: watch::Sender<Streams>,
     pub(super) streams_opened: AtomicU32,
+    /// Nothing is left of it but its directory. It has been told to have ended before.
+    gone: watch::Sender<bool>,
     supervisor: Mutex<Option<AbortHandle>>,
 }
 
@@ -71,6 +69,7 @@ impl Domain {
         record: Record,
         state: DomainState,
         libvirt: Arc<Libvirt>,
+        network: Arc<Network>,
         events: broadcast::Sender<DomainEvent>,
     ) -> Self {
         Self {
@@ -80,12 +79,15 @@ impl Domain {
             dir,
             operation: tokio::sync::Mutex::new(()),
             libvirt,
+            network,
             look: Notify::new(),
             ended_by_itself: AtomicBool::new(false),
             killed: AtomicBool::new(false),
             saving: watch::Sender::new(false),
             streams: watch::Sender::new(Streams::Open(0)),
             streams_opened: AtomicU32::new(0),
+            // One that has not been started has nothing to leave.
+            gone: watch::Sender::new(true),
             supervisor: Mutex::default(),
         }
     }
@@ -93,8 +95,18 @@ impl Domain {
     /// Makes the domain and waits until it executes. The caller holds `operation`. A domain that did
     /// not start has ended: half a start may have left traces. One for which there is no room now
     /// has not been touched.
-    pub(crate) async fn start(self: &Arc<Self>, config: &XenConfig) -> Result<(), Error> {
-        self.check_room().await?;
+    pub(crate) async fn start(
+        self: &Arc<Self>,
+        config: &XenConfig,
+        promises: &Arc<Promises>,
+    ) -> Result<(), Error> {
+        self.network.check(self.spec.interface.as_ref()).await?;
+        let name = xml::name(self.spec.id);
+        if super::release::names().await?.contains(&name) {
+            return Err(Error::NameTaken { name });
+        }
+        let needed = memory::needed_bytes(self.spec.memory_bytes, self.spec.vcpus);
+        let _promise = promises.promise(needed, &self.libvirt).await?;
         let initramfs = self.dir.initramfs_path();
         let xml = xml::render(
             &self.spec,
@@ -103,12 +115,13 @@ impl Domain {
             &files::sources(&self.spec, &self.dir),
         )?;
         self.dir.mark_started(&xml)?;
-        let started = self.libvirt.create(xml).await;
+        let started = self.set_going(xml).await;
         if let Err(error) = started {
             let detail = match self.libvirt.destroy(self.spec.id).await {
                 Ok(_) => chain(&error),
                 Err(again) => format!("{}; {}", chain(&error), chain(&again)),
             };
+            self.leave_network().await;
             self.fail(format!("it did not start: {detail}"))?;
             return Err(Error::StartFailed {
                 id: self.spec.id,
@@ -120,19 +133,31 @@ impl Domain {
         Ok(())
     }
 
-    /// Whether there is memory for it now.
-    pub(super) async fn check_room(&self) -> Result<(), Error> {
-        let (_, free_bytes, _) = self.libvirt.host().await?;
-        let needed_bytes = self.spec.memory_bytes / 128 * 129
-            + OVERHEAD_BYTES
-            + u64::from(self.spec.vcpus) * OVERHEAD_PER_VCPU_BYTES;
-        if needed_bytes > free_bytes {
-            return Err(Error::NoMemoryNow {
-                asked_mib: needed_bytes.div_ceil(MIB),
-                free_mib: free_bytes / MIB,
-            });
+    /// Until its port is known to the firewall, the guest can send nothing.
+    async fn set_going(&self, xml: String) -> Result<(), Error> {
+        self.libvirt.create(xml).await?;
+        self.join_network().await
+    }
+
+    pub(super) async fn join_network(&self) -> Result<(), Error> {
+        match self.libvirt.domid(self.spec.id).await? {
+            Some(domid) => self.network.join(&self.spec, domid).await,
+            // It has ended already, which is seen in its turn.
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    async fn leave_network(&self) {
+        if let Err(error) = self.network.leave(self.spec.id).await {
+            // The next change tries again, and the port is not there any more.
+            tracing::warn!(domain = %self.spec.id, error = chain(&error), "still in the firewall");
+        }
+    }
+
+    /// Waits for something to happen to it, and not for ever.
+    async fn look_again(&self) {
+        // Whichever comes first.
+        let _ = tokio::time::timeout(RETRY_PAUSE, self.look.notified()).await;
     }
 
     fn fail(&self, detail: String) -> Result<(), Error> {
@@ -152,6 +177,7 @@ impl Domain {
 
     /// Watches a domain that has been started until it ends.
     pub(super) fn attend(self: &Arc<Self>, config: &XenConfig) {
+        self.gone.send_replace(false);
         let task = tokio::spawn(supervise(Arc::clone(self), config.console_max_bytes));
         *self
             .supervisor
@@ -322,6 +348,20 @@ impl Domain {
         Ok(())
     }
 
+    /// Waits until nothing is left of an ended domain.
+    pub(crate) async fn gone(&self, limit: Duration) -> Result<(), Error> {
+        let mut gone = self.gone.subscribe();
+        // The sender lives as long as `self`.
+        match tokio::time::timeout(limit, gone.wait_for(|gone| *gone)).await {
+            Ok(_) => Ok(()),
+            Err(elapsed) => Err(Error::Control {
+                id: self.spec.id,
+                operation: "remove what is left of it",
+                source: elapsed.into(),
+            }),
+        }
+    }
+
     pub(crate) async fn stats(&self) -> Result<DomainStats, Error> {
         match self.life.get() {
             DomainState::Created => return Ok(DomainStats::default()),
@@ -353,8 +393,8 @@ impl Domain {
             .ok()
     }
 
-    /// Removes what is left of an ended domain and tells why it ended.
-    async fn bury(&self, seen: Seen) -> Result<StopReason, Error> {
+    /// Why it ended, and what became of a save that was under way.
+    async fn outcome(&self, seen: Seen) -> Result<StopReason, Error> {
         if let Transfer::Saving { file, paused } = self.kept.transfer() {
             if seen == Seen::Gone && !self.killed.load(Ordering::Acquire) {
                 return self.saved(file, paused).await;
@@ -363,32 +403,24 @@ impl Domain {
             blocking(move || save_file::forget(&partial)).await?;
             self.kept.set_transfer(Transfer::None).await?;
         }
-        let crashed = seen == Seen::Crashed;
-        if crashed || seen == Seen::Off {
-            // Should this process end before the domain is gone.
-            let likely = if crashed {
-                StopReason::GuestPanic
-            } else {
-                StopReason::GuestShutdown
-            };
-            self.dir.set_stop_reason(&likely)?;
-        }
-        let was_there = self.libvirt.destroy(self.spec.id).await?;
+        Ok(self.reason(seen))
+    }
+
+    fn reason(&self, seen: Seen) -> StopReason {
         let by_itself = self.ended_by_itself.load(Ordering::Acquire);
-        Ok(if self.killed.load(Ordering::Acquire) {
-            StopReason::Destroyed
-        } else if crashed {
-            StopReason::GuestPanic
-        } else if seen == Seen::Off && was_there {
-            StopReason::GuestShutdown
-        } else if seen == Seen::Off || by_itself {
+        if self.killed.load(Ordering::Acquire) {
+            return StopReason::Destroyed;
+        }
+        match seen {
+            Seen::Crashed => StopReason::GuestPanic,
+            Seen::Off => StopReason::GuestShutdown,
+            Seen::Reset => StopReason::GuestReset,
             // It ended in an orderly way and was not preserved.
-            StopReason::GuestReset
-        } else {
-            StopReason::Failed {
+            _ if by_itself => StopReason::GuestReset,
+            _ => StopReason::Failed {
                 detail: "it was destroyed, and not by the host manager".to_owned(),
-            }
-        })
+            },
+        }
     }
 }
 
@@ -412,7 +444,7 @@ async fn supervise(domain: Arc<Domain>, console_max_bytes: u64) {
             continue;
         }
         match seen {
-            Ok(seen @ (Seen::Off | Seen::Crashed | Seen::Gone)) => break seen,
+            Ok(seen @ (Seen::Off | Seen::Reset | Seen::Crashed | Seen::Gone)) => break seen,
             Ok(seen) => {
                 if !console_opened {
                     console = domain.console(console_max_bytes).await;
@@ -446,19 +478,26 @@ async fn supervise(domain: Arc<Domain>, console_max_bytes: u64) {
     }
     domain.streams.send_replace(Streams::Ended);
     let reason = loop {
-        match domain.bury(seen).await {
+        match domain.outcome(seen).await {
             Ok(reason) => break reason,
             Err(error) => {
-                tracing::warn!(domain = %domain.spec.id, error = chain(&error), "cannot remove an ended domain");
-                // Whichever comes first.
-                let _ = tokio::time::timeout(RETRY_PAUSE, domain.look.notified()).await;
+                tracing::warn!(domain = %domain.spec.id, error = chain(&error), "the end of a domain was not noted");
+                domain.look_again().await;
             }
         }
     };
     if let Err(error) = domain.dir.set_stop_reason(&reason) {
         tracing::warn!(domain = %domain.spec.id, %error, "the end of a domain was not noted");
     }
+    // Told before what is left of it is removed, which takes Xen's tools seconds. Whoever wants it
+    // gone waits for `gone`.
     domain.life.set(DomainState::Stopped { reason });
+    while let Err(error) = domain.libvirt.destroy(domain.spec.id).await {
+        tracing::warn!(domain = %domain.spec.id, error = chain(&error), "cannot remove an ended domain");
+        domain.look_again().await;
+    }
+    domain.leave_network().await;
+    domain.gone.send_replace(true);
 }
 
 async fn run(console: &mut Option<PipeLog>) -> std::io::Error {
@@ -475,6 +514,7 @@ pub(crate) async fn adopt(
     boot_id: &str,
     config: &XenConfig,
     libvirt: &Arc<Libvirt>,
+    network: &Arc<Network>,
     events: broadcast::Sender<DomainEvent>,
 ) -> Result<Arc<Domain>, Error> {
     let id = record.spec.id;
@@ -513,6 +553,7 @@ pub(crate) async fn adopt(
         record,
         state,
         Arc::clone(libvirt),
+        Arc::clone(network),
         events,
     );
     let domain = Arc::new(domain);
@@ -553,6 +594,9 @@ pub(crate) async fn adopt(
             Ok(Seen::Paused) => domain.life.set(DomainState::Paused),
             Ok(_) => {}
             Err(error) => tracing::warn!(domain = %id, %error, "out of sight"),
+        }
+        if let Ok(Some(domid)) = libvirt.domid(id).await {
+            network.note(&domain.spec, domid);
         }
         domain.attend(config);
     }

@@ -42,9 +42,10 @@ pub(crate) enum Notice {
 pub(crate) enum Seen {
     Running,
     Paused,
-    /// Its guest has ended in an orderly way; either it is preserved, or it is being destroyed
-    /// because it asked for a reset.
+    /// Its guest switched itself off; it is preserved.
     Off,
+    /// Its guest asked for a reset, and it is being destroyed or has been.
+    Reset,
     /// Its guest's kernel panicked; it is preserved.
     Crashed,
     /// There is no such domain.
@@ -125,11 +126,35 @@ impl Libvirt {
 
     pub(crate) async fn see(self: &Arc<Self>, id: DomainId) -> Result<Seen, Error> {
         self.call(move |connect| {
-            let state = Domain::lookup_by_uuid(connect, id).and_then(|domain| domain.get_state());
-            match state {
-                Ok((state, reason)) => Ok(seen(state, reason)),
-                Err(error) if error.code() == ErrorNumber::NoDomain => Ok(Seen::Gone),
-                Err(error) => Err(error),
+            let none = |error: &virt::error::Error| error.code() == ErrorNumber::NoDomain;
+            let domain = match Domain::lookup_by_uuid(connect, id) {
+                Ok(domain) => domain,
+                Err(error) if none(&error) => return Ok(Seen::Gone),
+                Err(error) => return Err(error),
+            };
+            let seen = match domain.get_state() {
+                Ok((state, reason)) => seen(state, reason),
+                Err(error) if none(&error) => return Ok(Seen::Gone),
+                Err(error) => return Err(error),
+            };
+            match seen {
+                // Both are called a shutdown, but one that was reset is being destroyed: a job is
+                // under way, or the domain is no more.
+                Seen::Off => match domain.get_job_info() {
+                    Ok(job) if job.r#type == sys::VIR_DOMAIN_JOB_NONE as i32 => Ok(Seen::Off),
+                    Ok(_) => Ok(Seen::Reset),
+                    Err(error) if none(&error) => Ok(Seen::Reset),
+                    Err(error) => Err(error),
+                },
+                // libvirt's own state is behind; this asks Xen, which may have it no more.
+                Seen::Running | Seen::Paused => match domain.get_info() {
+                    Ok(_) => Ok(seen),
+                    Err(error) if error.code() == ErrorNumber::InternalError || none(&error) => {
+                        Ok(Seen::Gone)
+                    }
+                    Err(error) => Err(error),
+                },
+                Seen::Reset | Seen::Crashed | Seen::Gone => Ok(seen),
             }
         })
         .await

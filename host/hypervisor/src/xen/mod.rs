@@ -9,6 +9,8 @@ mod config;
 mod domain;
 mod files;
 mod libvirt;
+mod memory;
+mod network;
 mod peer;
 mod release;
 mod save;
@@ -29,6 +31,8 @@ use xbee_protocol::Transport;
 pub use config::XenConfig;
 use domain::Domain;
 use libvirt::{Libvirt, Notice};
+use memory::Promises;
+use network::Network;
 
 use crate::domain::{
     AgentStream, DomainEvent, DomainId, DomainInfo, DomainSpec, DomainState, DomainStats,
@@ -64,8 +68,10 @@ struct Inner {
     config: XenConfig,
     boot_id: String,
     libvirt: Arc<Libvirt>,
+    network: Arc<Network>,
     host: OnceCell<Host>,
     starts: Semaphore,
+    promises: Arc<Promises>,
     domains: Mutex<HashMap<DomainId, Arc<Domain>>>,
     events: broadcast::Sender<DomainEvent>,
     /// The connection to libvirt was lost.
@@ -98,10 +104,12 @@ impl XenHypervisor {
                         inner.noticed(notice);
                     }
                 })),
+                network: Arc::new(Network::new(config.firewall)),
                 config,
                 boot_id,
                 host: OnceCell::new(),
                 starts: Semaphore::new(STARTS_MAX),
+                promises: Arc::default(),
                 domains: Mutex::default(),
                 events,
                 lost: tokio::sync::Notify::new(),
@@ -116,6 +124,7 @@ impl XenHypervisor {
                 &inner.boot_id,
                 &inner.config,
                 &inner.libvirt,
+                &inner.network,
                 inner.events.clone(),
             )
             .await?;
@@ -124,6 +133,10 @@ impl XenHypervisor {
                 tokio::spawn(settle(Arc::clone(&inner), Arc::clone(&domain)));
             }
             inner.lock().insert(id, domain);
+        }
+        // What is not there now cuts guests off, and lets them do nothing.
+        if let Err(error) = inner.network.apply().await {
+            tracing::warn!(error = chain(&error), "guests' network");
         }
         // What happened between a look at a domain and its place in the map was noticed by nobody.
         inner.look_at_all();
@@ -262,6 +275,14 @@ impl Inner {
         let boot_id = self.boot_id.clone();
         let config = self.config.clone();
         let existing = self.find(spec.id);
+        let name = xml::name(spec.id);
+        if self
+            .lock()
+            .keys()
+            .any(|id| *id != spec.id && xml::name(*id) == name)
+        {
+            return Err(Error::NameTaken { name });
+        }
         let (spec, dir, made) = blocking(move || {
             if let Some(existing) = existing {
                 dir.check_same(&existing.spec, &spec)?;
@@ -284,6 +305,7 @@ impl Inner {
                 record,
                 DomainState::Created,
                 Arc::clone(&self.libvirt),
+                Arc::clone(&self.network),
                 self.events.clone(),
             );
             self.lock().insert(id, Arc::new(domain));
@@ -296,7 +318,7 @@ impl Inner {
         match domain.life.get() {
             DomainState::Created => {
                 let _turn = self.starts.acquire().await;
-                domain.start(&self.config).await
+                domain.start(&self.config, &self.promises).await
             }
             DomainState::Running | DomainState::Paused => Ok(()),
             DomainState::Stopped { .. } => Err(domain.life.wrong("start")),
@@ -311,7 +333,9 @@ impl Inner {
     async fn restore(self: Arc<Self>, domain: Arc<Domain>, file: PathBuf) -> Result<(), Error> {
         let _operation = domain.operation.lock().await;
         let _turn = self.starts.acquire().await;
-        domain.restore(&file, &self.config, &self.boot_id).await
+        domain
+            .restore(&file, &self.config, &self.boot_id, &self.promises)
+            .await
     }
 
     async fn destroy(self: Arc<Self>, id: DomainId) -> Result<(), Error> {
@@ -322,6 +346,7 @@ impl Inner {
         };
         let _operation = domain.operation.lock().await;
         domain.kill(self.config.command_limit).await?;
+        domain.gone(self.config.command_limit).await?;
         let dir = domain.dir.clone();
         blocking(move || dir.remove()).await?;
         domain.discard();

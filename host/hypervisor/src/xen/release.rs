@@ -1,6 +1,7 @@
 //! The second source of ends: xenstore tells whenever some domain has ended, also of those that
 //! libvirt does not.
 
+use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -21,6 +22,22 @@ pub(crate) async fn watch(inner: Arc<Inner>) {
             "ends of domains are not seen in xenstore"
         );
     }
+}
+
+/// The names of Xen's domains, whoever made them.
+pub(crate) async fn names() -> Result<HashSet<String>, Error> {
+    const DOMAINS: &str = "/local/domain";
+    blocking(|| {
+        let mut store = Xenstore::open().map_err(|error| broken(&error))?;
+        let ids = store.list(DOMAINS).map_err(|error| broken(&error))?;
+        let mut names = HashSet::new();
+        for id in ids.unwrap_or_default() {
+            let path = format!("{DOMAINS}/{id}/name");
+            names.extend(store.read(&path).map_err(|error| broken(&error))?);
+        }
+        Ok(names)
+    })
+    .await
 }
 
 async fn try_watch(inner: &Inner) -> Result<(), Error> {

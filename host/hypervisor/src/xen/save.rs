@@ -13,6 +13,7 @@ use super::channel::Streams;
 use super::config::XenConfig;
 use super::domain::Domain;
 use super::libvirt::Seen;
+use super::memory::{self, Promises};
 use crate::domain::{DomainState, StopReason};
 use crate::error::{Error, chain};
 use crate::kept::Transfer;
@@ -114,6 +115,7 @@ impl Domain {
         file: &Path,
         config: &XenConfig,
         boot_id: &str,
+        promises: &Arc<Promises>,
     ) -> Result<(), Error> {
         let id = self.spec.id;
         let (known_by, paused) = match (self.life.get(), self.kept.transfer()) {
@@ -128,7 +130,9 @@ impl Domain {
             ) => (known_by, paused),
             _ => return Err(self.life.wrong("restore")),
         };
-        self.check_room().await?;
+        self.gone(config.command_limit).await?;
+        let needed = memory::needed_bytes(self.spec.memory_bytes, self.spec.vcpus);
+        let _promise = promises.promise(needed, &self.libvirt).await?;
         let checked = (file.to_owned(), known_by.clone());
         blocking(move || save_file::check(&checked.0, id, &checked.1)).await?;
         let path = text(file)?;
@@ -187,6 +191,10 @@ impl Domain {
     ) -> Result<(), Error> {
         let dir = self.dir.clone();
         blocking(move || dir.clear_stop_reason()).await?;
+        if let Err(error) = self.join_network().await {
+            // The next change tries again.
+            tracing::warn!(domain = %self.spec.id, error = chain(&error), "restored, and cut off");
+        }
         if !paused && let Err(error) = self.libvirt.resume(self.spec.id).await {
             // What it does instead is seen.
             tracing::warn!(domain = %self.spec.id, error = chain(&error), "restored, and does not go on");

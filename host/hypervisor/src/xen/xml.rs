@@ -184,6 +184,7 @@ mod tests {
             interface: Some(Interface {
                 mac: [0x02, 0xbe, 0, 0, 0, 5],
                 address: "fd00:1:2:3::5".parse().unwrap(),
+                peers: false,
             }),
             boot_config: Vec::new(),
             run_dir: format!("/var/lib/xbee/run/{id}").into(),

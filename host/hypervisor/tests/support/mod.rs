@@ -45,6 +45,10 @@ pub enum Guest {
     Reset,
     /// Its kernel panics.
     Panic,
+    /// As the three before, a while after it is up.
+    LatePowerOff,
+    LateReset,
+    LatePanic,
     /// Prints without end.
     Flood,
     /// Prints a line now and then.
@@ -77,13 +81,18 @@ for word in $(cat /proc/cmdline); do
         # Xen asks the kernel, which runs this. It is a link to busybox, whose init this is not.
         rm -f /sbin/poweroff
         printf '#!/bin/busybox sh\nexec /bin/busybox poweroff -f\n' >/sbin/poweroff
-        chmod 755 /sbin/poweroff
+        rm -f /sbin/reboot
+        printf '#!/bin/busybox sh\nexec /bin/busybox reboot -f\n' >/sbin/reboot
+        chmod 755 /sbin/poweroff /sbin/reboot
         [ -e /dev/input/event0 ] || continue
         dd if=/dev/input/event0 bs=24 count=1 of=/dev/null; poweroff -f ;;
     xbee.test=poweroff) poweroff -f ;;
     xbee.test=reset) reboot -f ;;
     xbee.test=panic) echo c >/proc/sysrq-trigger ;;
     xbee.test=count) n=0; while true; do n=$((n + 1)); echo "count $n"; sleep 0.2; done ;;
+    xbee.test=latepoweroff) sleep 3; poweroff -f ;;
+    xbee.test=latereset) sleep 3; reboot -f ;;
+    xbee.test=latepanic) sleep 3; echo c >/proc/sysrq-trigger ;;
     xbee.test=flood) yes "flood flood flood flood flood flood flood flood" ;;
     xbee.test=disks)
         vda=vda vdb=vdb
@@ -355,9 +364,9 @@ impl Fixture {
             let event = match guest {
                 Guest::Button | Guest::Disks | Guest::Agent => return,
                 Guest::Idle => SimEvent::IgnorePowerButton,
-                Guest::PowerOff => SimEvent::PowerOff,
-                Guest::Reset => SimEvent::Reset,
-                Guest::Panic => SimEvent::Panic,
+                Guest::PowerOff | Guest::LatePowerOff => SimEvent::PowerOff,
+                Guest::Reset | Guest::LateReset => SimEvent::Reset,
+                Guest::Panic | Guest::LatePanic => SimEvent::Panic,
                 Guest::Flood => SimEvent::FloodConsole,
                 Guest::Count => SimEvent::Count,
             };

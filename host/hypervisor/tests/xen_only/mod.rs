@@ -1,5 +1,7 @@
 //! What only the Xen back end promises.
 
+mod ends;
+mod starts;
 mod tcp;
 
 use std::process::Command;
@@ -73,6 +75,7 @@ async fn an_interface_is_on_the_bridge() {
     spec.interface = Some(Interface {
         mac: [0x02, 0xbe, 0, 0, 0, 3],
         address: "fd58:454e::3".parse().unwrap(),
+        peers: false,
     });
     hypervisor.create(&spec).await.unwrap();
     hypervisor.start(spec.id).await.unwrap();

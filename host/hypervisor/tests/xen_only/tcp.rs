@@ -37,7 +37,11 @@ fn spec(fixture: &Fixture, number: u8) -> DomainSpec {
         gateway: None,
     });
     spec.boot_config = config.encode();
-    spec.interface = Some(Interface { mac, address });
+    spec.interface = Some(Interface {
+        mac,
+        address,
+        peers: false,
+    });
     spec
 }
 

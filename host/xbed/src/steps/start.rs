@@ -8,7 +8,7 @@ use xbee_hypervisor::{DomainSpec, Interface};
 
 use super::stage_in::BootFiles;
 use super::{agent, agent_failure, fail, files, hypervisor_failure, run_scripts, session};
-use crate::config::{Backend, Prefix};
+use crate::config::{Backend, Prefix, SameOwner};
 use crate::plan::When;
 use crate::ssh;
 use crate::task::StepContext;
@@ -115,6 +115,7 @@ fn interface(context: &StepContext, number: u32) -> Option<Interface> {
         // Locally administered, and of one card (IEEE 802, clause 8).
         mac: [0x02, 0xbe, a, b, c, d],
         address: prefix.address(number),
+        peers: config.same_owner == SameOwner::Connected,
     })
 }
 

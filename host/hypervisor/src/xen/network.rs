@@ -1,0 +1,424 @@
+//! Who may send what on the bridge: fills the sets of the firewall in `xen-configs/dom0/xenbee.nft`
+//! with the ports of running domains, through `nft` and its JSON (libnftables-json(5)).
+//!
+//! What is in the sets is made what it shall be, not changed by what happened: so a start that was
+//! cut off, a restart of this process and a reload of the rules are all mended by the next change.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::io;
+use std::net::Ipv6Addr;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+
+use crate::domain::{DomainId, DomainSpec, Interface};
+use crate::error::Error;
+
+/// The tables; `install` in `xen-configs/dom0` makes them.
+const TABLE: &str = "xenbee";
+/// The sets that are filled.
+const PAIRS: &str = "pairs";
+const MACS: &str = "macs";
+const ADDRESSES: &str = "addresses";
+const TARGETS: &str = "targets";
+const SETS: [&str; 4] = [PAIRS, MACS, ADDRESSES, TARGETS];
+
+const REMEDY: &str = "run xen-configs/dom0/install and then nft -f /etc/nftables.d/xenbee.nft, or set \
+                      firewall = \"off\" in [xen] where other rules keep guests apart";
+
+/// No call of `nft` takes longer on a host that works.
+const NFT_LIMIT: Duration = Duration::from_secs(20);
+
+/// A domain's place on the bridge.
+#[derive(Debug, Clone)]
+struct Port {
+    domid: u32,
+    owner: String,
+    interface: Interface,
+}
+
+impl Port {
+    fn name(&self) -> String {
+        // So Xen's scripts name the first interface of a domain.
+        format!("vif{}.0", self.domid)
+    }
+
+    fn sees(&self, other: &Port) -> bool {
+        let both = self.interface.peers && other.interface.peers;
+        both && !self.owner.is_empty() && self.owner == other.owner && self.domid != other.domid
+    }
+}
+
+/// The ports of this process's domains and the firewall between them.
+#[derive(Debug)]
+pub(crate) struct Network {
+    /// `nft` and the arguments before its own; empty: no firewall is kept.
+    nft: Vec<OsString>,
+    ports: Mutex<BTreeMap<DomainId, Port>>,
+    turn: tokio::sync::Mutex<()>,
+}
+
+/// What is in a set: a set's name and an element's parts.
+type Element = (&'static str, [String; 2]);
+
+impl Network {
+    /// `firewall`: whether rules are there and shall be kept.
+    pub(crate) fn new(firewall: bool) -> Self {
+        let nft = firewall.then(|| "nft".into()).into_iter().collect();
+        Self::with(nft)
+    }
+
+    fn with(nft: Vec<OsString>) -> Self {
+        Self {
+            nft,
+            ports: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<DomainId, Port>> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a domain may be started that has this interface.
+    ///
+    /// # Errors
+    /// [`Error::Firewall`] where the rules are not there.
+    pub(crate) async fn check(&self, interface: Option<&Interface>) -> Result<(), Error> {
+        if self.nft.is_empty() || interface.is_none() {
+            return Ok(());
+        }
+        self.elements().await?;
+        let rules = self.list("inet").await?;
+        if !objects(&rules, "chain").any(|chain| chain["hook"] == "input") {
+            return Err(lacking("table inet xenbee has no rules for input"));
+        }
+        Ok(())
+    }
+
+    /// Notes a domain that runs, without telling the firewall of it yet.
+    pub(crate) fn note(&self, spec: &DomainSpec, domid: u32) {
+        if let Some(interface) = spec.interface {
+            let port = Port {
+                domid,
+                owner: spec.owner.clone(),
+                interface,
+            };
+            self.lock().insert(spec.id, port);
+        }
+    }
+
+    /// Lets a domain that has been started send as who it is, and to whom it may.
+    pub(crate) async fn join(&self, spec: &DomainSpec, domid: u32) -> Result<(), Error> {
+        if spec.interface.is_none() {
+            return Ok(());
+        }
+        self.note(spec, domid);
+        self.apply().await
+    }
+
+    /// Takes everything away from a domain that has ended.
+    pub(crate) async fn leave(&self, id: DomainId) -> Result<(), Error> {
+        match self.lock().remove(&id) {
+            None => return Ok(()),
+            Some(port) => tracing::debug!(domain = %id, port = port.name(), "off the bridge"),
+        }
+        self.apply().await
+    }
+
+    /// Makes the sets what they shall be: of other processes' ports only those are touched that
+    /// are not there any more.
+    pub(crate) async fn apply(&self) -> Result<(), Error> {
+        if self.nft.is_empty() {
+            return Ok(());
+        }
+        let _turn = self.turn.lock().await;
+        let present = self.elements().await?;
+        let ports: Vec<Port> = self.lock().values().cloned().collect();
+        let commands = difference(&present, &wanted(&ports), |port| {
+            ports.iter().any(|ours| ours.name() == port)
+                || !Path::new("/sys/class/net").join(port).exists()
+        });
+        if commands.is_empty() {
+            return Ok(());
+        }
+        self.run(&["-j", "-f", "-"], json!({ "nftables": commands }))
+            .await
+            .map(drop)
+    }
+
+    /// What is in the sets.
+    async fn elements(&self) -> Result<BTreeSet<Element>, Error> {
+        let table = self.list("bridge").await?;
+        let mut elements = BTreeSet::new();
+        for name in SETS {
+            let set = objects(&table, "set")
+                .find(|set| set["name"] == name)
+                .ok_or_else(|| lacking(format!("table bridge xenbee has no set {name}")))?;
+            for element in set["elem"].as_array().into_iter().flatten() {
+                if let Some([Value::String(port), Value::String(other)]) =
+                    element["concat"].as_array().map(Vec::as_slice)
+                {
+                    elements.insert((name, [port.clone(), other.clone()]));
+                }
+            }
+        }
+        for hook in ["prerouting", "forward"] {
+            if !objects(&table, "chain").any(|chain| chain["hook"] == hook) {
+                return Err(lacking(format!(
+                    "table bridge xenbee has no rules for {hook}"
+                )));
+            }
+        }
+        Ok(elements)
+    }
+
+    async fn list(&self, family: &str) -> Result<Value, Error> {
+        let text = self
+            .run(&["-j", "list", "table", family, TABLE], Value::Null)
+            .await?;
+        serde_json::from_slice(&text).map_err(|error| lacking(format!("nft's answer: {error}")))
+    }
+
+    /// Runs `nft`; it ends when this is dropped or too slow.
+    async fn run(&self, args: &[&str], input: Value) -> Result<Vec<u8>, Error> {
+        let Some((program, first)) = self.nft.split_first() else {
+            return Ok(Vec::new());
+        };
+        let run = async {
+            let mut child = Command::new(program)
+                .args(first)
+                .args(args)
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .kill_on_drop(true)
+                .spawn()?;
+            let mut stdin = child.stdin.take();
+            let write = async move {
+                // A program that ends without reading says why by itself.
+                if let (Some(stdin), false) = (&mut stdin, input.is_null()) {
+                    let _ = stdin.write_all(input.to_string().as_bytes()).await;
+                }
+            };
+            let ((), output) = tokio::join!(write, child.wait_with_output());
+            output
+        };
+        let output = tokio::time::timeout(NFT_LIMIT, run)
+            .await
+            .unwrap_or_else(|elapsed| Err(io::Error::new(io::ErrorKind::TimedOut, elapsed)))
+            .map_err(|error| lacking(format!("nft cannot be run: {error}")))?;
+        if output.status.success() {
+            return Ok(output.stdout);
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        Err(lacking(format!(
+            "nft {}: {}",
+            args.join(" "),
+            said.lines().next().unwrap_or("failed without a word")
+        )))
+    }
+}
+
+fn lacking(detail: impl Into<String>) -> Error {
+    Error::Firewall {
+        detail: detail.into(),
+        remedy: REMEDY,
+    }
+}
+
+/// The objects of a kind in what `nft -j list` prints.
+fn objects<'a>(listing: &'a Value, kind: &'static str) -> impl Iterator<Item = &'a Value> {
+    let all = listing["nftables"].as_array().into_iter().flatten();
+    all.filter_map(move |object| object.get(kind))
+}
+
+/// What shall be in the sets for these ports.
+fn wanted(ports: &[Port]) -> BTreeSet<Element> {
+    let mut elements = BTreeSet::new();
+    for port in ports {
+        let mut add = |set, value| elements.insert((set, [port.name(), value]));
+        let mac = port.interface.mac;
+        add(MACS, mac.map(|byte| format!("{byte:02x}")).join(":"));
+        for address in [port.interface.address, link_local(mac)] {
+            add(ADDRESSES, address.to_string());
+            add(TARGETS, format!("{:#x}", address.to_bits()));
+        }
+        for other in ports.iter().filter(|other| port.sees(other)) {
+            add(PAIRS, other.name());
+        }
+    }
+    elements
+}
+
+/// The address that every interface gives itself (RFC 4291, appendix A).
+fn link_local([a, b, c, d, e, f]: [u8; 6]) -> Ipv6Addr {
+    let interface = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+    Ipv6Addr::from_bits(0xfe80 << 112 | u128::from(u64::from_be_bytes(interface)))
+}
+
+/// Commands that make `present` into `wanted`, in one transaction. `may_touch` says whether a port
+/// is ours, or nobody's any more.
+fn difference(
+    present: &BTreeSet<Element>,
+    wanted: &BTreeSet<Element>,
+    may_touch: impl Fn(&str) -> bool,
+) -> Vec<Value> {
+    let mut commands = Vec::new();
+    let mut command = |verb: &str, (set, parts): &Element| {
+        let element = json!({ "family": "bridge", "table": TABLE, "name": set,
+                              "elem": [{ "concat": parts }] });
+        commands.push(json!({ verb: { "element": element } }));
+    };
+    for element in present.difference(wanted) {
+        let (set, [port, other]) = element;
+        if may_touch(port) || (*set == PAIRS && may_touch(other)) {
+            // Another process may have removed it, and removing what is not there fails.
+            command("add", element);
+            command("delete", element);
+        }
+    }
+    for element in wanted.difference(present) {
+        command("add", element);
+    }
+    commands
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command as Blocking;
+    use uuid::Uuid;
+
+    fn port(domid: u32, owner: &str, peers: bool) -> Port {
+        Port {
+            domid,
+            owner: owner.to_owned(),
+            interface: Interface {
+                mac: [2, 0xbe, 0, 0, 0, domid as u8],
+                address: Ipv6Addr::from_bits(0xfd00 << 112 | u128::from(domid)),
+                peers,
+            },
+        }
+    }
+
+    fn pairs(ports: &[Port]) -> Vec<String> {
+        let all = wanted(ports);
+        let pairs = all.iter().filter(|(set, _)| *set == PAIRS);
+        pairs.map(|(_, parts)| parts.join(">")).collect()
+    }
+
+    #[test]
+    fn only_domains_of_one_owner_that_both_asked_see_each_other() {
+        let ports = [
+            port(1, "a", true),
+            port(2, "a", true),
+            port(3, "a", false),
+            port(4, "b", true),
+            port(5, "", true),
+            port(6, "", true),
+        ];
+        assert_eq!(pairs(&ports), ["vif1.0>vif2.0", "vif2.0>vif1.0"]);
+    }
+
+    #[test]
+    fn the_link_local_address_is_the_one_that_linux_gives_itself() {
+        let address = link_local([0x02, 0xbe, 0, 0, 0, 5]);
+        assert_eq!(address.to_string(), "fe80::be:ff:fe00:5");
+    }
+
+    #[test]
+    fn ports_of_others_are_left_alone_while_they_are_there() {
+        let present = wanted(&[port(1, "a", true), port(2, "a", true), port(7, "b", true)]);
+        let commands = difference(&present, &wanted(&[port(1, "a", true)]), |port| {
+            port == "vif1.0" || port == "vif2.0"
+        });
+        let text = Value::from(commands).to_string();
+        assert!(
+            text.contains("vif2.0") && !text.contains("vif7.0"),
+            "{text}"
+        );
+        assert!(!text.contains(r#"["vif1.0","02:be"#), "{text}");
+    }
+
+    /// A network namespace with the rules of `xen-configs`.
+    struct Namespace(String);
+
+    impl Namespace {
+        fn new() -> Option<Self> {
+            if !rustix::process::geteuid().is_root() {
+                println!("skipped: a network namespace of one's own needs root");
+                return None;
+            }
+            let name = format!("xbee-nft-{}", std::process::id());
+            let made = Blocking::new("ip").args(["netns", "add", &name]).status();
+            assert!(made.unwrap().success());
+            Some(Self(name))
+        }
+
+        fn nft(&self) -> Vec<OsString> {
+            let words = ["ip", "netns", "exec", &self.0, "nft"];
+            words.into_iter().map(OsString::from).collect()
+        }
+
+        fn load(&self, rules: &str) {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../xen-configs/dom0");
+            let nft = self.nft();
+            let mut command = Blocking::new(&nft[0]);
+            command.args(&nft[1..]).arg("-f").arg(path.join(rules));
+            assert!(command.status().unwrap().success());
+        }
+    }
+
+    impl Drop for Namespace {
+        fn drop(&mut self) {
+            let _ = Blocking::new("ip").args(["netns", "del", &self.0]).status();
+        }
+    }
+
+    #[tokio::test]
+    async fn the_sets_become_what_they_shall_be() {
+        let Some(namespace) = Namespace::new() else {
+            return;
+        };
+        let network = Network::with(namespace.nft());
+        let interface = port(1, "a", true).interface;
+        let error = network.check(Some(&interface)).await.unwrap_err();
+        assert_eq!(error.code(), "firewall");
+        assert!(
+            error.to_string().contains("xen-configs/dom0/install"),
+            "{error}"
+        );
+        // Without an interface none is needed.
+        network.check(None).await.unwrap();
+        namespace.load("xenbee.nft");
+        network.check(Some(&interface)).await.unwrap();
+        let ids = [1, 2].map(|domid| {
+            // No port of this machine has such numbers.
+            let port = port(60_000 + domid, "a", true);
+            let id = Uuid::from_u128(u128::from(domid));
+            network.lock().insert(id, port);
+            id
+        });
+        network.apply().await.unwrap();
+        let ports: Vec<Port> = network.lock().values().cloned().collect();
+        assert_eq!(network.elements().await.unwrap(), wanted(&ports));
+        // Nothing is done twice, and what is gone is mended.
+        network.apply().await.unwrap();
+        namespace.load("xenbee.nft");
+        network.apply().await.unwrap();
+        assert_eq!(network.elements().await.unwrap(), wanted(&ports));
+        network.leave(ids[0]).await.unwrap();
+        assert_eq!(network.elements().await.unwrap(), wanted(&ports[1..]));
+        // What a process left that is no more.
+        let network = Network::with(namespace.nft());
+        network.apply().await.unwrap();
+        assert_eq!(network.elements().await.unwrap(), BTreeSet::new());
+    }
+}
