@@ -215,11 +215,11 @@ impl Broker {
                 let Some(asked) = asked.flatten() else {
                     continue;
                 };
-                self.guest(domain, |guest| guest.dials.insert(dial));
+                let name = StreamName { domain, dial };
+                self.note(name);
                 if let (Some(Ok(Answer::Open { domain: to })), Ok(Dial { port, .. })) =
                     (answer.flatten().map(|text| text.parse()), asked.parse())
                 {
-                    let name = StreamName { domain, dial };
                     let stream = Stream {
                         to,
                         port,
@@ -236,9 +236,10 @@ impl Broker {
         Ok(())
     }
 
-    fn guest(&mut self, domain: u16, change: impl FnOnce(&mut Guest) -> bool) {
-        if let Some(guest) = self.guests.get_mut(&domain) {
-            change(guest);
+    /// From now on the dial has been looked at.
+    fn note(&mut self, name: StreamName) {
+        if let Some(guest) = self.guests.get_mut(&name.domain) {
+            guest.dials.insert(name.dial);
         }
     }
 
@@ -263,8 +264,8 @@ impl Broker {
         })
     }
 
-    /// Ends a stream for both.
-    fn end(
+    /// Ends a stream for the one who serves it or was to.
+    fn withdraw(
         &mut self,
         nodes: &mut impl Nodes,
         name: StreamName,
@@ -279,6 +280,17 @@ impl Broker {
                 lenient(nodes.remove(&path(stream.to, &node)))?;
             }
         }
+        Ok(())
+    }
+
+    /// Ends a stream for both.
+    fn end(
+        &mut self,
+        nodes: &mut impl Nodes,
+        name: StreamName,
+        stream: Stream,
+    ) -> Result<(), xenstore::Error> {
+        self.withdraw(nodes, name, stream)?;
         if self.guests.contains_key(&name.domain) {
             for directory in [ANSWER, DIAL] {
                 let node = format!("{directory}/{}", name.dial);
@@ -323,6 +335,15 @@ impl Broker {
         Ok(())
     }
 
+    /// Says what a guest does that it should not, once.
+    fn complain(&mut self, domain: u16, what: &str) {
+        if let Some(guest) = self.guests.get_mut(&domain)
+            && !std::mem::replace(&mut guest.complained, true)
+        {
+            tracing::warn!(domain, cid = guest.cid, "a guest {what}");
+        }
+    }
+
     /// Whether a guest is to be looked at now; one that has been too often is not for a while.
     fn may_look(
         &mut self,
@@ -340,14 +361,7 @@ impl Broker {
             return Ok(true);
         }
         guest.looks.deaf_until = Some(now + DEAF_FOR);
-        if !std::mem::replace(&mut guest.complained, true) {
-            let cid = guest.cid;
-            tracing::warn!(
-                domain,
-                cid,
-                "a guest floods its part of xenstore: not heard for a while"
-            );
-        }
+        self.complain(domain, "floods its part of xenstore: not heard for a while");
         for (_, node) in PARTS {
             lenient(nodes.unwatch(&path(domain, node), &token(domain, node)))?;
         }
@@ -398,8 +412,8 @@ impl Broker {
         };
         let gone: Vec<u32> = guest.dials.difference(&there).copied().collect();
         let new: Vec<u32> = there.difference(&guest.dials).copied().collect();
+        guest.dials.retain(|dial| there.contains(dial));
         for dial in gone {
-            self.guest(domain, |guest| guest.dials.remove(&dial));
             let name = StreamName { domain, dial };
             match self.streams.get(&name).copied() {
                 Some(stream) => self.end(nodes, name, stream)?,
@@ -420,18 +434,13 @@ impl Broker {
             if !self.may_look(nodes, domain, now)? {
                 break;
             }
-            self.guest(domain, |guest| guest.dials.insert(dial));
+            let name = StreamName { domain, dial };
+            self.note(name);
             let text = lenient(nodes.read(&path(domain, &format!("{DIAL}/{dial}"))))?;
             let Some(Ok(to)) = text.flatten().map(|text| text.parse::<Dial>()) else {
-                self.guest(domain, |guest| {
-                    if !std::mem::replace(&mut guest.complained, true) {
-                        tracing::warn!(domain, cid = guest.cid, "a guest dials nobody: ignored");
-                    }
-                    true
-                });
+                self.complain(domain, "dials nobody: ignored");
                 continue;
             };
-            let name = StreamName { domain, dial };
             if let Some(answer) = self.dial(nodes, name, to, now)? {
                 self.answer(nodes, name, answer)?;
             }
@@ -501,13 +510,7 @@ impl Broker {
         stream: Stream,
         answer: Answer,
     ) -> Result<(), xenstore::Error> {
-        self.streams.remove(&name);
-        for node in [
-            format!("{ACCEPT}/{}/{name}", stream.port),
-            format!("{STREAM}/{name}"),
-        ] {
-            lenient(nodes.remove(&path(stream.to, &node)))?;
-        }
+        self.withdraw(nodes, name, stream)?;
         self.answer(nodes, name, answer)
     }
 
@@ -548,6 +551,11 @@ impl Broker {
         nodes: &mut impl Nodes,
         domain: u16,
     ) -> Result<(), xenstore::Error> {
+        let serves = |stream: &Stream| stream.to == domain && stream.offered_until.is_none();
+        // As a rule the change is a stream that is about to be served.
+        if !self.streams.values().any(serves) {
+            return Ok(());
+        }
         // One that cannot be listed has streams by whatever names.
         let Some(names) = lenient(nodes.list(&path(domain, STREAM)))? else {
             return Ok(());
@@ -556,7 +564,7 @@ impl Broker {
             .filter_map(|name| name.parse().ok())
             .collect();
         self.end_those(nodes, |name, stream| {
-            stream.to == domain && stream.offered_until.is_none() && !there.contains(name)
+            serves(stream) && !there.contains(name)
         })
     }
 }
@@ -572,7 +580,7 @@ fn part_of(token: &str) -> Option<(u16, Part)> {
     Some((number(domain).ok()?, *part))
 }
 
-/// Which domains of this back end run.
+/// A domain of this back end that runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Running {
     id: DomainId,

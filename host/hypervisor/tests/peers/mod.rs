@@ -48,6 +48,8 @@ mod qemu {
 
 #[cfg(feature = "xen")]
 mod xen {
+    use xbee_link::xenstore::Xenstore;
+
     use super::*;
     use crate::support::{xen_name, xl};
 
@@ -144,6 +146,14 @@ mod xen {
         let deadline = Instant::now() + LIMIT;
         while !console().contains("end 1 ConnectionReset") {
             assert!(Instant::now() < deadline, "{}", console());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        // It listens again, under its new number.
+        let domain = xl(&["domid", &name]).unwrap();
+        let node = format!("/local/domain/{}/data/xbee/peer/listen/5001", domain.trim());
+        let mut store = Xenstore::open().unwrap();
+        while store.read(&node).unwrap().is_none() {
+            assert!(Instant::now() < deadline, "no {node}");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         // Two seconds of its own clock, with a kernel that would have failed by then.
