@@ -103,6 +103,34 @@ fn an_unknown_scheme_is_refused_before_anything_begins() {
 }
 
 #[test]
+fn only_domains_of_xen_can_be_exported() {
+    let xbed = sim();
+    let path = xbed.document("job.xsdl", &job("exit 0", ""));
+    let not_xen = "xbe: domains of this back end have no description: only those of xen have one (xbed --backend xen)\n";
+    for form in ["--xl", "--libvirt"] {
+        let ran = xbed.xbe(["export".as_ref(), form.as_ref(), path.as_os_str()]);
+        assert_eq!((ran.code, ran.stdout.as_str()), (125, ""));
+        assert_eq!(ran.stderr, not_xen);
+    }
+    let document = xbed.xbe(["run", "--print-jsdl", "--", "sleep", "600"]).ok();
+    let task = xbed.submit(&document.stdout);
+    xbed.wait_for(&task, "Executing");
+    let ran = xbed.xbe(["export", "--xl", task.as_str()]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (125, not_xen));
+    xbed.xbe(["terminate", task.as_str()]).ok();
+    xbed.wait_for(&task, "Terminated");
+    let ran = xbed.xbe(["export", "--xl", task.as_str()]);
+    assert_eq!(
+        ran.stderr,
+        format!("xbe: task {task} has no running domain now\n")
+    );
+    // What it would boot is known when it has been fetched.
+    let path = xbed.document("own.xsdl", &job("true", &instance("/no/such/image")));
+    let ran = xbed.xbe(["export".as_ref(), "--xl".as_ref(), path.as_os_str()]);
+    assert!(ran.stderr.contains("brings its own image"), "{ran:?}");
+}
+
+#[test]
 fn a_missing_file_and_a_wrong_hash_fail_in_stage_in() {
     let xbed = sim();
     let (code, reason) = failure(&xbed, &job("true", &source("file:///no/such/file", "")));

@@ -15,8 +15,8 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::{
-    CheckReport, EXEC_HEADER, ErrorBody, ExecRequest, FollowQuery, HostInfo, SshAccess,
-    SubmitRequest, TaskEvent, TaskStatus, UPGRADE_EXEC, UPGRADE_TCP,
+    CheckReport, DomainExport, EXEC_HEADER, ErrorBody, ExecRequest, ExportForm, FollowQuery,
+    HostInfo, SshAccess, SubmitRequest, TaskEvent, TaskStatus, UPGRADE_EXEC, UPGRADE_TCP,
 };
 
 /// Longest wait for the head of an answer, and for the whole of one that is not a stream.
@@ -223,6 +223,22 @@ impl Client {
     /// `POST /v1/check`.
     pub async fn check(&self, request: &SubmitRequest) -> Result<CheckReport, Error> {
         self.post("/v1/check", request).await
+    }
+
+    /// `POST /v1/export`.
+    pub async fn export(
+        &self,
+        request: &SubmitRequest,
+        form: ExportForm,
+    ) -> Result<DomainExport, Error> {
+        self.post(&format!("/v1/export?form={}", form.name()), request)
+            .await
+    }
+
+    /// `GET /v1/tasks/{id}/export`.
+    pub async fn export_task(&self, task: &str, form: ExportForm) -> Result<DomainExport, Error> {
+        let end = format!("/export?form={}", form.name());
+        self.get(&task_path(task, &end)?).await
     }
 
     /// `POST /v1/tasks`: durable once it returns.

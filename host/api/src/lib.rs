@@ -6,6 +6,7 @@
 //! |---|---|---|
 //! | `GET /v1/host` | | [`HostInfo`] |
 //! | `POST /v1/check` | [`SubmitRequest`] | [`CheckReport`] |
+//! | `POST /v1/export` | [`SubmitRequest`]; `?form=` of [`ExportForm`] | [`DomainExport`]: the domain the job would get |
 //! | `POST /v1/tasks` | [`SubmitRequest`] | 201 [`TaskStatus`] (durable) |
 //! | `GET /v1/tasks` | `?all=true` includes final ones | `[TaskStatus]` |
 //! | `GET /v1/tasks/{id}` | | [`TaskStatus`] |
@@ -14,6 +15,7 @@
 //! | `POST /v1/tasks/{id}/terminate` | | 202 [`TaskStatus`] |
 //! | `DELETE /v1/tasks/{id}` | | 204; only in a final state |
 //! | `GET /v1/tasks/{id}/ssh` | | [`SshAccess`] |
+//! | `GET /v1/tasks/{id}/export` | `?form=` of [`ExportForm`] | [`DomainExport`]: the domain the task has |
 //! | `POST /v1/tasks/{id}/exec` | header [`EXEC_HEADER`] with an [`ExecRequest`] as JSON; upgrade to [`UPGRADE_EXEC`] | 101, then frames (see [`exec`]) |
 //! | `POST /v1/tasks/{id}/forward` | `?port=N`; upgrade to [`UPGRADE_TCP`] | 101, then raw bytes to `127.0.0.1:N` or `[::1]:N` in the guest |
 //!

@@ -201,6 +201,35 @@ pub struct CheckReport {
     pub warnings: Vec<String>,
 }
 
+/// Query of `export`: whose words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "form", rename_all = "kebab-case")]
+pub enum ExportForm {
+    /// Configuration file of Xen's `xl`.
+    Xl,
+    /// XML of libvirt.
+    Libvirt,
+}
+
+impl ExportForm {
+    /// Name in queries.
+    pub fn name(self) -> &'static str {
+        match self {
+            ExportForm::Xl => "xl",
+            ExportForm::Libvirt => "libvirt",
+        }
+    }
+}
+
+/// A domain as its hypervisor's own tools take it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainExport {
+    /// The text.
+    pub text: String,
+    /// Commands for a shell that make the files it names and that are not there.
+    pub prepare: Vec<String>,
+}
+
 /// The host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostInfo {

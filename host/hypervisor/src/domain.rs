@@ -125,6 +125,24 @@ impl fmt::Debug for DomainSpec {
     }
 }
 
+/// Whose words a domain is described in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DescriptionForm {
+    /// Configuration file of `xl` (xl.cfg(5)).
+    Xl,
+    /// XML of libvirt (<https://libvirt.org/formatdomain.html>).
+    Libvirt,
+}
+
+/// A domain as its hypervisor's own tools take it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// The text.
+    pub text: String,
+    /// Commands that make the files it names and that are not there, for a shell.
+    pub prepare: Vec<String>,
+}
+
 /// What a domain does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "state")]

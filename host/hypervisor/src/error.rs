@@ -186,6 +186,11 @@ pub enum Error {
         #[source]
         source: Box<Error>,
     },
+    /// Another back end's domains have no description that a tool reads.
+    #[error(
+        "domains of this back end have no description: only those of xen have one (xbed --backend xen)"
+    )]
+    NotDescribed,
     /// The operating system refused something.
     #[error("cannot {action} {path}", path = path.display())]
     Io {
@@ -224,6 +229,7 @@ impl Error {
             Self::Unsupported { .. } => "unsupported",
             Self::NotItsSave { .. } => "not-its-save",
             Self::NotSaved { .. } => "not-saved",
+            Self::NotDescribed => "domain-not-described",
             Self::Io { .. } => "host-io",
         }
     }

@@ -31,9 +31,9 @@ use tokio::sync::broadcast;
 use xbee_protocol::Transport;
 
 pub use domain::{
-    AgentStream, CID_MIN, Disk, DiskFormat, DomainEvent, DomainId, DomainInfo, DomainSpec,
-    DomainState, DomainStats, HostCapabilities, Interface, MEMORY_MIN_BYTES, ShutdownOutcome,
-    StopReason, VCPUS_MAX,
+    AgentStream, CID_MIN, Description, DescriptionForm, Disk, DiskFormat, DomainEvent, DomainId,
+    DomainInfo, DomainSpec, DomainState, DomainStats, HostCapabilities, Interface,
+    MEMORY_MIN_BYTES, ShutdownOutcome, StopReason, VCPUS_MAX,
 };
 pub use error::Error;
 
@@ -74,6 +74,11 @@ pub trait Hypervisor: Send + Sync {
     async fn list(&self) -> Result<Vec<DomainInfo>, Error>;
     /// Resources used.
     async fn stats(&self, id: DomainId) -> Result<DomainStats, Error>;
+    /// A domain in the words of its hypervisor's own tools, without the secret of its boot. The files are
+    /// those of its run directory; of a domain that was not created, those it would be made from.
+    fn describe(&self, _spec: &DomainSpec, _form: DescriptionForm) -> Result<Description, Error> {
+        Err(Error::NotDescribed)
+    }
     /// State changes from now on.
     fn events(&self) -> broadcast::Receiver<DomainEvent>;
 }

@@ -47,6 +47,8 @@ pub enum Command {
     Ssh(Ssh),
     /// Check documents
     Check(Check),
+    /// Print a task's domain, or the one a job would get, as Xen's own tools take it
+    Export(Export),
     /// Show the host: its capacity and images
     Host(Host),
     /// Say what this machine lacks to run domains, and what to do
@@ -258,6 +260,33 @@ pub struct Check {
     /// Output for programs.
     #[command(flatten)]
     pub json: Json,
+}
+
+/// `export`.
+#[derive(Debug, Args)]
+pub struct Export {
+    /// The task, by its id or the first characters of it; or the JSDL document of a job: a path
+    /// with a dot or a slash in it, or - for standard input
+    #[arg(value_name = "TASK|FILE", value_hint = ValueHint::FilePath)]
+    pub what: PathBuf,
+    /// Whose words.
+    #[command(flatten)]
+    pub form: ExportForm,
+    /// Accept wrong element order and missing optional wrappers in the document
+    #[arg(long)]
+    pub lenient: bool,
+}
+
+/// One of the forms of `export`.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct ExportForm {
+    /// As a configuration file of xl, see xl.cfg(5)
+    #[arg(long)]
+    pub xl: bool,
+    /// As libvirt's XML
+    #[arg(long)]
+    pub libvirt: bool,
 }
 
 /// `host`.

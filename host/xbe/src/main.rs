@@ -10,6 +10,7 @@ mod document;
 mod error;
 mod exec;
 mod exit;
+mod export;
 mod follow;
 mod generate;
 mod run;
@@ -88,6 +89,7 @@ async fn command(cli: &Cli) -> Result<u8, Error> {
         Command::Ssh(args) => ssh::ssh(&client()?, args).await,
         Command::Check(args) if args.host => check::check(args, Some(&client()?)).await,
         Command::Check(args) => check::check(args, None).await,
+        Command::Export(args) => export::export(&client()?, args).await,
         Command::Host(args) => tasks::host(&client()?, args).await,
         Command::Doctor(args) => doctor::doctor(args).await,
         Command::Completions { shell } => generate::completions(*shell),

@@ -19,14 +19,10 @@ use crate::term::{self, Progress, note};
 
 /// `submit`.
 pub async fn submit(client: &Client, args: &cli::Submit) -> Result<u8, Error> {
-    let jsdl = String::from_utf8(read(&args.file)?).map_err(|_| Error::NotUtf8 {
-        path: args.file.clone(),
-    })?;
-    let publish = args.publish.clone();
     let request = SubmitRequest {
-        jsdl,
+        jsdl: read_text(&args.file)?,
         lenient: args.lenient,
-        publish,
+        publish: args.publish.clone(),
     };
     let task = client.submit(&request).await?;
     if args.json.json {
@@ -139,6 +135,13 @@ fn end_line(is_open: &Cell<bool>) {
     if is_open.replace(false) {
         term::raw_note("");
     }
+}
+
+/// A document as text; `-` is standard input.
+pub fn read_text(path: &Path) -> Result<String, Error> {
+    String::from_utf8(read(path)?).map_err(|_| Error::NotUtf8 {
+        path: path.to_owned(),
+    })
 }
 
 /// Reads a document; `-` is standard input.

@@ -7,9 +7,13 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 use xbee_agent::Agent;
-use xbee_api::{CheckReport, HostInfo, SshAccess, SubmitRequest, TaskEvent, TaskStatus, chain};
+use xbee_api::{
+    CheckReport, DomainExport, ExportForm, HostInfo, SshAccess, SubmitRequest, TaskEvent,
+    TaskStatus, chain,
+};
 use xbee_engine::QueueError;
 
+use crate::export;
 use crate::host::Host;
 use crate::plan::Plan;
 use crate::store::{Owner, StoreError};
@@ -66,6 +70,14 @@ pub enum CommandError {
     /// What the agent said.
     #[error(transparent)]
     Agent(#[from] xbee_agent::Error),
+    /// Of what boots, some is known only when it has been fetched.
+    #[error(
+        "this job brings its own image, which is not fetched for that: submit it and export the task while it runs"
+    )]
+    NotFetched,
+    /// The domain cannot be described.
+    #[error(transparent)]
+    Export(xbee_hypervisor::Error),
     /// The store failed.
     #[error("the task could not be written down")]
     Store(#[from] StoreError),
@@ -84,6 +96,8 @@ impl CommandError {
             CommandError::NoDomain(_) => "no-domain",
             CommandError::NoSsh(_) => "no-ssh",
             CommandError::Agent(error) => error.code(),
+            CommandError::NotFetched => "image-not-fetched",
+            CommandError::Export(error) => error.code(),
             CommandError::Store(_) => "store-failed",
         }
     }
@@ -129,6 +143,26 @@ impl Commands {
         let (plan, _) = Plan::from_request(&request, &self.host.images)?;
         let task = self.host.accept(caller.owner, request, plan).await?;
         Ok(task.status())
+    }
+
+    /// The domain that a job would get.
+    pub fn export(
+        &self,
+        caller: Caller,
+        request: &SubmitRequest,
+        form: ExportForm,
+    ) -> Result<DomainExport, CommandError> {
+        let (plan, _) = Plan::from_request(request, &self.host.images)?;
+        export::of_job(&self.host, caller.owner, &plan, form)
+    }
+
+    /// The domain that a task has now.
+    pub async fn export_task(
+        &self,
+        task: &TaskHandle,
+        form: ExportForm,
+    ) -> Result<DomainExport, CommandError> {
+        export::of_task(&self.host, task, form).await
     }
 
     /// Tasks of the caller, oldest first.

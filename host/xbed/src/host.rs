@@ -257,9 +257,9 @@ impl Host {
         self.config.data.join("tasks").join(id.to_string())
     }
 
-    /// Directory of a task's domain.
-    pub fn run_dir(&self, task: &TaskHandle) -> PathBuf {
-        self.config.domains().join(task.record.id.to_string())
+    /// Directory of a domain.
+    pub fn run_dir(&self, id: Uuid) -> PathBuf {
+        self.config.domains().join(id.to_string())
     }
 
     fn lock_queue(&self) -> MutexGuard<'_, Queue<Uuid>> {

@@ -25,8 +25,8 @@ use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::net::{UnixListener, unix::UCred};
 use xbee_api::{
-    CheckReport, EXEC_HEADER, ErrorBody, ExecRequest, FollowQuery, HostInfo, SshAccess,
-    SubmitRequest, TaskStatus, UPGRADE_EXEC, UPGRADE_TCP, chain,
+    CheckReport, DomainExport, EXEC_HEADER, ErrorBody, ExecRequest, ExportForm, FollowQuery,
+    HostInfo, SshAccess, SubmitRequest, TaskStatus, UPGRADE_EXEC, UPGRADE_TCP, chain,
 };
 
 use crate::command::{Caller, CommandError, Commands};
@@ -47,12 +47,14 @@ pub fn router(commands: Commands) -> Router {
     Router::new()
         .route("/v1/host", get(host))
         .route("/v1/check", post(check))
+        .route("/v1/export", post(export))
         .route("/v1/tasks", get(list).post(submit))
         .route("/v1/tasks/{id}", get(status).delete(remove))
         .route("/v1/tasks/{id}/events", get(events))
         .route("/v1/tasks/{id}/logs/{stream}", get(logs))
         .route("/v1/tasks/{id}/terminate", post(terminate))
         .route("/v1/tasks/{id}/ssh", get(ssh))
+        .route("/v1/tasks/{id}/export", get(export_task))
         .route("/v1/tasks/{id}/exec", post(exec_upgrade))
         .route("/v1/tasks/{id}/forward", post(forward_upgrade))
         .fallback(no_route)
@@ -129,12 +131,15 @@ impl From<CommandError> for Failure {
     fn from(error: CommandError) -> Self {
         let status = match &error {
             CommandError::NotFound(_) => StatusCode::NOT_FOUND,
-            CommandError::Ambiguous { .. } | CommandError::Plan(_) => StatusCode::BAD_REQUEST,
+            CommandError::Ambiguous { .. } | CommandError::Plan(_) | CommandError::NotFetched => {
+                StatusCode::BAD_REQUEST
+            }
             CommandError::Queue(_) => StatusCode::SERVICE_UNAVAILABLE,
             CommandError::NotFinal(_) | CommandError::NoDomain(_) | CommandError::NoSsh(_) => {
                 StatusCode::CONFLICT
             }
             CommandError::Agent(_) => StatusCode::BAD_GATEWAY,
+            CommandError::Export(_) => StatusCode::CONFLICT,
             CommandError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         failure(status, error.code(), chain(&error))
@@ -175,6 +180,25 @@ async fn check(
     request: Result<Json<SubmitRequest>, JsonRejection>,
 ) -> Answer<Json<CheckReport>> {
     Ok(Json(commands.check(&body(request)?)))
+}
+
+async fn export(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Query(form): Query<ExportForm>,
+    request: Result<Json<SubmitRequest>, JsonRejection>,
+) -> Answer<Json<DomainExport>> {
+    Ok(Json(commands.export(caller, &body(request)?, form)?))
+}
+
+async fn export_task(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Path(id): Path<String>,
+    Query(form): Query<ExportForm>,
+) -> Answer<Json<DomainExport>> {
+    let task = commands.task(caller, &id)?;
+    Ok(Json(commands.export_task(&task, form).await?))
 }
 
 async fn submit(

@@ -8,6 +8,7 @@ mod backend;
 mod command;
 mod config;
 mod exec;
+mod export;
 mod host;
 mod http;
 mod images;

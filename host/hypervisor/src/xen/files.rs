@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use crate::domain::DomainSpec;
+use crate::domain::{Disk, DomainSpec};
 use crate::error::Error;
 use crate::image;
 use crate::overlay::Backing;
@@ -17,6 +17,36 @@ const DESCRIPTION: &str = "domain.xml";
 pub(crate) fn sources(spec: &DomainSpec, dir: &RunDir) -> Vec<PathBuf> {
     let path = |index| dir.path(&overlay(index));
     (0..spec.disks.len()).map(path).collect()
+}
+
+/// Where the overlays of a domain that is only described may be made.
+const OVERLAYS_TO_BE: &str = "/var/tmp";
+
+/// Overlays for a domain that has no run directory.
+pub(crate) fn overlays_to_be(spec: &DomainSpec) -> Vec<PathBuf> {
+    let name = |index| format!("{}-{}", super::xml::name(spec.id), overlay(index));
+    (0..spec.disks.len())
+        .map(|index| PathBuf::from(OVERLAYS_TO_BE).join(name(index)))
+        .collect()
+}
+
+/// The commands that make them.
+pub(crate) fn commands(spec: &DomainSpec, overlays: &[PathBuf]) -> Result<Vec<String>, Error> {
+    let command = |(disk, overlay): (&Disk, &PathBuf)| {
+        let image = super::xml::text("disks", &disk.image)?;
+        Ok(format!(
+            "qemu-img create -f qcow2 -F {} -b {} {}",
+            disk.format,
+            quoted(image),
+            overlay.display()
+        ))
+    };
+    spec.disks.iter().zip(overlays).map(command).collect()
+}
+
+/// One word for a shell (POSIX, "Single-Quotes").
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
 }
 
 impl RunDir {

@@ -14,6 +14,7 @@ mod network;
 mod peer;
 mod release;
 mod save;
+mod xl;
 mod xml;
 
 use std::collections::HashMap;
@@ -35,8 +36,8 @@ use memory::Promises;
 use network::Network;
 
 use crate::domain::{
-    AgentStream, DomainEvent, DomainId, DomainInfo, DomainSpec, DomainState, DomainStats,
-    HostCapabilities, ShutdownOutcome,
+    AgentStream, Description, DescriptionForm, DomainEvent, DomainId, DomainInfo, DomainSpec,
+    DomainState, DomainStats, HostCapabilities, ShutdownOutcome,
 };
 use crate::error::{Error, chain};
 use crate::rundir::{self, Record, RunDir};
@@ -471,6 +472,27 @@ impl Hypervisor for XenHypervisor {
 
     async fn stats(&self, id: DomainId) -> Result<DomainStats, Error> {
         self.domain(id)?.stats().await
+    }
+
+    fn describe(&self, spec: &DomainSpec, form: DescriptionForm) -> Result<Description, Error> {
+        let (initramfs, disks, prepare) = match self.inner.find(spec.id) {
+            Some(domain) => (
+                domain.dir.initramfs_path(),
+                files::sources(&domain.spec, &domain.dir),
+                Vec::new(),
+            ),
+            None => {
+                let overlays = files::overlays_to_be(spec);
+                let prepare = files::commands(spec, &overlays)?;
+                (spec.initramfs.clone(), overlays, prepare)
+            }
+        };
+        let render = match form {
+            DescriptionForm::Xl => xl::render,
+            DescriptionForm::Libvirt => xml::render,
+        };
+        let text = render(spec, &self.inner.config, initramfs.as_deref(), &disks)?;
+        Ok(Description { text, prepare })
     }
 
     fn events(&self) -> broadcast::Receiver<DomainEvent> {

@@ -13,7 +13,7 @@ use crate::error::Error;
 /// What libxl takes of a kernel's command line (Linux, `COMMAND_LINE_SIZE` of x86, less the NUL).
 const KERNEL_ARGS_MAX_BYTES: usize = 2047;
 
-const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 
 /// The name that Xen's and libvirt's tools show.
 pub(crate) fn name(id: DomainId) -> String {
@@ -101,7 +101,7 @@ pub(crate) fn render(
 }
 
 /// `xvda` to `xvdz`.
-fn disk_name(index: usize) -> Result<String, Error> {
+pub(crate) fn disk_name(index: usize) -> Result<String, Error> {
     let letter = u8::try_from(index)
         .ok()
         .and_then(|index| b'a'.checked_add(index))
@@ -116,7 +116,7 @@ fn disk_name(index: usize) -> Result<String, Error> {
 }
 
 /// The kernel's command line: what shortens the boot, then the caller's, which wins.
-fn kernel_args(spec: &DomainSpec) -> Result<String, Error> {
+pub(crate) fn kernel_args(spec: &DomainSpec) -> Result<String, Error> {
     let ours = [
         "console=hvc0",
         "quiet",
@@ -142,8 +142,13 @@ fn kernel_args(spec: &DomainSpec) -> Result<String, Error> {
 }
 
 fn path(field: &'static str, path: &Path) -> Result<String, Error> {
+    text(field, path).map(|text| escape(text).into_owned())
+}
+
+/// A path as text.
+pub(crate) fn text<'a>(field: &'static str, path: &'a Path) -> Result<&'a str, Error> {
     match path.to_str() {
-        Some(text) if !text.chars().any(char::is_control) => Ok(escape(text).into_owned()),
+        Some(text) if !text.chars().any(char::is_control) => Ok(text),
         _ => Err(Error::InvalidSpec {
             field,
             detail: format!("{path:?}: libvirt takes no path that is not text"),
@@ -152,7 +157,7 @@ fn path(field: &'static str, path: &Path) -> Result<String, Error> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::path::Path;
 
     use super::*;
@@ -160,7 +165,8 @@ mod tests {
     use crate::rundir::RunDir;
     use crate::xen::files;
 
-    fn example() -> DomainSpec {
+    /// What the files in `xen-configs/` show.
+    pub(crate) fn example() -> DomainSpec {
         let id: DomainId = "7bf4280f-fe99-4e19-829e-6705512a33dd".parse().unwrap();
         let disk = |image: &str, format, read_only| Disk {
             image: image.into(),

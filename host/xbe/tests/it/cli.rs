@@ -19,6 +19,7 @@ fn help() {
         "exec",
         "ssh",
         "check",
+        "export",
         "host",
         "completions",
         "man",
@@ -43,6 +44,8 @@ fn wrong_usage() {
         &["run", "--time", "0", "--", "true"],
         &["run", "--cpus", "0", "--", "true"],
         &["logs", "--stderr", "--console", "1111"],
+        &["export", "1111"],
+        &["export", "--xl", "--libvirt", "1111"],
     ] {
         session.run(args);
     }

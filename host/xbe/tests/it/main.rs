@@ -4,6 +4,7 @@
 
 mod check;
 mod cli;
+mod export;
 mod harness;
 mod run;
 mod server;

@@ -87,12 +87,14 @@ fn router(fake: Fake) -> Router {
     Router::new()
         .route("/v1/host", get(host))
         .route("/v1/check", post(check))
+        .route("/v1/export", post(export))
         .route("/v1/tasks", get(list).post(submit))
         .route("/v1/tasks/{id}", get(status).delete(remove))
         .route("/v1/tasks/{id}/events", get(events))
         .route("/v1/tasks/{id}/logs/{stream}", get(logs))
         .route("/v1/tasks/{id}/terminate", post(terminate))
         .route("/v1/tasks/{id}/ssh", get(ssh))
+        .route("/v1/tasks/{id}/export", get(export_task))
         .route("/v1/tasks/{id}/exec", post(exec_upgrade))
         .route("/v1/tasks/{id}/forward", post(forward))
         .with_state(fake)
@@ -248,6 +250,30 @@ async fn check(Json(request): Json<SubmitRequest>) -> Json<CheckReport> {
         reasons: if accepted { Vec::new() } else { reasons },
         warnings: Vec::new(),
     })
+}
+
+async fn export(
+    Query(form): Query<ExportForm>,
+    Json(request): Json<SubmitRequest>,
+) -> Json<DomainExport> {
+    let lines = request.jsdl.lines().count();
+    Json(DomainExport {
+        text: format!(
+            "{} of {lines} lines, lenient {}\n",
+            form.name(),
+            request.lenient
+        ),
+        prepare: vec!["qemu-img create 'a\u{1b}[2J'".to_owned()],
+    })
+}
+
+async fn export_task(UrlPath(id): UrlPath<String>, Query(form): Query<ExportForm>) -> Response {
+    if id != "1111" {
+        return not_found(&id);
+    }
+    let text = format!("{} of {id}\n", form.name());
+    let prepare = vec![];
+    Json(DomainExport { text, prepare }).into_response()
 }
 
 async fn list(

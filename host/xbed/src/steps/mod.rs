@@ -22,6 +22,8 @@ use crate::session::{Progress, Session};
 use crate::task::StepContext;
 
 pub use release::release;
+pub use stage_in::BootFiles;
+pub use start::{Identity, domain};
 
 /// Where scripts are put in the guest.
 const SCRIPT_DIRECTORY: &str = "/tmp/xbee-scripts";

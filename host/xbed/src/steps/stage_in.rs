@@ -104,7 +104,7 @@ async fn boot_files(context: &StepContext, boot: &Boot) -> Result<BootFiles, Fai
     };
     let directory = context.task.spool.join("boot");
     match boot {
-        Boot::Store { name } => Ok(of_store(store(name)?)),
+        Boot::Store { name } => Ok(store(name)?.into()),
         Boot::Instance {
             kernel,
             kernel_args,
@@ -150,13 +150,15 @@ async fn boot_files(context: &StepContext, boot: &Boot) -> Result<BootFiles, Fai
     }
 }
 
-fn of_store(image: Image) -> BootFiles {
-    BootFiles {
-        kernel: image.kernel,
-        initramfs: image.initramfs,
-        disk: image.disk,
-        kernel_args: image.kernel_args,
-        ssh_user: image.ssh_user,
+impl From<Image> for BootFiles {
+    fn from(image: Image) -> Self {
+        BootFiles {
+            kernel: image.kernel,
+            initramfs: image.initramfs,
+            disk: image.disk,
+            kernel_args: image.kernel_args,
+            ssh_user: image.ssh_user,
+        }
     }
 }
 

@@ -2,16 +2,19 @@
 
 use std::time::SystemTime;
 
+use uuid::Uuid;
 use xbee_agent::protocol::{BootConfig, GENERATION, MountRoot, Network, Secret, StartMode};
 use xbee_engine::Failure;
 use xbee_hypervisor::{DomainSpec, Interface};
 
 use super::stage_in::BootFiles;
 use super::{agent, agent_failure, fail, files, hypervisor_failure, run_scripts, session};
-use crate::config::{Backend, Prefix, SameOwner};
-use crate::plan::When;
+use crate::config::{Backend, Config, Prefix, SameOwner};
+use crate::host::Host;
+use crate::plan::{Plan, When};
 use crate::ssh;
-use crate::task::StepContext;
+use crate::store::Owner;
+use crate::task::{StepContext, TaskHandle};
 
 /// vsock context identifiers below this are reserved (virtio 1.2, section 5.10.4).
 const FIRST_CID: i64 = 3;
@@ -69,46 +72,75 @@ async fn furnish(
     Ok(())
 }
 
-fn spec(context: &StepContext, boot: &BootFiles) -> DomainSpec {
-    let task = &context.task;
-    let plan = &task.record.plan;
-    let hostname = hostname(context);
-    let cid = u32::try_from(FIRST_CID + task.number % CIDS).unwrap_or(u32::MAX - 1);
-    let interface = interface(context, cid);
-    let config = BootConfig {
-        generation: GENERATION,
-        domain: task.record.id,
-        hostname: hostname.clone(),
-        secret: Secret(task.record.secret),
-        transport: context.host.hypervisor.transport(),
-        network: interface.map(|interface| Network {
-            mac: interface.mac,
-            address: interface.address,
-            prefix_length: Prefix::BITS,
-            gateway: None,
-        }),
-    };
+/// Who a domain is.
+#[derive(Debug, Clone, Copy)]
+pub struct Identity {
+    /// Its own id, which is its task's.
+    pub id: Uuid,
+    /// Whose it is.
+    pub owner: Owner,
+    /// Its place on the network and on the switch, which no other has.
+    pub number: u32,
+}
+
+impl Identity {
+    /// Of a task's domain.
+    pub fn of_task(task: &TaskHandle) -> Self {
+        Identity {
+            id: task.record.id,
+            owner: task.record.owner,
+            number: u32::try_from(FIRST_CID + task.number % CIDS).unwrap_or(u32::MAX - 1),
+        }
+    }
+
+    /// `xbee-` and the beginning of the id.
+    fn hostname(&self) -> String {
+        format!("xbee-{}", &self.id.simple().to_string()[..8])
+    }
+}
+
+/// The domain of a plan, without the configuration of its boot.
+pub fn domain(host: &Host, identity: Identity, plan: &Plan, boot: &BootFiles) -> DomainSpec {
     DomainSpec {
-        id: task.record.id,
-        name: hostname,
-        owner: task.record.owner.uid.to_string(),
+        id: identity.id,
+        name: identity.hostname(),
+        owner: identity.owner.uid.to_string(),
         vcpus: plan.vcpus,
         memory_bytes: plan.memory_bytes,
         kernel: boot.kernel.clone(),
         initramfs: Some(boot.initramfs.clone()),
         kernel_args: boot.kernel_args.clone(),
         disks: boot.disk.iter().cloned().collect(),
-        cid,
-        interface,
-        boot_config: config.encode(),
-        run_dir: context.host.run_dir(task),
+        cid: identity.number,
+        interface: interface(&host.config, identity.number),
+        boot_config: Vec::new(),
+        run_dir: host.run_dir(identity.id),
     }
+}
+
+fn spec(context: &StepContext, boot: &BootFiles) -> DomainSpec {
+    let (host, task) = (&context.host, &context.task);
+    let mut spec = domain(host, Identity::of_task(task), &task.record.plan, boot);
+    let config = BootConfig {
+        generation: GENERATION,
+        domain: spec.id,
+        hostname: spec.name.clone(),
+        secret: Secret(task.record.secret),
+        transport: host.hypervisor.transport(),
+        network: spec.interface.map(|interface| Network {
+            mac: interface.mac,
+            address: interface.address,
+            prefix_length: Prefix::BITS,
+            gateway: None,
+        }),
+    };
+    spec.boot_config = config.encode();
+    spec
 }
 
 /// The domain's place on the network, where domains have one: like the context identifier, from a
 /// number that no other task has. The first two numbers of a network are the host's own.
-fn interface(context: &StepContext, number: u32) -> Option<Interface> {
-    let config = &context.host.config;
+fn interface(config: &Config, number: u32) -> Option<Interface> {
     let prefix = config.prefix.filter(|_| config.backend == Backend::Xen)?;
     let [a, b, c, d] = number.to_be_bytes();
     Some(Interface {
@@ -119,12 +151,6 @@ fn interface(context: &StepContext, number: u32) -> Option<Interface> {
     })
 }
 
-/// `xbee-` and the beginning of the task's id.
-fn hostname(context: &StepContext) -> String {
-    let id = context.task.record.id.simple().to_string();
-    format!("xbee-{}", &id[..8])
-}
-
 /// So that `xbe ssh` finds its key in place and the host key it expects, before any service starts.
 async fn put_ssh_keys(
     context: &StepContext,
@@ -132,8 +158,12 @@ async fn put_ssh_keys(
     boot: &BootFiles,
 ) -> Result<(), Failure> {
     let user = boot.ssh_user.as_str();
-    let keys = ssh::prepare(&context.task.spool, user, &hostname(context))
-        .map_err(|error| fail("ssh-keys", xbee_api::chain(&error)))?;
+    let keys = ssh::prepare(
+        &context.task.spool,
+        user,
+        &Identity::of_task(&context.task).hostname(),
+    )
+    .map_err(|error| fail("ssh-keys", xbee_api::chain(&error)))?;
     let home = if user == "root" {
         "/root".to_owned()
     } else {
