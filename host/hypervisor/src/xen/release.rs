@@ -1,5 +1,5 @@
 //! The second source of ends: xenstore tells whenever some domain has ended, also of those that
-//! libvirt does not.
+//! libvirt does not, and sooner than it. And it knows all their names.
 
 use std::collections::HashSet;
 use std::os::fd::AsFd;
