@@ -15,10 +15,10 @@ use std::io::{self, ErrorKind};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use xbee_link::peer::{PeerListener, local_cid};
+use xbee_link::Link;
+use xbee_link::peer::{self, PeerListener, local_cid};
 use xbee_link::rendezvous::{ACCEPT, ANSWER, DIAL, LISTEN, ROOT, STREAM};
 use xbee_link::xenstore::{self, Xenstore};
-use xbee_link::{Address, Link};
 
 /// Nothing here takes longer.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -33,10 +33,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         ["deaf", port] => deaf(port.parse()?),
         ["flood", seconds] => flood(Duration::from_secs(seconds.parse()?))?,
         ["send", cid, port, bytes, streams] => {
-            send(&peer(cid, port)?, bytes.parse()?, streams.parse()?)
+            send(peer(cid, port)?, bytes.parse()?, streams.parse()?)
         }
-        ["ping", cid, port, times] => ping(&peer(cid, port)?, times.parse()?),
-        ["hold", cid, port] => hold(&peer(cid, port)?),
+        ["ping", cid, port, times] => ping(peer(cid, port)?, times.parse()?),
+        ["hold", cid, port] => hold(peer(cid, port)?),
         _ => return Err("unknown command".into()),
     };
     if let Err(error) = result {
@@ -45,9 +45,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn peer(cid: &str, port: &str) -> Result<Address, Box<dyn Error>> {
-    let (cid, port) = (cid.parse()?, port.parse()?);
-    Ok(Address::Peer { cid, port })
+/// A port of a guest's.
+type Peer = (u32, u32);
+
+fn peer(cid: &str, port: &str) -> Result<Peer, Box<dyn Error>> {
+    Ok((cid.parse()?, port.parse()?))
 }
 
 /// Waits until one of them has something to do.
@@ -82,8 +84,8 @@ fn now<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-fn dial(address: &Address) -> io::Result<Link> {
-    let mut link = Link::dial(address)?;
+fn dial(peer: Peer) -> io::Result<Link> {
+    let mut link = peer::dial(peer.0, peer.1)?;
     // A socket is writable when its connection is made.
     while !connected(&mut link)? {
         wait(&[(&link, true)], None)?;
@@ -254,11 +256,11 @@ impl Exchange {
     }
 }
 
-fn send(address: &Address, bytes: usize, streams: u64) -> io::Result<()> {
+fn send(peer: Peer, bytes: usize, streams: u64) -> io::Result<()> {
     let begun = Instant::now();
     let mut links = Vec::new();
     for _ in 0..streams {
-        links.push(Link::dial(address)?);
+        links.push(peer::dial(peer.0, peer.1)?);
     }
     for link in &mut links {
         while !connected(link)? {
@@ -303,8 +305,8 @@ fn send(address: &Address, bytes: usize, streams: u64) -> io::Result<()> {
     Ok(())
 }
 
-fn ping(address: &Address, times: u32) -> io::Result<()> {
-    let mut link = dial(address)?;
+fn ping(peer: Peer, times: u32) -> io::Result<()> {
+    let mut link = dial(peer)?;
     let begun = Instant::now();
     for number in 0..times {
         let byte = [number as u8];
@@ -325,8 +327,8 @@ fn ping(address: &Address, times: u32) -> io::Result<()> {
     Ok(())
 }
 
-fn hold(address: &Address) -> io::Result<()> {
-    let mut link = dial(address)?;
+fn hold(peer: Peer) -> io::Result<()> {
+    let mut link = dial(peer)?;
     link.write(b"x")?;
     let mut buffer = [0; 16];
     let mut total = 0;

@@ -43,13 +43,6 @@ pub enum Address {
         /// Port.
         port: u32,
     },
-    /// Another guest of the same owner on this host: see [`peer`].
-    Peer {
-        /// Its context identifier.
-        cid: u32,
-        /// Port.
-        port: u32,
-    },
     /// A unix socket.
     Unix(PathBuf),
     /// TCP the other way round: the host connects, at any IPv6 address of the guest's.
@@ -63,7 +56,6 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Address::Vsock { cid, port } => write!(f, "vsock:{cid}:{port}"),
-            Address::Peer { cid, port } => write!(f, "peer:{cid}:{port}"),
             Address::Unix(path) => write!(f, "unix:{}", path.display()),
             Address::Listen { port } => write!(f, "tcp:[::]:{port}"),
         }
@@ -100,10 +92,7 @@ impl Link {
                 let connected = connect(&fd, &SocketAddrUnix::new(path)?);
                 (fd, connected)
             }
-            Address::Peer { cid, port } if peer::is_xen() => {
-                return Ok(Link(Carrier::Peer(hub::dial(*cid, *port)?)));
-            }
-            Address::Vsock { cid, port } | Address::Peer { cid, port } => {
+            Address::Vsock { cid, port } => {
                 let fd = socket(AddressFamily::from_raw(libc::AF_VSOCK as u16))?;
                 let connected = vsock::connect(&fd, *cid, *port);
                 (fd, connected)

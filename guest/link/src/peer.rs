@@ -1,5 +1,5 @@
 //! Streams between guests of one owner on one host, named by context identifier and port as on
-//! vsock, whatever the hypervisor: [`Address::Peer`](crate::Address::Peer) dials, a [`PeerListener`] accepts.
+//! vsock, whatever the hypervisor: [`dial`] reaches one, a [`PeerListener`] accepts.
 //!
 //! Guests of QEMU use `AF_VSOCK`, and the host's switch passes the streams on. Guests of Xen use a
 //! vchan of their own for each stream; xenstore and domain 0 bring the two together. A process of
@@ -32,7 +32,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socket_with};
 use crate::hub::{self, PeerQueue};
 use crate::rendezvous;
 use crate::xenstore::{self, Xenstore};
-use crate::{Carrier, Link, vsock};
+use crate::{Address, Carrier, Link, vsock};
 
 /// Streams that wait to be accepted.
 pub(crate) const BACKLOG: usize = 16;
@@ -116,6 +116,18 @@ impl AsFd for PeerListener {
     }
 }
 
+/// Begins to reach a port of another guest of the same owner, as [`Link::dial`] does.
+///
+/// # Errors
+/// What the system says. What the table above has may come here or from [`Link::connected`].
+pub fn dial(cid: u32, port: u32) -> io::Result<Link> {
+    // Apart from `Link::dial`, so that the agent, which dials no guest, need not contain all this.
+    match is_xen() {
+        true => Ok(Link(Carrier::Peer(hub::dial(cid, port)?))),
+        false => Link::dial(&Address::Vsock { cid, port }),
+    }
+}
+
 /// This guest's context identifier.
 ///
 /// # Errors
@@ -130,6 +142,6 @@ pub fn local_cid() -> io::Result<u32> {
 }
 
 /// Whether this is a guest of Xen's. One can have vsock's device too, and nothing behind it.
-pub(crate) fn is_xen() -> bool {
+fn is_xen() -> bool {
     Path::new(xenstore::DEVICE).exists()
 }
