@@ -1,5 +1,6 @@
 //! What a domain is: its specification, its states, what is known of it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::Ipv6Addr;
 use std::path::PathBuf;
@@ -78,8 +79,14 @@ pub struct DomainSpec {
     pub owner: String,
     /// Virtual CPUs, 1 to [`VCPUS_MAX`].
     pub vcpus: u32,
+    /// Most that it can be given while it runs; `None`: as many as it has.
+    #[serde(default)]
+    pub vcpus_max: Option<u32>,
     /// Memory in bytes, at least [`MEMORY_MIN_BYTES`]; rounded up to a MiB.
     pub memory_bytes: u64,
+    /// Most that it can be given while it runs; `None`: as much as it has.
+    #[serde(default)]
+    pub memory_max_bytes: Option<u64>,
     /// Kernel: ELF vmlinux with a PVH note, or bzImage.
     pub kernel: PathBuf,
     /// Initial RAM file system, a newc cpio archive (any compression the kernel knows).
@@ -102,6 +109,40 @@ pub struct DomainSpec {
     pub run_dir: PathBuf,
 }
 
+impl DomainSpec {
+    pub(crate) fn vcpus_limit(&self) -> u32 {
+        self.vcpus_max.unwrap_or(self.vcpus)
+    }
+
+    pub(crate) fn memory_limit_bytes(&self) -> u64 {
+        self.memory_max_bytes.unwrap_or(self.memory_bytes)
+    }
+}
+
+/// What a domain has now; at first what its specification says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hardware {
+    /// Virtual CPUs that its guest may use.
+    pub vcpus: u32,
+    /// Memory in bytes that its guest may use.
+    pub memory_bytes: u64,
+    /// Disks by their numbers; the guest sees number 0 as its first.
+    pub disks: BTreeMap<usize, Disk>,
+    /// Network interfaces.
+    pub interfaces: Vec<Interface>,
+}
+
+impl Hardware {
+    pub(crate) fn of(spec: &DomainSpec) -> Self {
+        Self {
+            vcpus: spec.vcpus,
+            memory_bytes: spec.memory_bytes,
+            disks: spec.disks.iter().cloned().enumerate().collect(),
+            interfaces: spec.interface.into_iter().collect(),
+        }
+    }
+}
+
 impl fmt::Debug for DomainSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DomainSpec")
@@ -109,7 +150,9 @@ impl fmt::Debug for DomainSpec {
             .field("name", &self.name)
             .field("owner", &self.owner)
             .field("vcpus", &self.vcpus)
+            .field("vcpus_max", &self.vcpus_max)
             .field("memory_bytes", &self.memory_bytes)
+            .field("memory_max_bytes", &self.memory_max_bytes)
             .field("kernel", &self.kernel)
             .field("initramfs", &self.initramfs)
             .field("kernel_args", &self.kernel_args)
@@ -242,6 +285,8 @@ pub struct DomainInfo {
     pub name: String,
     /// State.
     pub state: DomainState,
+    /// What it has.
+    pub hardware: Hardware,
 }
 
 /// Resources a domain has used.

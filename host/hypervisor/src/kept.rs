@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use crate::domain::Hardware;
 use crate::error::Error;
 use crate::rundir::{Record, RunDir};
 use crate::save_file::Fingerprint;
@@ -76,11 +77,34 @@ impl Kept {
         .await
     }
 
+    pub(crate) fn hardware(&self) -> Hardware {
+        self.get(hardware)
+    }
+
+    pub(crate) async fn change_hardware(
+        self: &Arc<Self>,
+        change: impl FnOnce(&mut Hardware) + Send + 'static,
+    ) -> Result<(), Error> {
+        self.change(|record| {
+            let mut new = hardware(record);
+            change(&mut new);
+            record.hardware = Some(new);
+        })
+        .await
+    }
+
+    #[cfg(feature = "xen")]
     pub(crate) fn transfer(&self) -> Transfer {
         self.get(|record| record.transfer.clone())
     }
 
+    #[cfg(feature = "xen")]
     pub(crate) async fn set_transfer(self: &Arc<Self>, transfer: Transfer) -> Result<(), Error> {
         self.change(move |record| record.transfer = transfer).await
     }
+}
+
+fn hardware(record: &Record) -> Hardware {
+    let known = record.hardware.clone();
+    known.unwrap_or_else(|| Hardware::of(&record.spec))
 }

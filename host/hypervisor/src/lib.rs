@@ -32,7 +32,7 @@ use xbee_protocol::Transport;
 
 pub use domain::{
     AgentStream, CID_MIN, Description, DescriptionForm, Disk, DiskFormat, DomainEvent, DomainId,
-    DomainInfo, DomainSpec, DomainState, DomainStats, HostCapabilities, Interface,
+    DomainInfo, DomainSpec, DomainState, DomainStats, Hardware, HostCapabilities, Interface,
     MEMORY_MIN_BYTES, ShutdownOutcome, StopReason, VCPUS_MAX,
 };
 pub use error::Error;
@@ -66,6 +66,22 @@ pub trait Hypervisor: Send + Sync {
     /// if it was, and its agent connects again. The file is gone then: with disks that are written to, it
     /// is worth nothing any more. A domain that has been restored already is fine.
     async fn restore(&self, id: DomainId, file: &Path) -> Result<(), Error>;
+    /// Gives a running or paused domain a further disk and returns its number. As at creation, the image
+    /// is never written.
+    async fn attach_disk(&self, id: DomainId, disk: &Disk) -> Result<usize, Error>;
+    /// Takes a disk away, with all that was written to it. One that is not there is fine; one that the
+    /// guest does not let go stays.
+    async fn detach_disk(&self, id: DomainId, index: usize) -> Result<(), Error>;
+    /// Gives a running or paused domain a further network interface. One that it has already is fine.
+    async fn attach_interface(&self, id: DomainId, interface: Interface) -> Result<(), Error>;
+    /// Takes an interface away. One that is not there is fine.
+    async fn detach_interface(&self, id: DomainId, mac: [u8; 6]) -> Result<(), Error>;
+    /// Has the guest of a running or paused domain use so much memory, up to the specification's
+    /// `memory_max_bytes`. Returns when it has been asked to: it gives back what it can.
+    async fn set_memory(&self, id: DomainId, bytes: u64) -> Result<(), Error>;
+    /// Has the guest of a running or paused domain use so many virtual CPUs, up to the specification's
+    /// `vcpus_max`. Returns when it has been asked to.
+    async fn set_vcpus(&self, id: DomainId, vcpus: u32) -> Result<(), Error>;
     /// Asks the guest to switch off (ACPI or the hypervisor's own way), waits up to `grace`, then forces it.
     async fn shutdown(&self, id: DomainId, grace: Duration) -> Result<ShutdownOutcome, Error>;
     /// Ends the domain at once in whatever state and removes all traces. Idempotent: unknown ids are fine.

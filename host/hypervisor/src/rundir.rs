@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::domain::{Disk, DomainId, DomainSpec, StopReason};
+use crate::domain::{Disk, DomainId, DomainSpec, Hardware, StopReason};
 use crate::error::Error;
 use crate::image::DiskImage;
 use crate::kept::Transfer;
@@ -50,6 +50,9 @@ pub(crate) struct Record {
     pub(crate) spec: DomainSpec,
     #[serde(default)]
     pub(crate) transfer: Transfer,
+    /// What it is to have now; `None`: what the specification says.
+    #[serde(default)]
+    pub(crate) hardware: Option<Hardware>,
 }
 
 impl Record {
@@ -59,6 +62,7 @@ impl Record {
             boot_id,
             spec,
             transfer: Transfer::None,
+            hardware: None,
         }
     }
 }
@@ -209,6 +213,11 @@ impl RunDir {
         write().map_err(Error::io("write", &path))
     }
 
+    /// Removes the overlay of a disk, if there is one.
+    pub(crate) fn remove_overlay(&self, index: usize) -> Result<(), Error> {
+        save_file::forget(&self.path(&overlay(index)))
+    }
+
     /// The base archive and, behind it, one with the boot configuration.
     fn initramfs(&self, spec: &DomainSpec, owner: Option<u32>) -> Result<(), Error> {
         let addition = boot_archive(&spec.boot_config)?;
@@ -296,6 +305,7 @@ impl RunDir {
     }
 
     /// Forgets that the domain had ended: it has been restored.
+    #[cfg(feature = "xen")]
     pub(crate) fn clear_stop_reason(&self) -> Result<(), Error> {
         save_file::forget(&self.path(STOPPED))
     }

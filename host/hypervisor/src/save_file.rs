@@ -79,6 +79,22 @@ pub(crate) fn seal(file: &Path) -> Result<Fingerprint, Error> {
     seal().map_err(Error::io("complete", &partial))
 }
 
+/// Whether a partial file ends so.
+#[cfg(feature = "xen")]
+pub(crate) fn ends_with(file: &Path, end: &[u8]) -> Result<bool, Error> {
+    let partial = partial(file);
+    let look = || {
+        let mut opened = File::open(&partial)?;
+        let len_bytes = opened.metadata()?.len();
+        let from = len_bytes.saturating_sub(end.len() as u64);
+        opened.seek(SeekFrom::Start(from))?;
+        let mut found = Vec::new();
+        opened.read_to_end(&mut found)?;
+        Ok(found == end)
+    };
+    look().map_err(Error::io("read", &partial))
+}
+
 /// Gives a sealed file its name, unless it has it already.
 pub(crate) fn publish(file: &Path) -> Result<(), Error> {
     match fs::rename(partial(file), file) {

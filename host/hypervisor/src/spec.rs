@@ -2,13 +2,19 @@
 
 use std::path::Path;
 
-use crate::domain::{CID_MIN, DomainId, DomainSpec, MEMORY_MIN_BYTES, VCPUS_MAX};
+use crate::domain::{
+    CID_MIN, DomainId, DomainSpec, Hardware, Interface, MEMORY_MIN_BYTES, VCPUS_MAX,
+};
 use crate::error::Error;
 
 /// Longest name, in bytes.
 const NAME_MAX_BYTES: usize = 128;
 
 const MIB: u64 = 1 << 20;
+
+/// Most disks and network interfaces of a domain: the first are named by letters.
+pub(crate) const DISKS_MAX: usize = 26;
+const INTERFACES_MAX: usize = 8;
 
 /// Whether some host with `host_memory_bytes` could run this.
 pub(crate) fn check(spec: &DomainSpec, host_memory_bytes: u64) -> Result<(), Error> {
@@ -41,9 +47,29 @@ pub(crate) fn check(spec: &DomainSpec, host_memory_bytes: u64) -> Result<(), Err
             ),
         );
     }
-    if spec.memory_bytes > host_memory_bytes {
+    if !(spec.vcpus..=VCPUS_MAX).contains(&spec.vcpus_limit()) {
+        return invalid(
+            "vcpus_max",
+            format!(
+                "{}, expected {} to {VCPUS_MAX}",
+                spec.vcpus_limit(),
+                spec.vcpus
+            ),
+        );
+    }
+    if spec.memory_limit_bytes() < spec.memory_bytes {
+        return invalid(
+            "memory_max_bytes",
+            format!(
+                "{}, expected at least {}",
+                spec.memory_limit_bytes(),
+                spec.memory_bytes
+            ),
+        );
+    }
+    if spec.memory_limit_bytes() > host_memory_bytes {
         return Err(Error::TooMuchMemory {
-            asked_mib: spec.memory_bytes.div_ceil(MIB),
+            asked_mib: spec.memory_limit_bytes().div_ceil(MIB),
             available_mib: host_memory_bytes / MIB,
         });
     }
@@ -64,6 +90,63 @@ pub(crate) fn check(spec: &DomainSpec, host_memory_bytes: u64) -> Result<(), Err
         );
     }
     Ok(())
+}
+
+/// The lowest number that no disk has.
+pub(crate) fn free_disk(hardware: &Hardware) -> Result<usize, Error> {
+    (0..DISKS_MAX)
+        .find(|index| !hardware.disks.contains_key(index))
+        .ok_or(Error::InvalidSpec {
+            field: "disks",
+            detail: format!("more than {DISKS_MAX}"),
+        })
+}
+
+/// Whether an interface is a further one; `false`: the domain has it.
+pub(crate) fn check_new_interface(
+    hardware: &Hardware,
+    interface: &Interface,
+) -> Result<bool, Error> {
+    let invalid = |detail| {
+        Err(Error::InvalidSpec {
+            field: "interface",
+            detail,
+        })
+    };
+    match hardware
+        .interfaces
+        .iter()
+        .find(|known| known.mac == interface.mac)
+    {
+        Some(known) if known == interface => Ok(false),
+        Some(_) => invalid("another interface has this hardware address".to_owned()),
+        None if hardware.interfaces.len() >= INTERFACES_MAX => {
+            invalid(format!("more than {INTERFACES_MAX}"))
+        }
+        None => Ok(true),
+    }
+}
+
+pub(crate) fn check_memory(spec: &DomainSpec, bytes: u64) -> Result<(), Error> {
+    let max_bytes = spec.memory_limit_bytes();
+    if (MEMORY_MIN_BYTES..=max_bytes).contains(&bytes) {
+        return Ok(());
+    }
+    Err(Error::InvalidSpec {
+        field: "memory_bytes",
+        detail: format!("{bytes}, expected {MEMORY_MIN_BYTES} to {max_bytes}"),
+    })
+}
+
+pub(crate) fn check_vcpus(spec: &DomainSpec, vcpus: u32) -> Result<(), Error> {
+    let max = spec.vcpus_limit();
+    if (1..=max).contains(&vcpus) {
+        return Ok(());
+    }
+    Err(Error::InvalidSpec {
+        field: "vcpus",
+        detail: format!("{vcpus}, expected 1 to {max}"),
+    })
 }
 
 /// Whether the run directory is where the back end's are.
@@ -88,7 +171,12 @@ pub(crate) fn check_same(existing: &DomainSpec, asked: &DomainSpec) -> Result<()
         ("name", existing.name != asked.name),
         ("owner", existing.owner != asked.owner),
         ("vcpus", existing.vcpus != asked.vcpus),
+        ("vcpus_max", existing.vcpus_max != asked.vcpus_max),
         ("memory_bytes", existing.memory_bytes != asked.memory_bytes),
+        (
+            "memory_max_bytes",
+            existing.memory_max_bytes != asked.memory_max_bytes,
+        ),
         ("kernel", existing.kernel != asked.kernel),
         ("initramfs", existing.initramfs != asked.initramfs),
         ("kernel_args", existing.kernel_args != asked.kernel_args),

@@ -22,7 +22,8 @@ use uuid::Uuid;
 use xbee_agent::protocol::StartMode;
 use xbee_agent::{Agent, Event, Resume};
 use xbee_hypervisor::{
-    Disk, DiskFormat, DomainId, DomainState, Error, Hypervisor, ShutdownOutcome, StopReason,
+    Disk, DiskFormat, DomainId, DomainState, Error, Hypervisor, Interface, ShutdownOutcome,
+    StopReason,
 };
 
 /// Makes `mod sim`, `mod qemu` and `mod xen` of the functions named, each run with its back end's fixture.
@@ -77,7 +78,9 @@ contract!(
     a_halted_domain_is_saved_and_restored_halted,
     only_the_newest_save_of_a_domain_restores_it,
     a_save_that_cannot_be_written_changes_nothing,
-    a_save_that_is_cut_off_is_completed_or_undone,
+    disks_come_and_go,
+    interfaces_come_and_go,
+    memory_and_processors_change_within_their_limits,
     a_failed_create_leaves_nothing,
     user_errors_say_what_to_do,
 );
@@ -568,10 +571,37 @@ async fn what_happened_meanwhile_is_known_after_a_restart(fixture: Fixture) {
 
 async fn what_a_back_end_cannot_do_it_says(fixture: Fixture) {
     let hypervisor = fixture.open().await;
-    let spec = fixture.run(&*hypervisor, Guest::Idle).await;
+    let mut spec = fixture.spec(Guest::Idle);
+    spec.memory_max_bytes = Some(spec.memory_bytes + (64 << 20));
+    hypervisor.create(&spec).await.unwrap();
+    fixture.start(&*hypervisor, &spec, Guest::Idle).await;
     let file = fixture.path("save");
-    for (operation, result) in [("save", hypervisor.save(spec.id, &file).await.err())] {
-        let code = result.as_ref().map(Error::code);
+    let disk = Disk {
+        image: fixture.path("none"),
+        format: DiskFormat::Raw,
+        read_only: false,
+    };
+    let id = spec.id;
+    for (operation, error) in [
+        (
+            "change the memory of",
+            hypervisor.set_memory(id, spec.memory_bytes).await.err(),
+        ),
+        (
+            "change the processors of",
+            hypervisor.set_vcpus(id, 1).await.err(),
+        ),
+        (
+            "attach a disk to",
+            hypervisor.attach_disk(id, &disk).await.err(),
+        ),
+        (
+            "attach an interface to",
+            hypervisor.attach_interface(id, INTERFACE).await.err(),
+        ),
+        ("save", hypervisor.save(id, &file).await.err()),
+    ] {
+        let code = error.as_ref().map(Error::code);
         assert_eq!(
             code == Some("unsupported"),
             fixture.cannot(operation),
@@ -790,48 +820,208 @@ async fn a_save_that_cannot_be_written_changes_nothing(fixture: Fixture) {
     hypervisor.destroy(spec.id).await.unwrap();
 }
 
-async fn a_save_that_is_cut_off_is_completed_or_undone(fixture: Fixture) {
-    if fixture.cannot("save") {
+/// Two sectors: the first makes it a disk, the second is what a guest may look for.
+fn disk_with(text: &[u8; 16]) -> Vec<u8> {
+    let mut disk = vec![0; 1 << 20];
+    disk[510..512].copy_from_slice(b"\x55\xaa");
+    disk[1008..1024].copy_from_slice(text);
+    disk
+}
+
+async fn disks_come_and_go(fixture: Fixture) {
+    if fixture.cannot("attach a disk to") {
         return;
     }
-    let fixture = std::sync::Arc::new(fixture);
-    let spec = {
-        let hypervisor = fixture.open().await;
-        let spec = fixture.run(&*hypervisor, Guest::Count).await;
-        fixture.wait_console(&*hypervisor, spec.id, READY).await;
-        spec
-    };
-    let file = fixture.path("save");
-    for delay_ms in [0, 300, 2_000] {
-        // A manager that is gone from one moment to the next.
-        let manager = tokio::runtime::Runtime::new().unwrap();
-        let (its, id, into) = (std::sync::Arc::clone(&fixture), spec.id, file.clone());
-        let (opened, is_open) = tokio::sync::oneshot::channel();
-        manager.spawn(async move {
-            let hypervisor = its.open().await;
-            let _ = opened.send(());
-            // Nobody hears how it ended.
-            let _ = hypervisor.save(id, &into).await;
-            std::future::pending::<()>().await;
-        });
-        is_open.await.unwrap();
-        sleep(Duration::from_millis(delay_ms)).await;
-        manager.shutdown_background();
-
-        let hypervisor = fixture.open().await;
-        if fixture.settled(&*hypervisor, spec.id).await == stopped(StopReason::Saved) {
-            println!("after {delay_ms} ms: saved");
-            hypervisor.restore(spec.id, &file).await.unwrap();
-        } else {
-            println!("after {delay_ms} ms: not saved");
-            assert!(!file.exists());
+    let mut hypervisor = fixture.open().await;
+    let content = disk_with(b"content of image");
+    let disk = |name: &str, read_only| {
+        let image = fixture.path(name);
+        std::fs::write(&image, &content).unwrap();
+        Disk {
+            image,
+            format: DiskFormat::Raw,
+            read_only,
         }
-        goes_on(&fixture, &*hypervisor, &spec).await;
-        assert!(!fixture.path("save.partial").exists());
+    };
+    let (first, second, third) = (
+        disk("first", false),
+        disk("second", false),
+        disk("third", true),
+    );
+    let mut spec = fixture.spec(Guest::Count);
+    spec.disks = vec![first.clone()];
+    hypervisor.create(&spec).await.unwrap();
+    let error = hypervisor.attach_disk(spec.id, &second).await.unwrap_err();
+    assert_eq!(error.code(), "domain-wrong-state");
+    fixture.start(&*hypervisor, &spec, Guest::Count).await;
+    fixture
+        .inside(&*hypervisor, spec.id, |now| now.contains("vda=0"))
+        .await;
+    let mut missing = second.clone();
+    missing.image = fixture.path("none");
+    let error = hypervisor.attach_disk(spec.id, &missing).await.unwrap_err();
+    assert_eq!(error.code(), "image-unreadable");
+
+    let begin = Instant::now();
+    assert_eq!(hypervisor.attach_disk(spec.id, &second).await.unwrap(), 1);
+    println!("a disk in {:?}", begin.elapsed());
+    assert_eq!(hypervisor.attach_disk(spec.id, &third).await.unwrap(), 2);
+    fixture
+        .inside(&*hypervisor, spec.id, |now| {
+            now.contains("vdb=0") && now.contains("vdc=1")
+        })
+        .await;
+    drop(hypervisor);
+    hypervisor = fixture.open().await;
+    let disks = [(0, first.clone()), (1, second.clone()), (2, third.clone())];
+    assert_eq!(
+        hardware(&*hypervisor, spec.id).await.disks,
+        disks.clone().into()
+    );
+    if !fixture.cannot("save") {
+        let file = fixture.path("save");
+        hypervisor.save(spec.id, &file).await.unwrap();
+        hypervisor.restore(spec.id, &file).await.unwrap();
+        assert_eq!(hardware(&*hypervisor, spec.id).await.disks, disks.into());
+        fixture
+            .inside(&*hypervisor, spec.id, |now| {
+                now.contains("vdb=0") && now.contains("vdc=1")
+            })
+            .await;
     }
-    let hypervisor = fixture.open().await;
+    for _ in 0..2 {
+        hypervisor.detach_disk(spec.id, 1).await.unwrap();
+    }
+    fixture
+        .inside(&*hypervisor, spec.id, |now| {
+            !now.contains("vdb") && now.contains("vdc=1")
+        })
+        .await;
+    assert_eq!(
+        hardware(&*hypervisor, spec.id).await.disks,
+        [(0, first), (2, third.clone())].into()
+    );
+    // What was written to it is gone with it, and its place is free.
+    assert!(!spec.run_dir.join("disk1.qcow2").exists());
+    assert_eq!(hypervisor.attach_disk(spec.id, &third).await.unwrap(), 1);
+    for name in ["first", "second", "third"] {
+        assert!(
+            std::fs::read(fixture.path(name)).unwrap() == content,
+            "the image was written"
+        );
+    }
+    // The domain is the one that was made, whatever it has by now.
+    hypervisor.create(&spec).await.unwrap();
     hypervisor.destroy(spec.id).await.unwrap();
     assert_gone(&fixture, &*hypervisor, spec.id).await;
+}
+
+const INTERFACE: Interface = Interface {
+    mac: [0x02, 0xbe, 0, 0, 0, 9],
+    address: std::net::Ipv6Addr::new(0xfd58, 0x454e, 0, 0, 0, 0, 0, 9),
+};
+
+async fn interfaces_come_and_go(fixture: Fixture) {
+    if fixture.cannot("attach an interface to") {
+        return;
+    }
+    let mut hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Count).await;
+    let id = spec.id;
+    fixture
+        .inside(&*hypervisor, id, |now| now.contains("interfaces 1"))
+        .await;
+    for _ in 0..2 {
+        hypervisor.attach_interface(id, INTERFACE).await.unwrap();
+    }
+    let mut other = INTERFACE;
+    other.address = "fd58:454e::a".parse().unwrap();
+    let error = hypervisor.attach_interface(id, other).await.unwrap_err();
+    assert_eq!(error.code(), "domain-invalid");
+    fixture
+        .inside(&*hypervisor, id, |now| now.contains("interfaces 2"))
+        .await;
+    drop(hypervisor);
+    hypervisor = fixture.open().await;
+    assert_eq!(hardware(&*hypervisor, id).await.interfaces, [INTERFACE]);
+    for _ in 0..2 {
+        hypervisor
+            .detach_interface(id, INTERFACE.mac)
+            .await
+            .unwrap();
+    }
+    assert_eq!(hardware(&*hypervisor, id).await.interfaces, []);
+    fixture
+        .inside(&*hypervisor, id, |now| now.contains("interfaces 1"))
+        .await;
+    hypervisor.destroy(id).await.unwrap();
+}
+
+async fn memory_and_processors_change_within_their_limits(fixture: Fixture) {
+    const MIB: u64 = 1 << 20;
+    if fixture.cannot("change the memory of") || fixture.cannot("change the processors of") {
+        return;
+    }
+    let mut hypervisor = fixture.open().await;
+    let mut spec = fixture.spec(Guest::Count);
+    let id = spec.id;
+    spec.vcpus_max = Some(2);
+    spec.memory_max_bytes = Some(256 * MIB);
+    hypervisor.create(&spec).await.unwrap();
+    let error = hypervisor.set_memory(id, 200 * MIB).await.unwrap_err();
+    assert_eq!(error.code(), "domain-wrong-state");
+    fixture.start(&*hypervisor, &spec, Guest::Count).await;
+    // Of 192 MiB, and of 256, as far as its kernel leaves them to others.
+    let at_most = |mib: u64| move |now: &str| field(now, "memory") < mib << 10;
+    let at_least = |mib: u64| move |now: &str| field(now, "memory") > mib << 10;
+    let cpus = |count| move |now: &str| field(now, "cpus") == count;
+    fixture.inside(&*hypervisor, id, at_most(192)).await;
+    fixture.inside(&*hypervisor, id, cpus(1)).await;
+    hypervisor.set_memory(id, 256 * MIB).await.unwrap();
+    hypervisor.set_vcpus(id, 2).await.unwrap();
+    fixture.inside(&*hypervisor, id, at_least(192)).await;
+    fixture.inside(&*hypervisor, id, cpus(2)).await;
+    for (error, text) in [
+        (
+            hypervisor.set_memory(id, 257 * MIB).await.unwrap_err(),
+            "domain specification: memory_bytes: 269484032, expected 33554432 to 268435456",
+        ),
+        (
+            hypervisor.set_vcpus(id, 3).await.unwrap_err(),
+            "domain specification: vcpus: 3, expected 1 to 2",
+        ),
+    ] {
+        assert_eq!(error.to_string(), text);
+    }
+    hypervisor.set_memory(id, 160 * MIB).await.unwrap();
+    hypervisor.set_vcpus(id, 1).await.unwrap();
+    drop(hypervisor);
+    hypervisor = fixture.open().await;
+    if !fixture.cannot("save") {
+        let file = fixture.path("save");
+        hypervisor.save(id, &file).await.unwrap();
+        hypervisor.restore(id, &file).await.unwrap();
+    }
+    fixture.inside(&*hypervisor, id, at_most(160)).await;
+    fixture.inside(&*hypervisor, id, cpus(1)).await;
+    let has = hardware(&*hypervisor, id).await;
+    assert_eq!((has.vcpus, has.memory_bytes), (1, 160 * MIB));
+    hypervisor.set_vcpus(id, 2).await.unwrap();
+    fixture.inside(&*hypervisor, id, cpus(2)).await;
+    hypervisor.destroy(id).await.unwrap();
+}
+
+/// A number that the guest says it has.
+fn field(now: &str, name: &str) -> u64 {
+    let mut words = now.split_whitespace();
+    words.find(|word| *word == name);
+    words.next().unwrap().parse().unwrap()
+}
+
+async fn hardware(hypervisor: &dyn Hypervisor, id: DomainId) -> xbee_hypervisor::Hardware {
+    let list = hypervisor.list().await.unwrap();
+    let found = list.into_iter().find(|info| info.id == id);
+    found.unwrap().hardware
 }
 
 async fn a_failed_create_leaves_nothing(fixture: Fixture) {
@@ -910,6 +1100,17 @@ async fn user_errors_say_what_to_do(fixture: Fixture) {
             spec(&|spec| spec.memory_bytes = 1 << 20),
             "domain-invalid",
             "domain specification: memory_bytes: 1048576, expected at least 33554432 (32 MiB)"
+                .to_owned(),
+        ),
+        (
+            spec(&|spec| spec.vcpus_max = Some(0)),
+            "domain-invalid",
+            "domain specification: vcpus_max: 0, expected 1 to 255".to_owned(),
+        ),
+        (
+            spec(&|spec| spec.memory_max_bytes = Some(32 << 20)),
+            "domain-invalid",
+            "domain specification: memory_max_bytes: 33554432, expected at least 201326592"
                 .to_owned(),
         ),
         (

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::files;
 use super::host::Host;
-use crate::domain::{DiskFormat, DomainSpec};
+use crate::domain::{Disk, DiskFormat, DomainSpec};
 use crate::error::Error;
 use crate::rundir;
 
@@ -15,6 +15,9 @@ use crate::rundir;
 const KERNEL_ARGS_MAX_BYTES: usize = 2047;
 
 const MIB: u64 = 1 << 20;
+
+/// The bus for what is added to a running domain.
+pub(crate) const PLUG_BUS: &str = "plug";
 
 /// Files handed over by descriptor, with the numbers they have in the new process.
 #[derive(Debug)]
@@ -34,7 +37,7 @@ pub(crate) fn args(
     initramfs: bool,
 ) -> Result<Vec<OsString>, Error> {
     let mut args = Args::default();
-    let memory_mib = spec.memory_bytes.div_ceil(MIB);
+    let memory_mib = spec.memory_limit_bytes().div_ceil(MIB);
 
     args.option(
         "-name",
@@ -69,7 +72,10 @@ pub(crate) fn args(
             args.option("-cpu", "max,la57=off");
         }
     }
-    args.option("-smp", spec.vcpus.to_string());
+    args.option(
+        "-smp",
+        format!("cpus={},maxcpus={}", spec.vcpus, spec.vcpus_limit()),
+    );
     args.option("-m", format!("{memory_mib}M"));
     // Shared: a vhost-user back end works on the guest's memory itself.
     args.json("-object", &json!({
@@ -112,50 +118,72 @@ pub(crate) fn args(
         &json!({ "driver": "vhost-user-vsock-pci", "chardev": "vsock" }),
     );
 
-    for (index, (disk, fd)) in spec.disks.iter().zip(&fds.disks).enumerate() {
-        args.option("-add-fd", format!("fd={fd},set={index}"));
-        args.json(
-            "-blockdev",
-            &json!({
-                "driver": "file", "node-name": format!("base{index}-file"),
-                "filename": format!("/dev/fdset/{index}"), "read-only": true,
-            }),
-        );
-        let mut base = json!({
-            "driver": disk.format.to_string(), "node-name": format!("base{index}"),
-            "file": format!("base{index}-file"), "read-only": true,
-        });
-        if disk.format == DiskFormat::Qcow2 {
-            // Whatever the image's header says by now: no other file is opened.
-            base["backing"] = Value::Null;
-        }
-        args.json("-blockdev", &base);
-        let mut drive = format!("base{index}");
-        if !disk.read_only {
-            drive = format!("disk{index}");
-            // The overlay goes with the domain, so nothing is gained by waiting for the disk.
-            let cache = json!({ "no-flush": true });
-            args.json(
-                "-blockdev",
-                &json!({
-                    "driver": "file", "node-name": format!("{drive}-file"),
-                    "filename": rundir::overlay(index), "cache": cache, "discard": "unmap",
-                }),
-            );
-            args.json(
-                "-blockdev",
-                &json!({
-                    "driver": "qcow2", "node-name": drive, "file": format!("{drive}-file"),
-                    "backing": format!("base{index}"), "cache": cache, "discard": "unmap",
-                }),
-            );
-        }
+    // Where devices are added later: the root's own bus takes none.
+    args.json(
+        "-device",
+        &json!({ "driver": "pcie-pci-bridge", "id": PLUG_BUS }),
+    );
+    if spec.memory_limit_bytes() > spec.memory_bytes {
         args.json(
             "-device",
-            &json!({ "driver": "virtio-blk-pci", "drive": drive, "id": format!("vd{index}") }),
+            &json!({ "driver": "virtio-balloon-pci", "id": "balloon" }),
         );
     }
+
+    for (index, (disk, fd)) in spec.disks.iter().zip(&fds.disks).enumerate() {
+        args.option("-add-fd", format!("fd={fd},set={index}"));
+        for node in disk_nodes(index, disk) {
+            args.json("-blockdev", &node);
+        }
+        args.json("-device", &disk_device(index, disk));
+    }
     Ok(args.0)
+}
+
+/// The block devices of a disk, in the order in which they are made. The base comes from the set of
+/// descriptors of the disk's number.
+pub(crate) fn disk_nodes(index: usize, disk: &Disk) -> Vec<Value> {
+    let mut base = json!({
+        "driver": disk.format.to_string(), "node-name": format!("base{index}"),
+        "file": format!("base{index}-file"), "read-only": true,
+    });
+    if disk.format == DiskFormat::Qcow2 {
+        // Whatever the image's header says by now: no other file is opened.
+        base["backing"] = Value::Null;
+    }
+    let mut nodes = vec![
+        json!({
+            "driver": "file", "node-name": format!("base{index}-file"),
+            "filename": format!("/dev/fdset/{index}"), "read-only": true,
+        }),
+        base,
+    ];
+    if !disk.read_only {
+        // The overlay goes with the domain, so nothing is gained by waiting for the disk.
+        let cache = json!({ "no-flush": true });
+        nodes.push(json!({
+            "driver": "file", "node-name": format!("disk{index}-file"),
+            "filename": rundir::overlay(index), "cache": cache, "discard": "unmap",
+        }));
+        nodes.push(json!({
+            "driver": "qcow2", "node-name": format!("disk{index}"),
+            "file": format!("disk{index}-file"), "backing": format!("base{index}"),
+            "cache": cache, "discard": "unmap",
+        }));
+    }
+    nodes
+}
+
+/// What the guest sees of a disk.
+pub(crate) fn disk_device(index: usize, disk: &Disk) -> Value {
+    let node = if disk.read_only { "base" } else { "disk" };
+    json!({
+        "driver": "virtio-blk-pci", "drive": format!("{node}{index}"), "id": disk_id(index),
+    })
+}
+
+pub(crate) fn disk_id(index: usize) -> String {
+    format!("vd{index}")
 }
 
 /// The kernel's command line: what shortens the boot, then the caller's, which wins.

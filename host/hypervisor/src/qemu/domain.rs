@@ -26,6 +26,7 @@ use crate::domain::{
     DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
 };
 use crate::error::{Error, chain};
+use crate::kept::Kept;
 use crate::lifecycle::Lifecycle;
 use crate::rundir::{Record, RunDir};
 use crate::{image, log, work};
@@ -47,6 +48,7 @@ pub(crate) struct Domain {
     pub(crate) dir: RunDir,
     pub(crate) operation: tokio::sync::Mutex<()>,
     pub(crate) life: Lifecycle,
+    pub(super) kept: Arc<Kept>,
     running: Mutex<Option<Running>>,
     /// Its end is our doing.
     pub(crate) killed: AtomicBool,
@@ -70,6 +72,7 @@ impl Domain {
     pub(crate) fn new(
         spec: DomainSpec,
         dir: RunDir,
+        record: Record,
         state: DomainState,
         events: broadcast::Sender<DomainEvent>,
     ) -> Result<Self, Error> {
@@ -78,6 +81,7 @@ impl Domain {
         let agent = AgentPort::listen(&socket).map_err(Error::io("listen on", socket))?;
         Ok(Self {
             spec,
+            kept: Kept::new(dir.clone(), record),
             dir,
             operation: tokio::sync::Mutex::new(()),
             life,
@@ -122,7 +126,12 @@ impl Domain {
             work::blocking(move || domain.launch(&host, &config)).await?
         };
         tracing::info!(domain = %self.spec.id, pid = process.pid(), "QEMU started");
-        self.attend(Arc::new(process), logs, config).await
+        self.attend(Arc::new(process), logs, config).await?;
+        if let Err(error) = self.agree().await {
+            // It may have ended already.
+            tracing::warn!(domain = %self.spec.id, error = chain(&error), "more memory than asked for");
+        }
+        Ok(())
     }
 
     pub(crate) fn cannot(&self, operation: &'static str, reason: &'static str) -> Error {
@@ -259,7 +268,7 @@ impl Domain {
                 .chain(fds.disks)
                 .collect(),
             identity,
-            threads_max: u64::from(self.spec.vcpus) + THREADS_EXTRA,
+            threads_max: u64::from(self.spec.vcpus_limit()) + THREADS_EXTRA,
         })
         .map_err(Error::io("start", &host.program))?;
         Ok((process, logs))
@@ -281,16 +290,18 @@ impl Domain {
         }
     }
 
+    /// The connection to its QEMU, if it has one.
+    pub(super) fn qmp(&self) -> Option<Qmp> {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.as_ref().map(|running| running.qmp.clone())
+    }
+
     pub(crate) async fn command(
         &self,
         operation: &'static str,
         command: &'static str,
     ) -> Result<(), Error> {
-        let qmp = {
-            let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-            running.as_ref().map(|running| running.qmp.clone())
-        };
-        let Some(qmp) = qmp else {
+        let Some(qmp) = self.qmp() else {
             return Err(self.life.wrong(operation));
         };
         match qmp.execute(command).await {
@@ -451,11 +462,21 @@ pub(crate) async fn adopt(
             }
         }
     };
-    let domain = Arc::new(Domain::new(record.spec, dir, state, events)?);
+    let domain = Arc::new(Domain::new(
+        record.spec.clone(),
+        dir,
+        record,
+        state,
+        events,
+    )?);
     if let Some(process) = process {
         let logs = Logs::open(&domain.dir, config)?;
         if let Err(error) = domain.attend(Arc::new(process), logs, config).await {
             domain.fail(format!("it could not be taken up again: {}", chain(&error)))?;
+        } else if domain.kept.get(|record| record.hardware.is_some())
+            && let Err(error) = domain.agree().await
+        {
+            tracing::warn!(domain = %domain.spec.id, error = chain(&error), "not as it was to be");
         }
     }
     Ok(domain)

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use rustix::fs::{CWD, FileType, Mode};
 use xbee_protocol::AGENT_VSOCK_PORT;
 
-use crate::domain::DomainSpec;
+use crate::domain::{Disk, DomainSpec};
 use crate::error::Error;
 use crate::image;
 use crate::rundir::{RunDir, give, new_file};
@@ -30,10 +30,7 @@ impl RunDir {
     /// Makes overlays and pipes. The overlays name no base: QEMU is told it at start, by descriptor.
     pub(crate) fn make_for_qemu(&self, spec: &DomainSpec, owner: Option<u32>) -> Result<(), Error> {
         for (index, disk) in spec.disks.iter().enumerate() {
-            let image = image::open_disk(disk)?;
-            if !disk.read_only {
-                self.make_overlay(index, disk, &image, None, owner)?;
-            }
+            self.make_disk_for_qemu(index, disk, owner)?;
         }
         for name in [CONSOLE_IN, CONSOLE_OUT, ERROR_PIPE] {
             let path = self.path(name);
@@ -44,6 +41,20 @@ impl RunDir {
             make().map_err(Error::io("make", &path))?;
         }
         Ok(())
+    }
+
+    /// Opens the image of a disk, and makes its overlay if it has one.
+    pub(crate) fn make_disk_for_qemu(
+        &self,
+        index: usize,
+        disk: &Disk,
+        owner: Option<u32>,
+    ) -> Result<File, Error> {
+        let image = image::open_disk(disk)?;
+        if !disk.read_only {
+            self.make_overlay(index, disk, &image, None, owner)?;
+        }
+        Ok(image.file)
     }
 
     /// The line with which the domain's process identified itself; empty: none was started.

@@ -6,6 +6,7 @@
 mod agent_port;
 mod command;
 mod config;
+mod devices;
 mod domain;
 mod files;
 mod host;
@@ -30,8 +31,8 @@ use host::Host;
 use switch::Switch;
 
 use crate::domain::{
-    AgentStream, DomainEvent, DomainId, DomainInfo, DomainSpec, DomainState, DomainStats,
-    HostCapabilities, ShutdownOutcome,
+    AgentStream, Disk, DomainEvent, DomainId, DomainInfo, DomainSpec, DomainState, DomainStats,
+    HostCapabilities, Interface, ShutdownOutcome,
 };
 use crate::error::Error;
 use crate::rundir::{self, Record, RunDir};
@@ -44,6 +45,8 @@ const EVENTS_MAX: usize = 4096;
 /// As QEMU itself says when asked to (7.2, docs of `query-migrate`: "non-migratable device").
 const NO_SAVE: &str =
     "QEMU does not save a domain with a vhost-user-vsock device, over which its agent is reached";
+
+const NO_INTERFACES: &str = "domains of QEMU have no network interfaces";
 
 /// Domains as QEMU processes.
 #[derive(Debug)]
@@ -149,24 +152,25 @@ impl Inner {
         let (spec, dir, made) = blocking(move || {
             if let Some(existing) = existing {
                 dir.check_same(&existing.spec, &spec)?;
-                return Ok((spec, dir, false));
+                return Ok((spec, dir, None));
             }
             image::open_kernel(&spec.kernel)?;
             let record = Record::new(spec.clone(), boot_id);
             dir.make(&record, owner, || dir.make_for_qemu(&spec, owner))?;
-            Ok((spec, dir, true))
+            Ok((spec, dir, Some(record)))
         })
         .await?;
-        if made {
+        if let Some(record) = made {
             let id = spec.id;
-            let domain =
-                match Domain::new(spec, dir.clone(), DomainState::Created, self.events.clone()) {
-                    Ok(domain) => domain,
-                    Err(error) => {
-                        dir.remove()?;
-                        return Err(error);
-                    }
-                };
+            let state = DomainState::Created;
+            let events = self.events.clone();
+            let domain = match Domain::new(spec, dir.clone(), record, state, events) {
+                Ok(domain) => domain,
+                Err(error) => {
+                    dir.remove()?;
+                    return Err(error);
+                }
+            };
             self.domains
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -263,6 +267,55 @@ impl Hypervisor for QemuHypervisor {
         Err(self.domain(id)?.cannot("restore", NO_SAVE))
     }
 
+    async fn attach_disk(&self, id: DomainId, disk: &Disk) -> Result<usize, Error> {
+        let (domain, disk) = (self.domain(id)?, disk.clone());
+        self.complete(|inner| async move {
+            let _operation = domain.operation.lock().await;
+            let owner = domain::identity(&domain.spec, &inner.config);
+            domain.attach_disk(disk, owner).await
+        })
+        .await
+    }
+
+    async fn detach_disk(&self, id: DomainId, index: usize) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        self.complete(|_| async move {
+            let _operation = domain.operation.lock().await;
+            domain.detach_disk(index).await
+        })
+        .await
+    }
+
+    async fn attach_interface(&self, id: DomainId, _interface: Interface) -> Result<(), Error> {
+        Err(self
+            .domain(id)?
+            .cannot("attach an interface to", NO_INTERFACES))
+    }
+
+    async fn detach_interface(&self, id: DomainId, _mac: [u8; 6]) -> Result<(), Error> {
+        Err(self
+            .domain(id)?
+            .cannot("detach an interface from", NO_INTERFACES))
+    }
+
+    async fn set_memory(&self, id: DomainId, bytes: u64) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        self.complete(|_| async move {
+            let _operation = domain.operation.lock().await;
+            domain.set_memory(bytes).await
+        })
+        .await
+    }
+
+    async fn set_vcpus(&self, id: DomainId, vcpus: u32) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        self.complete(|_| async move {
+            let _operation = domain.operation.lock().await;
+            domain.set_vcpus(vcpus).await
+        })
+        .await
+    }
+
     async fn shutdown(&self, id: DomainId, grace: Duration) -> Result<ShutdownOutcome, Error> {
         // Without `operation`: `destroy` must not wait for the grace to pass.
         self.domain(id)?
@@ -286,6 +339,7 @@ impl Hypervisor for QemuHypervisor {
                 id: *id,
                 name: domain.spec.name.clone(),
                 state: domain.life.get(),
+                hardware: domain.hardware(),
             })
             .collect();
         list.sort_by_key(|info| info.id);

@@ -5,14 +5,17 @@
 //! hostile: lines are bounded, and every wait has a limit.
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::domain::StopReason;
 
@@ -33,6 +36,8 @@ pub(crate) enum QmpError {
     Timeout { limit_ms: u128 },
     #[error("QEMU refused: {0}")]
     Refused(String),
+    #[error("QEMU refused: {0}")]
+    NoDevice(String),
     #[error("QEMU sent what is no QMP: {0}")]
     Protocol(&'static str),
 }
@@ -49,13 +54,18 @@ pub(crate) enum GuestStatus {
 
 struct Request {
     execute: &'static str,
-    reply: oneshot::Sender<Result<(), QmpError>>,
+    arguments: Value,
+    /// Goes along with the command.
+    fd: Option<OwnedFd>,
+    reply: oneshot::Sender<Result<Value, QmpError>>,
 }
 
 /// A connection in command mode. Closed when dropped.
 #[derive(Debug, Clone)]
 pub(crate) struct Qmp {
     requests: mpsc::Sender<Request>,
+    /// Names of devices that have been removed; paths of those that have no name.
+    removed: broadcast::Sender<String>,
     limit: Duration,
 }
 
@@ -75,7 +85,12 @@ impl Qmp {
     ) -> Result<(Self, watch::Receiver<GuestStatus>), QmpError> {
         let (requests, receiver) = mpsc::channel(PENDING_MAX);
         let (status, events) = watch::channel(GuestStatus::Running);
-        let qmp = Self { requests, limit };
+        let (removed, _) = broadcast::channel(PENDING_MAX);
+        let qmp = Self {
+            requests,
+            removed: removed.clone(),
+            limit,
+        };
         let negotiate = async {
             let stream = UnixStream::connect(socket)
                 .await
@@ -85,9 +100,9 @@ impl Qmp {
             if greeting.get("QMP").is_none() {
                 return Err(QmpError::Protocol("the greeting is missing"));
             }
-            tokio::spawn(serve(lines, receiver, status));
+            tokio::spawn(serve(lines, receiver, status, removed));
             qmp.execute("qmp_capabilities").await?;
-            qmp.execute("query-status").await
+            qmp.execute("query-status").await.map(drop)
         };
         tokio::time::timeout(greeting_limit, negotiate)
             .await
@@ -98,11 +113,23 @@ impl Qmp {
     }
 
     /// Gives a command without arguments and waits for its answer.
-    pub(crate) async fn execute(&self, command: &'static str) -> Result<(), QmpError> {
+    pub(crate) async fn execute(&self, command: &'static str) -> Result<Value, QmpError> {
+        self.give(command, json!({}), None).await
+    }
+
+    /// Gives a command, with a descriptor if it takes one, and waits for its answer.
+    pub(crate) async fn give(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        fd: Option<OwnedFd>,
+    ) -> Result<Value, QmpError> {
         let (reply, answer) = oneshot::channel();
         let exchange = async {
             let request = Request {
                 execute: command,
+                arguments,
+                fd,
                 reply,
             };
             self.requests
@@ -119,28 +146,42 @@ impl Qmp {
     }
 }
 
+impl Qmp {
+    /// Names of the devices that are removed from now on.
+    pub(crate) fn removed(&self) -> broadcast::Receiver<String> {
+        self.removed.subscribe()
+    }
+}
+
 /// Runs until QEMU closes the connection or misbehaves, or the last [`Qmp`] is dropped.
 async fn serve(
     mut lines: Lines,
     mut requests: mpsc::Receiver<Request>,
     status: watch::Sender<GuestStatus>,
+    removed: broadcast::Sender<String>,
 ) {
     let mut pending: HashMap<u64, Request> = HashMap::new();
     let mut id = 0;
     loop {
         tokio::select! {
             request = requests.recv() => {
-                let Some(request) = request else { return };
+                let Some(mut request) = request else { return };
                 pending.retain(|_, request| !request.reply.is_closed());
                 if pending.len() >= PENDING_MAX {
                     let _ = request.reply.send(Err(QmpError::Protocol("too many answers are missing")));
                     continue;
                 }
                 id += 1;
-                let line = json!({ "execute": request.execute, "id": id }).to_string() + "\n";
+                let arguments = std::mem::take(&mut request.arguments);
+                let line = json!({
+                    "execute": request.execute, "arguments": arguments, "id": id,
+                })
+                .to_string()
+                    + "\n";
+                let fd = request.fd.take();
                 pending.insert(id, request);
                 // A QEMU that no longer reads would hold this task for ever.
-                let write = lines.stream.write_all(line.as_bytes());
+                let write = send(&mut lines.stream, line.as_bytes(), fd);
                 if !matches!(tokio::time::timeout(Duration::from_secs(5), write).await, Ok(Ok(()))) {
                     return;
                 }
@@ -150,6 +191,11 @@ async fn serve(
                 if let Some(event) = line.get("event").and_then(Value::as_str) {
                     let data = line.get("data").unwrap_or(&Value::Null);
                     fold(&status, event_status(event, data));
+                    let name = data.get("device").or(data.get("path"));
+                    if event == "DEVICE_DELETED" && let Some(Value::String(name)) = name {
+                        // Nobody listening is fine.
+                        let _ = removed.send(name.clone());
+                    }
                 } else if let Some(id) = line.get("id").and_then(Value::as_u64)
                     && let Some(request) = pending.remove(&id)
                 {
@@ -165,17 +211,42 @@ async fn serve(
     }
 }
 
-fn answer(line: &Value) -> Result<(), QmpError> {
-    match line.get("error") {
-        None => Ok(()),
-        Some(error) => Err(QmpError::Refused(
-            error
-                .get("desc")
-                .and_then(Value::as_str)
-                .unwrap_or("no reason given")
-                .to_owned(),
-        )),
+/// Sends a line, and with its first byte a descriptor.
+async fn send(stream: &mut UnixStream, mut line: &[u8], fd: Option<OwnedFd>) -> io::Result<()> {
+    if let Some(fd) = fd {
+        let socket = &*stream;
+        let with_fd = || {
+            let fds = [fd.as_fd()];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            let parts = [IoSlice::new(line)];
+            Ok(rustix::net::sendmsg(
+                socket,
+                &parts,
+                &mut control,
+                SendFlags::NOSIGNAL,
+            )?)
+        };
+        let sent = socket.async_io(Interest::WRITABLE, with_fd).await?;
+        line = &line[sent..];
     }
+    stream.write_all(line).await
+}
+
+fn answer(line: &Value) -> Result<Value, QmpError> {
+    let Some(error) = line.get("error") else {
+        return Ok(line.get("return").cloned().unwrap_or_default());
+    };
+    let text = error.get("desc").and_then(Value::as_str);
+    let text = text.unwrap_or("no reason given").to_owned();
+    // QEMU, qapi/error.json.
+    Err(match error.get("class").and_then(Value::as_str) {
+        Some("DeviceNotFound") => QmpError::NoDevice(text),
+        _ => QmpError::Refused(text),
+    })
 }
 
 /// What an event says (QEMU, qapi/run-state.json and qapi/misc.json).

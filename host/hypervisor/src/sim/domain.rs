@@ -17,7 +17,7 @@ use super::config::{SimConfig, SimEvent};
 use super::connection::Connection;
 use super::random::Random;
 use crate::domain::{
-    DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
+    DomainEvent, DomainSpec, DomainState, DomainStats, Hardware, ShutdownOutcome, StopReason,
 };
 use crate::error::Error;
 use crate::log::BoundedLog;
@@ -35,6 +35,7 @@ pub(super) struct Domain {
     state: watch::Sender<DomainState>,
     events: broadcast::Sender<DomainEvent>,
     console: Mutex<BoundedLog>,
+    hardware: Mutex<Hardware>,
     newest_connection: Mutex<Option<DuplexStream>>,
     /// Counts the saves: connections from before one are cut.
     saves: watch::Sender<u32>,
@@ -66,6 +67,7 @@ impl Domain {
     ) -> io::Result<Self> {
         let console = BoundedLog::open(&console_path(&spec), config.console_max_bytes)?;
         Ok(Self {
+            hardware: Mutex::new(Hardware::of(&spec)),
             spec,
             state: watch::Sender::new(DomainState::Created),
             events,
@@ -245,6 +247,26 @@ impl Domain {
         }
     }
 
+    pub(super) fn hardware(&self) -> Hardware {
+        let hardware = self.hardware.lock();
+        hardware.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes what a running or paused domain has.
+    pub(super) fn change<T>(
+        &self,
+        operation: &'static str,
+        change: impl FnOnce(&mut Hardware) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        match self.state() {
+            DomainState::Running | DomainState::Paused => {
+                let hardware = self.hardware.lock();
+                change(&mut hardware.unwrap_or_else(PoisonError::into_inner))
+            }
+            _ => Err(self.wrong_state(operation)),
+        }
+    }
+
     pub(super) fn save(&self, file: &Path) -> Result<(), Error> {
         let paused = match self.state() {
             DomainState::Running => false,
@@ -341,7 +363,7 @@ impl Domain {
                 Ok(DomainStats {
                     // One virtual CPU is busy, and all of the memory is touched.
                     cpu_ms: u64::try_from(running.as_millis()).unwrap_or(u64::MAX),
-                    memory_bytes: self.spec.memory_bytes,
+                    memory_bytes: self.hardware().memory_bytes,
                 })
             }
         }

@@ -32,8 +32,8 @@ use domain::Domain;
 use random::Random;
 
 use crate::domain::{
-    AgentStream, DomainEvent, DomainId, DomainInfo, DomainSpec, DomainState, DomainStats,
-    HostCapabilities, ShutdownOutcome,
+    AgentStream, Disk, DomainEvent, DomainId, DomainInfo, DomainSpec, DomainState, DomainStats,
+    HostCapabilities, Interface, ShutdownOutcome,
 };
 use crate::error::Error;
 use crate::{Hypervisor, image, spec};
@@ -221,6 +221,62 @@ impl Hypervisor for SimHypervisor {
         self.0.domain(id)?.restore(file)
     }
 
+    async fn attach_disk(&self, id: DomainId, disk: &Disk) -> Result<usize, Error> {
+        if self.0.config.check_images {
+            image::open_disk(disk)?;
+        }
+        self.0.domain(id)?.change("attach a disk to", |hardware| {
+            let index = spec::free_disk(hardware)?;
+            hardware.disks.insert(index, disk.clone());
+            Ok(index)
+        })
+    }
+
+    async fn detach_disk(&self, id: DomainId, index: usize) -> Result<(), Error> {
+        self.0.domain(id)?.change("detach a disk from", |hardware| {
+            hardware.disks.remove(&index);
+            Ok(())
+        })
+    }
+
+    async fn attach_interface(&self, id: DomainId, interface: Interface) -> Result<(), Error> {
+        self.0
+            .domain(id)?
+            .change("attach an interface to", |hardware| {
+                if spec::check_new_interface(hardware, &interface)? {
+                    hardware.interfaces.push(interface);
+                }
+                Ok(())
+            })
+    }
+
+    async fn detach_interface(&self, id: DomainId, mac: [u8; 6]) -> Result<(), Error> {
+        self.0
+            .domain(id)?
+            .change("detach an interface from", |hardware| {
+                hardware.interfaces.retain(|known| known.mac != mac);
+                Ok(())
+            })
+    }
+
+    async fn set_memory(&self, id: DomainId, bytes: u64) -> Result<(), Error> {
+        let domain = self.0.domain(id)?;
+        domain.change("change the memory of", |hardware| {
+            spec::check_memory(&domain.spec, bytes)?;
+            hardware.memory_bytes = bytes;
+            Ok(())
+        })
+    }
+
+    async fn set_vcpus(&self, id: DomainId, vcpus: u32) -> Result<(), Error> {
+        let domain = self.0.domain(id)?;
+        domain.change("change the processors of", |hardware| {
+            spec::check_vcpus(&domain.spec, vcpus)?;
+            hardware.vcpus = vcpus;
+            Ok(())
+        })
+    }
+
     async fn shutdown(&self, id: DomainId, grace: Duration) -> Result<ShutdownOutcome, Error> {
         self.0.domain(id)?.shutdown(grace).await
     }
@@ -261,6 +317,7 @@ impl Hypervisor for SimHypervisor {
                 id: domain.spec.id,
                 name: domain.spec.name.clone(),
                 state: domain.state(),
+                hardware: domain.hardware(),
             })
             .collect();
         list.sort_by_key(|info| info.id);

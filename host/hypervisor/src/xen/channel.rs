@@ -142,6 +142,15 @@ pub(crate) fn broken(error: &xenstore::Error) -> crate::Error {
     }
 }
 
+pub(crate) fn store() -> Result<Xenstore, crate::Error> {
+    Xenstore::open().map_err(|error| broken(&error))
+}
+
+/// What xenstore has under a path.
+pub(crate) fn read(path: &str) -> Result<Option<String>, crate::Error> {
+    store()?.read(path).map_err(|error| broken(&error))
+}
+
 /// A vchan as a stream. There is no half-close: its peer sees the end when this is dropped.
 #[derive(Debug)]
 pub(crate) struct AgentChannel {

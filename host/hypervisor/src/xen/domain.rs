@@ -9,7 +9,7 @@ use tokio::sync::{Notify, broadcast, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use super::channel::Streams;
+use super::channel::{self, Streams};
 use super::config::XenConfig;
 use super::files;
 use super::libvirt::{Libvirt, Seen};
@@ -46,7 +46,7 @@ pub(crate) struct Domain {
     pub(crate) life: Lifecycle,
     pub(super) kept: Arc<Kept>,
     pub(super) libvirt: Arc<Libvirt>,
-    network: Arc<Network>,
+    pub(super) network: Arc<Network>,
     /// Something happened to it.
     pub(crate) look: Notify,
     /// libvirt said that its guest ended by itself.
@@ -105,8 +105,7 @@ impl Domain {
         if super::release::names().await?.contains(&name) {
             return Err(Error::NameTaken { name });
         }
-        let needed = memory::needed_bytes(self.spec.memory_bytes, self.spec.vcpus);
-        let _promise = promises.promise(needed, &self.libvirt).await?;
+        let _promise = promises.promise(self.needed_bytes(), &self.libvirt).await?;
         let initramfs = self.dir.initramfs_path();
         let xml = xml::render(
             &self.spec,
@@ -130,6 +129,8 @@ impl Domain {
         }
         self.attend(config);
         self.life.left(&DomainState::Created).await;
+        // Long before its kernel looks.
+        self.limit_vcpus().await;
         Ok(())
     }
 
@@ -139,12 +140,52 @@ impl Domain {
         self.join_network().await
     }
 
+    /// Lets its interfaces send as who they are, and to whom they may.
     pub(super) async fn join_network(&self) -> Result<(), Error> {
-        match self.libvirt.domid(self.spec.id).await? {
-            Some(domid) => self.network.join(&self.spec, domid).await,
-            // It has ended already, which is seen in its turn.
-            None => Ok(()),
+        // One without an interface changes nothing; one that has ended is seen in its turn.
+        if self.note_network().await? {
+            self.network.apply().await?;
         }
+        Ok(())
+    }
+
+    /// Finds its interfaces' places on the bridge; whether it may have any.
+    async fn note_network(&self) -> Result<bool, Error> {
+        let interfaces = self.kept.hardware().interfaces;
+        if interfaces.is_empty() && self.spec.interface.is_none() {
+            return Ok(false);
+        }
+        let Some(domid) = self.libvirt.domid(self.spec.id).await? else {
+            return Ok(false);
+        };
+        let numbered = blocking(move || {
+            let mut store = channel::store()?;
+            let broken = |error| channel::broken(&error);
+            let path = format!("/local/domain/0/backend/vif/{domid}");
+            let mut numbered = Vec::new();
+            for name in store.list(&path).map_err(broken)?.unwrap_or_default() {
+                let mac = store.read(&format!("{path}/{name}/mac")).map_err(broken)?;
+                let interface = (interfaces.iter()).find(|interface| {
+                    Some(xml::mac(interface)) == mac.as_ref().map(|mac| mac.to_lowercase())
+                });
+                if let (Ok(number), Some(interface)) = (name.parse(), interface) {
+                    numbered.push((number, *interface));
+                }
+            }
+            Ok(numbered)
+        })
+        .await?;
+        self.network.note(&self.spec, domid, numbered);
+        Ok(true)
+    }
+
+    /// What it takes of the machine's memory.
+    pub(super) fn needed_bytes(&self) -> u64 {
+        memory::needed_bytes(
+            self.kept.hardware().memory_bytes,
+            self.spec.memory_limit_bytes(),
+            self.spec.vcpus_limit(),
+        )
     }
 
     async fn leave_network(&self) {
@@ -167,12 +208,18 @@ impl Domain {
         Ok(())
     }
 
-    /// Whether a save or a restore is to be completed or undone.
+    /// Whether something may be there to be completed or undone.
     pub(super) fn is_unsettled(&self) -> bool {
-        !matches!(
-            self.kept.transfer(),
-            Transfer::None | Transfer::Saved { .. }
-        )
+        match self.kept.transfer() {
+            Transfer::None => {
+                self.kept.get(|record| record.hardware.is_some())
+                    && !matches!(self.life.get(), DomainState::Stopped { .. })
+            }
+            Transfer::Saved { .. } => false,
+            Transfer::Saving { .. } | Transfer::Restoring { .. } | Transfer::Restored { .. } => {
+                true
+            }
+        }
     }
 
     /// Watches a domain that has been started until it ends.
@@ -205,7 +252,8 @@ impl Domain {
             source,
         };
         let mut streams = self.streams.subscribe();
-        let address = self.spec.interface.map(|interface| interface.address);
+        let interfaces = self.hardware().interfaces;
+        let address = interfaces.first().map(|interface| interface.address);
         loop {
             // Not while it is saved. The sender lives as long as `self`.
             let open = streams
@@ -395,6 +443,11 @@ impl Domain {
 
     /// Why it ended, and what became of a save that was under way.
     async fn outcome(&self, seen: Seen) -> Result<StopReason, Error> {
+        if let Transfer::Saved { file, .. } = self.kept.transfer() {
+            // What the attempt before this one came to.
+            blocking(move || save_file::publish(&file)).await?;
+            return Ok(StopReason::Saved);
+        }
         if let Transfer::Saving { file, paused } = self.kept.transfer() {
             if seen == Seen::Gone && !self.killed.load(Ordering::Acquire) {
                 return self.saved(file, paused).await;
@@ -595,8 +648,8 @@ pub(crate) async fn adopt(
             Ok(_) => {}
             Err(error) => tracing::warn!(domain = %id, %error, "out of sight"),
         }
-        if let Ok(Some(domid)) = libvirt.domid(id).await {
-            network.note(&domain.spec, domid);
+        if let Err(error) = domain.note_network().await {
+            tracing::warn!(domain = %id, error = chain(&error), "its network is not known");
         }
         domain.attend(config);
     }

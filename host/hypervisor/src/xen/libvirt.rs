@@ -216,6 +216,49 @@ impl Libvirt {
         .await
     }
 
+    pub(crate) async fn attach(self: &Arc<Self>, id: DomainId, xml: String) -> Result<(), Error> {
+        self.call(move |connect| {
+            Domain::lookup_by_uuid(connect, id)?
+                .attach_device_flags(&xml, sys::VIR_DOMAIN_AFFECT_LIVE)
+                .map(drop)
+        })
+        .await
+    }
+
+    /// Takes a device away, if it is there.
+    pub(crate) async fn detach(self: &Arc<Self>, id: DomainId, xml: String) -> Result<(), Error> {
+        self.call(move |connect| {
+            let domain = Domain::lookup_by_uuid(connect, id)?;
+            match domain.detach_device_flags(&xml, sys::VIR_DOMAIN_AFFECT_LIVE) {
+                // libvirt says so in more than one way.
+                Err(error) if !has_device(&domain.get_xml_desc(0)?, &xml) => {
+                    tracing::debug!(domain = %id, error = error.message(), "no such device");
+                    Ok(())
+                }
+                result => result.map(drop),
+            }
+        })
+        .await
+    }
+
+    /// What libvirt says a running domain has.
+    pub(crate) async fn devices(self: &Arc<Self>, id: DomainId) -> Result<Devices, Error> {
+        self.call(move |connect| {
+            let xml = Domain::lookup_by_uuid(connect, id)?.get_xml_desc(0)?;
+            Ok(devices(&xml))
+        })
+        .await
+    }
+
+    pub(crate) async fn set_memory(self: &Arc<Self>, id: DomainId, kib: u64) -> Result<(), Error> {
+        self.call(move |connect| {
+            Domain::lookup_by_uuid(connect, id)?
+                .set_memory_flags(kib, sys::VIR_DOMAIN_MEM_LIVE)
+                .map(drop)
+        })
+        .await
+    }
+
     /// Waits for what is under way with a domain; `false`: longer than libvirt lets one wait.
     pub(crate) async fn wait(self: &Arc<Self>, id: DomainId) -> Result<bool, Error> {
         self.call(move |connect| {
@@ -448,6 +491,43 @@ fn seen(state: sys::virDomainState, reason: i32) -> Seen {
         sys::VIR_DOMAIN_SHUTOFF => Seen::Gone,
         _ => Seen::Running,
     }
+}
+
+/// Disks' targets and interfaces' hardware addresses.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Devices {
+    pub(crate) disks: Vec<String>,
+    pub(crate) macs: Vec<String>,
+}
+
+/// The devices of a domain's description, or the one of its own.
+fn devices(xml: &str) -> Devices {
+    let mut devices = Devices::default();
+    let mut reader = quick_xml::Reader::from_str(xml);
+    while let Ok(event) = reader.read_event() {
+        let (Event::Start(tag) | Event::Empty(tag)) = &event else {
+            if event == Event::Eof {
+                break;
+            }
+            continue;
+        };
+        let (name, list) = match tag.name().as_ref() {
+            "target" => ("dev", &mut devices.disks),
+            "mac" => ("address", &mut devices.macs),
+            _ => continue,
+        };
+        if let Ok(Some(attribute)) = tag.try_get_attribute(name) {
+            list.push(attribute.value.into_owned());
+        }
+    }
+    devices
+}
+
+/// Whether a domain has the device that is described.
+fn has_device(domain: &str, device: &str) -> bool {
+    let (there, asked) = (devices(domain), devices(device));
+    asked.disks.iter().all(|disk| there.disks.contains(disk))
+        && asked.macs.iter().all(|mac| there.macs.contains(mac))
 }
 
 /// The attribute `tty` of the first console.

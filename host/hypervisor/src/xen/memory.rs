@@ -14,9 +14,10 @@ const MIB: u64 = 1 << 20;
 const OVERHEAD_BYTES: u64 = 2 * MIB;
 const OVERHEAD_PER_VCPU_BYTES: u64 = MIB;
 
-/// What a domain takes of the machine's memory.
-pub(crate) fn needed_bytes(memory_bytes: u64, vcpus: u32) -> u64 {
-    memory_bytes / 128 * 129 + OVERHEAD_BYTES + u64::from(vcpus) * OVERHEAD_PER_VCPU_BYTES
+/// What a domain takes of the machine's memory that has so much, and can be given up to the limits.
+pub(crate) fn needed_bytes(memory_bytes: u64, memory_limit_bytes: u64, vcpus_limit: u32) -> u64 {
+    let overhead_bytes = OVERHEAD_BYTES + u64::from(vcpus_limit) * OVERHEAD_PER_VCPU_BYTES;
+    memory_bytes + memory_limit_bytes / 128 + overhead_bytes
 }
 
 /// The sum of what is promised.

@@ -6,6 +6,7 @@
 
 mod channel;
 mod config;
+mod devices;
 mod domain;
 mod files;
 mod libvirt;
@@ -36,8 +37,8 @@ use memory::Promises;
 use network::Network;
 
 use crate::domain::{
-    AgentStream, Description, DescriptionForm, DomainEvent, DomainId, DomainInfo, DomainSpec,
-    DomainState, DomainStats, HostCapabilities, ShutdownOutcome,
+    AgentStream, Description, DescriptionForm, Disk, DomainEvent, DomainId, DomainInfo, DomainSpec,
+    DomainState, DomainStats, HostCapabilities, Interface, ShutdownOutcome,
 };
 use crate::error::{Error, chain};
 use crate::rundir::{self, Record, RunDir};
@@ -258,7 +259,7 @@ impl Inner {
                     DomainState::Running | DomainState::Paused
                 )
             })
-            .map(|domain| domain.spec.memory_bytes)
+            .map(|domain| domain.hardware().memory_bytes)
             .sum();
         Ok(HostCapabilities {
             backend: "xen".to_owned(),
@@ -294,7 +295,10 @@ impl Inner {
             let sources = files::sources(&spec, &dir);
             xml::render(&spec, &config, Some(&spec.run_dir), &sources)?;
             let record = Record::new(spec.clone(), boot_id);
-            dir.make(&record, None, || dir.make_for_xen(&spec))?;
+            dir.make(&record, None, || {
+                let mut disks = spec.disks.iter().enumerate();
+                disks.try_for_each(|(index, disk)| dir.make_disk_for_xen(index, disk))
+            })?;
             Ok((spec, dir, Some(record)))
         })
         .await?;
@@ -444,6 +448,62 @@ impl Hypervisor for XenHypervisor {
         self.complete(|inner| inner.restore(domain, file)).await
     }
 
+    async fn attach_disk(&self, id: DomainId, disk: &Disk) -> Result<usize, Error> {
+        let (domain, disk) = (self.domain(id)?, disk.clone());
+        self.complete(|inner| async move {
+            let _operation = domain.operation.lock().await;
+            domain.attach_disk(disk, inner.config.command_limit).await
+        })
+        .await
+    }
+
+    async fn detach_disk(&self, id: DomainId, index: usize) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        self.complete(|_| async move {
+            let _operation = domain.operation.lock().await;
+            domain.detach_disk(index).await
+        })
+        .await
+    }
+
+    async fn attach_interface(&self, id: DomainId, interface: Interface) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        self.complete(|inner| async move {
+            let _operation = domain.operation.lock().await;
+            domain
+                .attach_interface(interface, &inner.config.bridge)
+                .await
+        })
+        .await
+    }
+
+    async fn detach_interface(&self, id: DomainId, mac: [u8; 6]) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        self.complete(|inner| async move {
+            let _operation = domain.operation.lock().await;
+            domain.detach_interface(mac, &inner.config.bridge).await
+        })
+        .await
+    }
+
+    async fn set_memory(&self, id: DomainId, bytes: u64) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        self.complete(|inner| async move {
+            let _operation = domain.operation.lock().await;
+            domain.set_memory(bytes, &inner.promises).await
+        })
+        .await
+    }
+
+    async fn set_vcpus(&self, id: DomainId, vcpus: u32) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        self.complete(|_| async move {
+            let _operation = domain.operation.lock().await;
+            domain.set_vcpus(vcpus).await
+        })
+        .await
+    }
+
     async fn shutdown(&self, id: DomainId, grace: Duration) -> Result<ShutdownOutcome, Error> {
         // Without `operation`: `destroy` must not wait for the grace to pass.
         self.domain(id)?
@@ -464,6 +524,7 @@ impl Hypervisor for XenHypervisor {
                 id: *id,
                 name: domain.spec.name.clone(),
                 state: domain.life.get(),
+                hardware: domain.hardware(),
             })
             .collect();
         list.sort_by_key(|info| info.id);
@@ -482,9 +543,9 @@ impl Hypervisor for XenHypervisor {
                 Vec::new(),
             ),
             None => {
-                let overlays = files::overlays_to_be(spec);
-                let prepare = files::commands(spec, &overlays)?;
-                (spec.initramfs.clone(), overlays, prepare)
+                let disks = files::sources_to_be(spec);
+                let prepare = files::commands(spec, &disks)?;
+                (spec.initramfs.clone(), disks, prepare)
             }
         };
         let render = match form {

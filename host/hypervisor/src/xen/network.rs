@@ -35,18 +35,20 @@ const REMEDY: &str = "run xen-configs/dom0/install and then nft -f /etc/nftables
 /// No call of `nft` takes longer on a host that works.
 const NFT_LIMIT: Duration = Duration::from_secs(20);
 
-/// A domain's place on the bridge.
+/// An interface's place on the bridge.
 #[derive(Debug, Clone)]
 struct Port {
     domid: u32,
+    /// Xen's number of the interface among those of its domain.
+    device: u32,
     owner: String,
     interface: Interface,
 }
 
 impl Port {
     fn name(&self) -> String {
-        // So Xen's scripts name the first interface of a domain.
-        format!("vif{}.0", self.domid)
+        // So Xen's scripts name them.
+        format!("vif{}.{}", self.domid, self.device)
     }
 
     fn sees(&self, other: &Port) -> bool {
@@ -60,7 +62,7 @@ impl Port {
 pub(crate) struct Network {
     /// `nft` and the arguments before its own; empty: no firewall is kept.
     nft: Vec<OsString>,
-    ports: Mutex<BTreeMap<DomainId, Port>>,
+    ports: Mutex<BTreeMap<DomainId, Vec<Port>>>,
     turn: tokio::sync::Mutex<()>,
 }
 
@@ -82,7 +84,7 @@ impl Network {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<DomainId, Port>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<DomainId, Vec<Port>>> {
         self.ports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -102,32 +104,29 @@ impl Network {
         Ok(())
     }
 
-    /// Notes a domain that runs, without telling the firewall of it yet.
-    pub(crate) fn note(&self, spec: &DomainSpec, domid: u32) {
-        if let Some(interface) = spec.interface {
-            let port = Port {
+    /// Notes what interfaces a domain that runs has, by Xen's numbers, without telling the firewall yet.
+    pub(crate) fn note(&self, spec: &DomainSpec, domid: u32, interfaces: Vec<(u32, Interface)>) {
+        let ports: Vec<Port> = interfaces
+            .into_iter()
+            .map(|(device, interface)| Port {
                 domid,
+                device,
                 owner: spec.owner.clone(),
                 interface,
-            };
-            self.lock().insert(spec.id, port);
+            })
+            .collect();
+        if ports.is_empty() {
+            self.lock().remove(&spec.id);
+        } else {
+            self.lock().insert(spec.id, ports);
         }
-    }
-
-    /// Lets a domain that has been started send as who it is, and to whom it may.
-    pub(crate) async fn join(&self, spec: &DomainSpec, domid: u32) -> Result<(), Error> {
-        if spec.interface.is_none() {
-            return Ok(());
-        }
-        self.note(spec, domid);
-        self.apply().await
     }
 
     /// Takes everything away from a domain that has ended.
     pub(crate) async fn leave(&self, id: DomainId) -> Result<(), Error> {
         match self.lock().remove(&id) {
             None => return Ok(()),
-            Some(port) => tracing::debug!(domain = %id, port = port.name(), "off the bridge"),
+            Some(_) => tracing::debug!(domain = %id, "off the bridge"),
         }
         self.apply().await
     }
@@ -140,7 +139,7 @@ impl Network {
         }
         let _turn = self.turn.lock().await;
         let present = self.elements().await?;
-        let ports: Vec<Port> = self.lock().values().cloned().collect();
+        let ports: Vec<Port> = self.lock().values().flatten().cloned().collect();
         let commands = difference(&present, &wanted(&ports), |port| {
             ports.iter().any(|ours| ours.name() == port)
                 || !Path::new("/sys/class/net").join(port).exists()
@@ -299,6 +298,7 @@ mod tests {
     fn port(domid: u32, owner: &str, peers: bool) -> Port {
         Port {
             domid,
+            device: 0,
             owner: owner.to_owned(),
             interface: Interface {
                 mac: [2, 0xbe, 0, 0, 0, domid as u8],
@@ -403,11 +403,11 @@ mod tests {
             // No port of this machine has such numbers.
             let port = port(60_000 + domid, "a", true);
             let id = Uuid::from_u128(u128::from(domid));
-            network.lock().insert(id, port);
+            network.lock().insert(id, vec![port]);
             id
         });
         network.apply().await.unwrap();
-        let ports: Vec<Port> = network.lock().values().cloned().collect();
+        let ports: Vec<Port> = network.lock().values().flatten().cloned().collect();
         assert_eq!(network.elements().await.unwrap(), wanted(&ports));
         // Nothing is done twice, and what is gone is mended.
         network.apply().await.unwrap();

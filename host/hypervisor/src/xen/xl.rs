@@ -5,11 +5,12 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use super::config::XenConfig;
+use super::files::{self, Server};
 use super::xml::{MIB, disk_name, kernel_args, name, text};
 use crate::domain::{DiskFormat, DomainSpec};
 use crate::error::Error;
 
-/// The domain's description. `initramfs` and `disks` (overlays) are as for [`super::xml::render`].
+/// The domain's description. `initramfs` and `disks` are as for [`super::xml::render`].
 pub(crate) fn render(
     spec: &DomainSpec,
     config: &XenConfig,
@@ -28,7 +29,16 @@ pub(crate) fn render(
         string(if config.paravirtual { "pv" } else { "pvh" }),
     );
     line("memory", spec.memory_bytes.div_ceil(MIB).to_string());
+    if spec.memory_limit_bytes() != spec.memory_bytes {
+        line(
+            "maxmem",
+            spec.memory_limit_bytes().div_ceil(MIB).to_string(),
+        );
+    }
     line("vcpus", spec.vcpus.to_string());
+    if spec.vcpus_limit() != spec.vcpus {
+        line("maxvcpus", spec.vcpus_limit().to_string());
+    }
     line("kernel", string(text("kernel", &spec.kernel)?));
     if let Some(initramfs) = initramfs {
         line("ramdisk", string(text("run_dir", initramfs)?));
@@ -40,13 +50,17 @@ pub(crate) fn render(
     line("on_crash", string("preserve"));
     if !disks.is_empty() {
         let mut list = String::new();
-        for (index, disk) in disks.iter().enumerate() {
+        for (index, (disk, source)) in spec.disks.iter().zip(disks).enumerate() {
+            let (format, back_end) = match files::server(disk) {
+                Server::Qemu => (DiskFormat::Qcow2, "qdisk"),
+                Server::Kernel => (DiskFormat::Raw, "phy"),
+            };
             // The target comes last: whatever is in its name belongs to it.
             let disk = format!(
-                "format={},vdev={},access=rw,backendtype=qdisk,target={}",
-                DiskFormat::Qcow2,
+                "format={format},vdev={},access={},backendtype={back_end},target={}",
                 disk_name(index)?,
-                text("disks", disk)?
+                if disk.read_only { "ro" } else { "rw" },
+                text("disks", source)?
             );
             let _ = writeln!(list, "    {},", string(&disk));
         }
@@ -69,7 +83,6 @@ fn string(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::rundir::RunDir;
-    use crate::xen::files;
     use crate::xen::xml::tests::example;
 
     fn rendered(spec: &DomainSpec, config: &XenConfig) -> Result<String, Error> {
@@ -107,7 +120,7 @@ mod tests {
     fn what_is_not_there_can_be_made() {
         let mut spec = example();
         spec.disks[0].image = "/a b/it's.img".into();
-        let overlays = files::overlays_to_be(&spec);
+        let overlays = files::sources_to_be(&spec);
         assert_eq!(
             files::commands(&spec, &overlays).unwrap(),
             [

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use quick_xml::escape::escape;
 
 use super::config::XenConfig;
-use crate::domain::{DiskFormat, DomainId, DomainSpec};
+use super::files::{self, Server};
+use crate::domain::{Disk, DiskFormat, DomainId, DomainSpec, Interface};
 use crate::error::Error;
+use crate::spec::DISKS_MAX;
 
 /// What libxl takes of a kernel's command line (Linux, `COMMAND_LINE_SIZE` of x86, less the NUL).
 const KERNEL_ARGS_MAX_BYTES: usize = 2047;
@@ -20,7 +22,7 @@ pub(crate) fn name(id: DomainId) -> String {
     format!("xbee-{}", &id.simple().to_string()[..8])
 }
 
-/// The domain's description. `initramfs` and `disks` (overlays) are the files in its run directory.
+/// The domain's description. `initramfs` and `disks` are the files that the guest is to have as such.
 pub(crate) fn render(
     spec: &DomainSpec,
     config: &XenConfig,
@@ -32,12 +34,19 @@ pub(crate) fn render(
     } else {
         "xenpvh"
     };
+    let memory_mib = spec.memory_bytes.div_ceil(MIB);
+    let memory_max_mib = spec.memory_limit_bytes().div_ceil(MIB);
+    let current_memory = match memory_mib == memory_max_mib {
+        true => String::new(),
+        false => format!("<currentMemory unit='MiB'>{memory_mib}</currentMemory>\n  "),
+    };
     let mut xml = format!(
         "<domain type='xen'>\n  \
            <name>{name}</name>\n  \
            <uuid>{uuid}</uuid>\n  \
            <title>{title}</title>\n  \
-           <memory unit='MiB'>{memory_mib}</memory>\n  \
+           <memory unit='MiB'>{memory_max_mib}</memory>\n  \
+           {current_memory}\
            <vcpu>{vcpus}</vcpu>\n  \
            <os>\n    \
              <type>{os_type}</type>\n    \
@@ -45,8 +54,9 @@ pub(crate) fn render(
         name = name(spec.id),
         uuid = spec.id,
         title = escape(spec.name.as_str()),
-        memory_mib = spec.memory_bytes.div_ceil(MIB),
-        vcpus = spec.vcpus,
+        memory_max_mib = memory_max_mib,
+        // All there can be: those that it is not to have are switched off once it is there.
+        vcpus = spec.vcpus_limit(),
         kernel = path("kernel", &spec.kernel)?,
     );
     let mut line = |text: String| {
@@ -70,34 +80,60 @@ pub(crate) fn render(
     line("  <on_reboot>destroy</on_reboot>".to_owned());
     line("  <on_crash>preserve</on_crash>".to_owned());
     line("  <devices>".to_owned());
-    for (index, disk) in disks.iter().enumerate() {
-        // By QEMU, in user space: the control domain's kernel never looks at what is in a disk.
-        line("    <disk type='file' device='disk'>".to_owned());
-        line(format!(
-            "      <driver name='qemu' type='{}'/>",
-            DiskFormat::Qcow2
-        ));
-        line(format!("      <source file='{}'/>", path("disks", disk)?));
-        line(format!(
-            "      <target dev='{}' bus='xen'/>",
-            disk_name(index)?
-        ));
-        line("    </disk>".to_owned());
+    for (index, (disk, source)) in spec.disks.iter().zip(disks).enumerate() {
+        let xml = self::disk(index, disk, source)?;
+        line(indent(&xml));
     }
     if let Some(interface) = &spec.interface {
-        let mac = interface.mac.map(|byte| format!("{byte:02x}")).join(":");
-        line("    <interface type='bridge'>".to_owned());
-        line(format!("      <mac address='{mac}'/>"));
-        line(format!(
-            "      <source bridge='{}'/>",
-            escape(config.bridge.as_str())
-        ));
-        line("    </interface>".to_owned());
+        line(indent(&self::interface(interface, &config.bridge)));
     }
     line("    <console type='pty'><target type='xen' port='0'/></console>".to_owned());
     line("  </devices>".to_owned());
     line("</domain>".to_owned());
     Ok(xml)
+}
+
+/// A disk.
+pub(crate) fn disk(index: usize, disk: &Disk, source: &Path) -> Result<String, Error> {
+    let driver = match files::server(disk) {
+        Server::Qemu => format!("name='qemu' type='{}'", DiskFormat::Qcow2),
+        Server::Kernel => format!("name='phy' type='{}'", DiskFormat::Raw),
+    };
+    let mut xml = format!(
+        "<disk type='file' device='disk'>\n  \
+           <driver {driver}/>\n  \
+           <source file='{source}'/>\n  \
+           <target dev='{name}' bus='xen'/>\n",
+        source = path("disks", source)?,
+        name = disk_name(index)?,
+    );
+    if disk.read_only {
+        xml.push_str("  <readonly/>\n");
+    }
+    xml.push_str("</disk>");
+    Ok(xml)
+}
+
+/// A network interface.
+pub(crate) fn interface(interface: &Interface, bridge: &str) -> String {
+    format!(
+        "<interface type='bridge'>\n  \
+           <mac address='{}'/>\n  \
+           <source bridge='{}'/>\n\
+         </interface>",
+        mac(interface),
+        escape(bridge)
+    )
+}
+
+/// A hardware address as libvirt writes it.
+pub(crate) fn mac(interface: &Interface) -> String {
+    interface.mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+fn indent(xml: &str) -> String {
+    let lines = xml.lines().map(|line| format!("    {line}"));
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// `xvda` to `xvdz`.
@@ -110,8 +146,16 @@ pub(crate) fn disk_name(index: usize) -> Result<String, Error> {
         Some(letter) => Ok(format!("xvd{}", char::from(letter))),
         None => Err(Error::InvalidSpec {
             field: "disks",
-            detail: "more than 26".to_owned(),
+            detail: format!("more than {DISKS_MAX}"),
         }),
+    }
+}
+
+/// The number that Xen has for `xvda` and so on (Xen, docs/man/xen-vbd-interface.7).
+pub(crate) fn disk_number(index: usize) -> usize {
+    match index < 16 {
+        true => 202 << 8 | index << 4,
+        false => 1 << 28 | index << 8,
     }
 }
 
@@ -161,9 +205,6 @@ pub(crate) mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::domain::{Disk, Interface};
-    use crate::rundir::RunDir;
-    use crate::xen::files;
 
     /// What the files in `xen-configs/` show.
     pub(crate) fn example() -> DomainSpec {
@@ -178,7 +219,9 @@ pub(crate) mod tests {
             name: "xbee-7bf4280f".to_owned(),
             owner: "1000".to_owned(),
             vcpus: 1,
+            vcpus_max: None,
             memory_bytes: 192 * MIB,
+            memory_max_bytes: None,
             kernel: "/var/lib/xbee/images/kernel/vmlinux".into(),
             initramfs: None,
             kernel_args: vec!["xbee.note=a<b".to_owned()],
@@ -198,7 +241,7 @@ pub(crate) mod tests {
     }
 
     fn rendered(spec: &DomainSpec, config: &XenConfig) -> Result<String, Error> {
-        let dir = RunDir::named(&config.domains_dir, spec.id);
+        let dir = crate::rundir::RunDir::named(&config.domains_dir, spec.id);
         let initramfs = dir.path(crate::rundir::INITRAMFS);
         render(spec, config, Some(&initramfs), &files::sources(spec, &dir))
     }
@@ -237,6 +280,38 @@ pub(crate) mod tests {
             field(&|spec| spec.kernel_args = vec!["a".repeat(2000)]),
             "kernel_args"
         );
+    }
+
+    #[test]
+    fn disks_are_numbered_and_what_can_be_had_later_is_there() {
+        let disk = |read_only, format| Disk {
+            image: "/base.img".into(),
+            format,
+            read_only,
+        };
+        let read_only = disk(true, DiskFormat::Raw);
+        let xml = self::disk(3, &read_only, &read_only.image).unwrap();
+        assert!(
+            xml.contains("name='phy' type='raw'")
+                && xml.contains("dev='xvdd'")
+                && xml.contains("<readonly/>"),
+            "{xml}"
+        );
+        assert_eq!(
+            [disk_number(0), disk_number(3), disk_number(16)],
+            [51712, 51760, 268_439_552]
+        );
+        let mut spec = example();
+        spec.memory_max_bytes = Some(256 * MIB);
+        spec.vcpus_max = Some(4);
+        let xml = rendered(&spec, &XenConfig::new("/var/lib/xbee/run".into())).unwrap();
+        for part in [
+            "<memory unit='MiB'>256</memory>",
+            "<currentMemory unit='MiB'>192</currentMemory>",
+            "<vcpu>4</vcpu>",
+        ] {
+            assert!(xml.contains(part), "{part}: {xml}");
+        }
     }
 
     #[test]

@@ -42,6 +42,8 @@ impl Host {
             id,
             name: format!("domain {number}"),
             owner: String::new(),
+            vcpus_max: None,
+            memory_max_bytes: None,
             vcpus: 1,
             memory_bytes: 64 << 20,
             kernel: "kernel".into(),

@@ -51,7 +51,7 @@ pub enum Guest {
     LatePanic,
     /// Prints without end.
     Flood,
-    /// Prints a line now and then.
+    /// Prints now and then what it has.
     Count,
     /// Reads and writes its disks.
     Disks,
@@ -89,7 +89,26 @@ for word in $(cat /proc/cmdline); do
     xbee.test=poweroff) poweroff -f ;;
     xbee.test=reset) reboot -f ;;
     xbee.test=panic) echo c >/proc/sysrq-trigger ;;
-    xbee.test=count) n=0; while true; do n=$((n + 1)); echo "count $n"; sleep 0.2; done ;;
+    xbee.test=count)
+        n=0 taken=
+        while true; do
+            n=$((n + 1))
+            disks=
+            for disk in /sys/block/*vd?; do
+                [ -e $disk/ro ] && disks="$disks ${disk##*/}=$(cat $disk/ro)"
+            done
+            memory=$(grep MemTotal /proc/meminfo | tr -dc 0-9)
+            echo "count $n: memory $memory cpus $(nproc) interfaces $(ls /sys/class/net | wc -l) disks$disks"
+            # New ones are there to be taken, once: those that are to go are off before they are gone.
+            seen=
+            for cpu in /sys/devices/system/cpu/cpu[1-9]*/online; do
+                [ -e $cpu ] || continue
+                seen="$seen $cpu"
+                case "$taken " in *" $cpu "*) ;; *) echo 1 >$cpu ;; esac
+            done
+            taken=$seen
+            sleep 0.3
+        done ;;
     xbee.test=latepoweroff) sleep 3; poweroff -f ;;
     xbee.test=latereset) sleep 3; reboot -f ;;
     xbee.test=latepanic) sleep 3; echo c >/proc/sysrq-trigger ;;
@@ -264,19 +283,20 @@ impl Fixture {
     pub fn cannot(&self, operation: &str) -> bool {
         let cannot: &[&str] = match &self.backend {
             Backend::Sim(_) => &[],
-            Backend::Qemu { .. } => &["save"],
+            Backend::Qemu { .. } => &["save", "attach an interface to"],
             #[cfg(feature = "xen")]
             Backend::Xen { .. } => &[],
         };
         let cannot = cannot.contains(&operation);
         if cannot {
-            println!("this back end does not {operation} domains, and says so");
+            println!("this back end does not {operation} a domain, and says so");
         }
         cannot
     }
 
     /// The state of a domain once whatever was under way with it has come to its end: a command that
     /// changes nothing waits for that.
+    #[cfg(feature = "xen")]
     pub async fn settled(&self, hypervisor: &dyn Hypervisor, id: DomainId) -> DomainState {
         loop {
             let before = state(hypervisor, id).await.unwrap();
@@ -328,7 +348,9 @@ impl Fixture {
             name: format!("test, {id}"),
             owner: "tester".to_owned(),
             vcpus: 1,
+            vcpus_max: None,
             memory_bytes: 192 << 20,
+            memory_max_bytes: None,
             kernel,
             initramfs: Some(initramfs),
             kernel_args: vec![guest.arg()],
@@ -353,9 +375,41 @@ impl Fixture {
     pub async fn run(&self, hypervisor: &dyn Hypervisor, guest: Guest) -> DomainSpec {
         let spec = self.spec(guest);
         hypervisor.create(&spec).await.unwrap();
-        hypervisor.start(spec.id).await.unwrap();
-        self.act(&spec, guest);
+        self.start(hypervisor, &spec, guest).await;
         spec
+    }
+
+    /// Starts a domain whose guest is to do this.
+    pub async fn start(&self, hypervisor: &dyn Hypervisor, spec: &DomainSpec, guest: Guest) {
+        hypervisor.start(spec.id).await.unwrap();
+        self.act(spec, guest);
+    }
+
+    /// Waits until a guest that counts sees what it should, where there is a guest that sees.
+    pub async fn inside(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        id: DomainId,
+        is_so: impl Fn(&str) -> bool,
+    ) {
+        if matches!(self.backend, Backend::Sim(_)) {
+            return;
+        }
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let console = self.wait_console(hypervisor, id, "count 1:").await;
+            // The last line may be half a line.
+            let whole = console.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            let now = whole.lines().rev().find(|line| line.starts_with("count "));
+            if now.is_some_and(&is_so) {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "not seen by the guest:\n{console}"
+            );
+            sleep(Duration::from_millis(100)).await;
+        }
     }
 
     /// A real guest acts by itself; a simulated one must be told.
@@ -608,8 +662,9 @@ fn initramfs_with_test(base: &Path, kernel: &Path) -> Vec<u8> {
     let mut writer = xbee_initramfs::Writer::new(archive);
     writer.file("init", 0o755, INIT.as_bytes()).unwrap();
     writer.dir("test", 0o755).unwrap();
-    // What the power button needs.
-    for (index, name) in ["button.ko", "evdev.ko"].iter().enumerate() {
+    // What the power button needs, and what gives memory back.
+    let modules = ["button.ko", "evdev.ko", "virtio_balloon.ko"];
+    for (index, name) in modules.iter().enumerate() {
         if let Some(module) = find(&kernel.join("lib/modules"), name) {
             writer
                 .file(

@@ -4,10 +4,13 @@ mod ends;
 mod starts;
 mod tcp;
 
-use std::process::Command;
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use xbee_hypervisor::{Disk, DiskFormat, DomainState, Interface, StopReason};
+use xbee_hypervisor::xen::{XenConfig, XenHypervisor};
+use xbee_hypervisor::{Disk, DiskFormat, DomainState, Hypervisor, Interface, StopReason};
 
 use super::support::{Fixture, Guest, READY, state, xen_name, xl};
 
@@ -35,10 +38,6 @@ async fn disks_are_written_through_an_overlay_and_stay_as_they_were() {
         read_only,
     };
     spec.disks = vec![disk(&first, false), disk(&second, true)];
-    let error = hypervisor.create(&spec).await.unwrap_err();
-    assert_eq!(error.code(), "domain-invalid");
-    assert!(error.to_string().contains("read-only"), "{error}");
-    spec.disks[1].read_only = false;
     hypervisor.create(&spec).await.unwrap();
     hypervisor.start(spec.id).await.unwrap();
     let console = fixture
@@ -49,7 +48,7 @@ async fn disks_are_written_through_an_overlay_and_stay_as_they_were() {
         "{console}"
     );
     assert!(
-        console.contains("vdb: content of secnd read-only 0"),
+        console.contains("vdb: content of secnd read-only 1"),
         "{console}"
     );
     assert_eq!(
@@ -146,4 +145,191 @@ async fn domains_outlive_libvirts_daemon() {
         hypervisor.destroy(spec.id).await.unwrap();
         super::assert_gone(&fixture, &*hypervisor, spec.id).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_loses_nothing() {
+    let Some(fixture) = Fixture::xen() else {
+        return;
+    };
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Count).await;
+    fixture.wait_console(&*hypervisor, spec.id, READY).await;
+    // Too small from the beginning, and full all of a sudden.
+    for (size, sudden) in [("64M", false), ("320M", true)] {
+        let (small, image) = (fixture.path("small"), fixture.path("small.img"));
+        std::fs::create_dir_all(&small).unwrap();
+        let run = |program: &str, args: &[&std::ffi::OsStr]| {
+            let status = Command::new(program).args(args).status().unwrap();
+            assert!(status.success(), "{program} {args:?}");
+        };
+        let make = ["-q", "-F", "-t", "ext4"].map(std::ffi::OsStr::new);
+        run(
+            "mke2fs",
+            &[&make[..], &[image.as_ref(), size.as_ref()]].concat(),
+        );
+        let mount = [
+            "-o".as_ref(),
+            "loop".as_ref(),
+            image.as_ref(),
+            small.as_ref(),
+        ];
+        run("mount", &mount);
+        let partial = small.join("save.partial");
+        let filler = sudden.then(|| {
+            let small = small.clone();
+            std::thread::spawn(move || {
+                // Once libvirt has begun to write.
+                let begun = || {
+                    let len = partial.metadata().map_or(0, |found| found.len());
+                    (1..128 << 20).contains(&len)
+                };
+                while !begun() {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                let mut filler = std::fs::File::create(small.join("filler")).unwrap();
+                while filler.write_all(&[7; 1 << 20]).is_ok() {}
+            })
+        });
+        let error = hypervisor
+            .save(spec.id, &small.join("save"))
+            .await
+            .unwrap_err();
+        assert_eq!(error.code(), "not-saved", "{error}");
+        println!("{error:?}");
+        if let Some(filler) = filler {
+            filler.join().unwrap();
+        }
+        assert!(!small.join("save").exists() && !small.join("save.partial").exists());
+        run("umount", &[small.as_ref()]);
+        assert_eq!(
+            state(&*hypervisor, spec.id).await,
+            Some(DomainState::Running)
+        );
+        super::goes_on(&fixture, &*hypervisor, &spec).await;
+    }
+    // And with room it can be saved.
+    let file = fixture.path("save");
+    hypervisor.save(spec.id, &file).await.unwrap();
+    hypervisor.restore(spec.id, &file).await.unwrap();
+    super::goes_on(&fixture, &*hypervisor, &spec).await;
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_nobody_would_serve_is_refused() {
+    let Some(fixture) = Fixture::xen() else {
+        return;
+    };
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Count).await;
+    let image = fixture.path("image");
+    std::fs::write(&image, disk_with(b"content of image")).unwrap();
+    let mut disk = Disk {
+        image,
+        format: DiskFormat::Raw,
+        read_only: false,
+    };
+    // Its domain was started without a disk.
+    let error = hypervisor.attach_disk(spec.id, &disk).await.unwrap_err();
+    assert_eq!(error.code(), "unsupported", "{error}");
+    // That one needs no QEMU.
+    disk.read_only = true;
+    assert_eq!(hypervisor.attach_disk(spec.id, &disk).await.unwrap(), 0);
+    fixture
+        .inside(&*hypervisor, spec.id, |now| now.contains("vda=1"))
+        .await;
+    hypervisor.destroy(spec.id).await.unwrap();
+}
+
+/// What the manager of the test below is to do: operation, directory of domains, domain, file.
+const ORDER: &str = "XBEE_TEST_ORDER";
+
+/// No test of its own: a manager that is about to die.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_does_as_ordered() {
+    let Ok(order) = std::env::var(ORDER) else {
+        return;
+    };
+    let [operation, domains, id, file] = order.split('|').collect::<Vec<_>>()[..] else {
+        panic!("{order}");
+    };
+    let hypervisor = XenHypervisor::new(XenConfig::new(domains.into()))
+        .await
+        .unwrap();
+    let (id, file) = (id.parse().unwrap(), PathBuf::from(file));
+    println!("begins");
+    match operation {
+        "save" => hypervisor.save(id, &file).await.unwrap(),
+        _ => hypervisor.restore(id, &file).await.unwrap(),
+    }
+    println!("done");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_save_or_restore_that_is_cut_off_is_completed_or_undone() {
+    let Some(fixture) = Fixture::xen() else {
+        return;
+    };
+    let hypervisor = fixture.open().await;
+    let spec = fixture.run(&*hypervisor, Guest::Count).await;
+    fixture.wait_console(&*hypervisor, spec.id, READY).await;
+    drop(hypervisor);
+    let saved = DomainState::Stopped {
+        reason: StopReason::Saved,
+    };
+    let file = fixture.path("save");
+    for delay_ms in [50, 1_500, 5_000] {
+        for operation in ["save", "restore"] {
+            let order = format!(
+                "{operation}|{}|{}|{}",
+                fixture.path("domains").display(),
+                spec.id,
+                file.display()
+            );
+            let mut manager = Command::new(std::env::current_exe().unwrap())
+                .args([
+                    "xen_only::a_manager_does_as_ordered",
+                    "--exact",
+                    "--nocapture",
+                ])
+                .env(ORDER, order)
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let said = BufReader::new(manager.stdout.take().unwrap());
+            let begins = said
+                .lines()
+                .map(Result::unwrap)
+                .any(|line| line.contains("begins"));
+            assert!(begins, "no manager");
+            tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+            manager.kill().unwrap();
+            manager.wait().unwrap();
+
+            let hypervisor = fixture.open().await;
+            let found = fixture.settled(&*hypervisor, spec.id).await;
+            println!("{operation}, {delay_ms} ms: {found}");
+            assert!(!fixture.path("save.partial").exists());
+            match operation {
+                "save" if found != saved => {
+                    assert_eq!(found, DomainState::Running);
+                    assert!(!file.exists());
+                    super::goes_on(&fixture, &*hypervisor, &spec).await;
+                    hypervisor.save(spec.id, &file).await.unwrap();
+                }
+                "restore" => {
+                    if found == saved {
+                        hypervisor.restore(spec.id, &file).await.unwrap();
+                    }
+                    super::goes_on(&fixture, &*hypervisor, &spec).await;
+                    assert!(!file.exists());
+                }
+                _ => {}
+            }
+        }
+    }
+    let hypervisor = fixture.open().await;
+    hypervisor.destroy(spec.id).await.unwrap();
+    super::assert_gone(&fixture, &*hypervisor, spec.id).await;
 }
