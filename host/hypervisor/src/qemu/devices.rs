@@ -23,6 +23,8 @@ const LET_GO_LIMIT: Duration = Duration::from_secs(30);
 
 const COLD_DISK: &str = "it was started with this disk, on a bus that nothing is taken from";
 const COLD_VCPU: &str = "a machine keeps the processors that it was started with";
+const TCG_VCPU: &str =
+    "QEMU's TCG ends (7.2) when a processor is added in the place of one that was taken";
 const NO_BALLOON: &str =
     "it was not made with more memory than it has, so it has no memory balloon";
 
@@ -168,11 +170,14 @@ impl Domain {
     }
 
     /// Has the guest use so many processors. The caller holds `operation`.
-    pub(crate) async fn set_vcpus(self: &Arc<Self>, vcpus: u32) -> Result<(), Error> {
+    pub(crate) async fn set_vcpus(self: &Arc<Self>, vcpus: u32, kvm: bool) -> Result<(), Error> {
         let qmp = self.control("change the processors of")?;
         spec::check_vcpus(&self.spec, vcpus)?;
         if vcpus < self.spec.vcpus {
             return Err(self.cannot("change the processors of", COLD_VCPU));
+        }
+        if vcpus < self.hardware().vcpus && !kvm {
+            return Err(self.cannot("change the processors of", TCG_VCPU));
         }
         self.kept
             .change_hardware(move |hardware| hardware.vcpus = vcpus)

@@ -309,9 +309,10 @@ impl Hypervisor for QemuHypervisor {
 
     async fn set_vcpus(&self, id: DomainId, vcpus: u32) -> Result<(), Error> {
         let domain = self.domain(id)?;
-        self.complete(|_| async move {
+        self.complete(|inner| async move {
+            let kvm = inner.host().await?.kvm.is_some();
             let _operation = domain.operation.lock().await;
-            domain.set_vcpus(vcpus).await
+            domain.set_vcpus(vcpus, kvm).await
         })
         .await
     }

@@ -283,7 +283,12 @@ impl Fixture {
     pub fn cannot(&self, operation: &str) -> bool {
         let cannot: &[&str] = match &self.backend {
             Backend::Sim(_) => &[],
-            Backend::Qemu { .. } => &["save", "attach an interface to"],
+            Backend::Qemu { .. } => &[
+                "save",
+                "attach an interface to",
+                // With TCG, that is.
+                "take processors from",
+            ],
             #[cfg(feature = "xen")]
             Backend::Xen { .. } => &[],
         };
