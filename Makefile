@@ -1,5 +1,5 @@
 # The work is done by the scripts in ci/ and images/, which can be called directly too.
-.PHONY: help images kernel run test xen-test lint bench clean
+.PHONY: help images kernel run test xen-test lint bench xen-bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +30,9 @@ bench: ## measure, into bench/results.md
 	@ci/install run
 	@images/build base
 	@cargo run --release -p xbee-tests --bin bench
+
+xen-bench: ## the experiments on a real Xen, which runs in QEMU; into bench/results.md
+	@ci/xen/bench
 
 clean: ## remove what cargo built; the images' cache stays
 	@cargo clean
