@@ -919,6 +919,7 @@ async fn disks_come_and_go(fixture: Fixture) {
 const INTERFACE: Interface = Interface {
     mac: [0x02, 0xbe, 0, 0, 0, 9],
     address: std::net::Ipv6Addr::new(0xfd58, 0x454e, 0, 0, 0, 0, 0, 9),
+    peers: false,
 };
 
 async fn interfaces_come_and_go(fixture: Fixture) {
