@@ -237,7 +237,8 @@ async fn user_umask_files_and_limits() {
         },
         "SIGXCPU"
     );
-    assert!((900..4000).contains(&exited.cpu_ms), "{exited:?}");
+    // The kernel looks at the limit at its ticks, and bills what a tick found to whom it found.
+    assert!((500..4000).contains(&exited.cpu_ms), "{exited:?}");
 }
 
 #[tokio::test]

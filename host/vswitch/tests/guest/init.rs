@@ -14,7 +14,8 @@
 //!   the new connection and reports how that went.
 //! - `copy LEN SEED COMMAND...`: behind `dial`, to another guest: sends COMMAND and LEN pattern
 //!   bytes, ends its direction and reports the answer.
-//! - `poweroff LEN SEED`: writes LEN pattern bytes and turns the machine off at once.
+//! - `poweroff LEN SEED`: writes LEN pattern bytes and turns the machine off as soon as the kernel has
+//!   had time to hand them to the device.
 
 use std::ffi::{c_char, c_int, c_long, c_uint, c_void};
 use std::fs::File;
@@ -233,6 +234,8 @@ fn run(words: &[&str], stream: &mut File) -> io::Result<String> {
             let mut buffer = vec![0; number(words, 1)? as usize];
             Pattern(number(words, 2)?).fill(&mut buffer);
             stream.write_all(&buffer)?;
+            // A worker of the kernel does it, and nothing tells of its end.
+            std::thread::sleep(std::time::Duration::from_millis(500));
             // SAFETY: no pointers; LINUX_REBOOT_CMD_POWER_OFF.
             unsafe { reboot(0x4321_fedc) };
             Ok("done".into())

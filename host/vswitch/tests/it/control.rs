@@ -230,8 +230,10 @@ fn domains_come_and_go_without_a_trace() {
         cycle(&mut switch, round % 2 == 0);
     }
     eventually("the domain leaves", || switch.list().is_empty());
+    // Fewer, where something was still on its way out at the first look.
     eventually("threads and descriptors are what they were", || {
-        resources(pid) == before
+        let (threads, files) = resources(pid);
+        threads <= before.0 && files <= before.1
     });
 }
 
