@@ -1,5 +1,5 @@
 # The work is done by the scripts in ci/ and images/, which can be called directly too.
-.PHONY: help images kernel run test xen-test lint bench xen-bench clean
+.PHONY: help images kernel run test xen-test soak lint bench xen-bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -16,11 +16,14 @@ kernel: ## build the tuned kernel; `XBEE_KERNEL=tuned make images` uses it
 run: ## run the hello-world job in a virtual machine
 	@ci/run-hello
 
-test: ## images, lint, and all tests, on real virtual machines
+test: ## images, lint, and all tests, on real virtual machines and on Xen
 	@ci/test
 
 xen-test: ## tests on a real Xen, which runs in QEMU
 	@ci/xen/test
+
+soak: ## the longer tests: all those on Xen
+	@ci/xen/test all
 
 lint: ## formatting, clippy, licences, spelling
 	@ci/install test

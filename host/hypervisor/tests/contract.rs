@@ -69,7 +69,7 @@ contract!(
     a_paused_domain_does_not_move,
     a_console_flood_is_bounded,
     destroy_works_in_every_state,
-    eight_domains_start_at_once,
+    domains_start_at_once,
     the_agent_connects_and_dials_again,
     domains_outlive_their_manager,
     what_happened_meanwhile_is_known_after_a_restart,
@@ -430,7 +430,7 @@ async fn destroy_works_in_every_state(fixture: Fixture) {
     }
 }
 
-async fn eight_domains_start_at_once(fixture: Fixture) {
+async fn domains_start_at_once(fixture: Fixture) {
     let hypervisor = fixture.open().await;
     let hypervisor = &*hypervisor;
     let fixture = &fixture;
@@ -576,10 +576,11 @@ async fn what_a_back_end_cannot_do_it_says(fixture: Fixture) {
     hypervisor.create(&spec).await.unwrap();
     fixture.start(&*hypervisor, &spec, Guest::Idle).await;
     let file = fixture.path("save");
+    // One that every back end could serve, were it there.
     let disk = Disk {
         image: fixture.path("none"),
         format: DiskFormat::Raw,
-        read_only: false,
+        read_only: true,
     };
     let id = spec.id;
     for (operation, error) in [
