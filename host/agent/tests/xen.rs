@@ -108,7 +108,26 @@ impl Guest {
             dir,
         };
         guest.xl(&["create", "-q", &guest.file("xl.cfg")]).unwrap();
+        guest.admit(&mac);
         Some(guest)
+    }
+
+    /// Tells the firewall who it is, as `xbed` does with what it starts.
+    fn admit(&self, mac: &str) {
+        let port = format!("vif{}.0", self.id());
+        let address: Ipv6Addr = ADDRESS.parse().unwrap();
+        for (set, element) in [
+            ("macs", mac.to_owned()),
+            ("addresses", address.to_string()),
+            ("targets", format!("{:#034x}", u128::from(address))),
+        ] {
+            let element = format!("{{ {port} . {element} }}");
+            let added = Command::new("nft")
+                .args(["add", "element", "bridge", "xenbee", set, &element])
+                .status()
+                .unwrap();
+            assert!(added.success(), "{set}: {element}");
+        }
     }
 
     fn file(&self, name: &str) -> String {
