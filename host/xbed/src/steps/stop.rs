@@ -13,7 +13,7 @@ use crate::task::StepContext;
 /// Time that processes in the guest have to end by themselves. The task is over by now.
 const PROCESS_GRACE: Duration = Duration::from_secs(2);
 
-/// Takes the results and ends the domain, gracefully if the guest plays along.
+/// Takes the results and ends the domain, gracefully if there is reason to and the guest plays along.
 pub async fn perform(context: &StepContext) -> Result<(), Failure> {
     let agent = agent(context).await?;
     let plan = &context.task.record.plan;
@@ -22,9 +22,30 @@ pub async fn perform(context: &StepContext) -> Result<(), Failure> {
         files::take_from_guest(context, &agent, index, file).await?;
     }
     run_scripts(context, &agent, When::PostCleanup).await?;
-    shut_down(context, &agent).await
+    if has_disks(context).await? {
+        shut_down(context, &agent).await?;
+    }
+    keep_console(&context.task).await;
+    context
+        .host
+        .hypervisor
+        .destroy(context.task.record.id)
+        .await
+        .map_err(|error| hypervisor_failure(&error))
 }
 
+/// Whether the guest has more than memory: a system of its own, which may have others to say farewell to. What
+/// is in memory only can be switched off.
+async fn has_disks(context: &StepContext) -> Result<bool, Failure> {
+    let list = context.host.hypervisor.list().await;
+    let list = list.map_err(|error| hypervisor_failure(&error))?;
+    let id = context.task.record.id;
+    Ok(list
+        .iter()
+        .any(|domain| domain.id == id && !domain.hardware.disks.is_empty()))
+}
+
+/// Has the guest switch itself off, or waits until it had time to.
 async fn shut_down(context: &StepContext, agent: &xbee_agent::Agent) -> Result<(), Failure> {
     let id = context.task.record.id;
     let hypervisor = &context.host.hypervisor;
@@ -61,9 +82,5 @@ async fn shut_down(context: &StepContext, agent: &xbee_agent::Agent) -> Result<(
     if tokio::time::timeout(grace, stopped).await.is_err() {
         tracing::warn!(task = %id, ?grace, "guest did not switch off in time, forced");
     }
-    keep_console(&context.task).await;
-    hypervisor
-        .destroy(id)
-        .await
-        .map_err(|error| hypervisor_failure(&error))
+    Ok(())
 }
