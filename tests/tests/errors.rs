@@ -200,7 +200,7 @@ fn an_agent_that_never_comes_fails_the_instance() {
     let (code, reason) = failure(&xbed, &job("true", ""));
     assert_eq!(code, "agent-never-came");
     assert!(
-        reason.starts_with("the domain was started but its agent did not report within 3 s: does the image's kernel boot, and does its initramfs hold the agent?"),
+        reason.starts_with("the domain was started but its agent did not report within 3 s: does the image's kernel boot, and does its initramfs hold the agent, or its init start it?"),
         "{reason}"
     );
     xbed.assert_nothing_left();

@@ -3,6 +3,7 @@
 use std::ffi::c_int;
 use std::fs;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::Path;
 use std::time::Instant;
 
 use rustix::process::getpid;
@@ -13,9 +14,9 @@ use crate::arguments::Arguments;
 use crate::console;
 use crate::machine::{Machine, Ownership};
 use crate::task::Task;
-use crate::{modules, mount, network, power, reap};
+use crate::{boot_disk, modules, mount, network, power, reap};
 
-/// Where a service finds its configuration.
+/// Where a service finds its configuration; if it is not there, the service looks at the disks.
 const SERVICE_CONFIG_PATH: &str = "/etc/xbee/boot";
 /// The configuration's variable.
 const CONFIG_VARIABLE: &str = "XBEE_BOOT_CONFIG";
@@ -69,11 +70,16 @@ fn first_process() -> Result<(), String> {
 
 fn beside(arguments: &[String]) -> Result<(), String> {
     let arguments = Arguments::parse(arguments)?;
-    let config = arguments
+    let said = arguments
         .boot_config
-        .or_else(|| std::env::var(CONFIG_VARIABLE).ok())
-        .unwrap_or_else(|| SERVICE_CONFIG_PATH.into());
-    let mut boot = read_config(&config)?;
+        .or_else(|| std::env::var(CONFIG_VARIABLE).ok());
+    let mut boot = match said {
+        Some(path) => read_config(&path)?,
+        None if !arguments.service || Path::new(SERVICE_CONFIG_PATH).exists() => {
+            read_config(SERVICE_CONFIG_PATH)?
+        }
+        None => decode_config("the disk with it", &boot_disk::read()?)?,
+    };
     if let Some(path) = arguments.connect {
         boot.transport = Transport::Unix { path };
     }
@@ -95,8 +101,12 @@ fn beside(arguments: &[String]) -> Result<(), String> {
 fn read_config(path: &str) -> Result<BootConfig, String> {
     let bytes = fs::read(path)
         .map_err(|error| format!("cannot read the boot configuration {path}: {error}"))?;
-    BootConfig::decode(&bytes).map_err(|error| {
-        format!("{path} is not a boot configuration of this agent's generation: {error}")
+    decode_config(path, &bytes)
+}
+
+fn decode_config(place: &str, bytes: &[u8]) -> Result<BootConfig, String> {
+    BootConfig::decode(bytes).map_err(|error| {
+        format!("{place} is not a boot configuration of this agent's generation: {error}")
     })
 }
 

@@ -1,7 +1,8 @@
 //! `xbeinstd`, the XenBEE guest agent.
 //!
 //! As PID 1 of the initial RAM file system it needs no arguments: `/xbee/boot` has all. As a
-//! service of an image: `xbeinstd --service [BOOT-CONFIG]`. Beside a host manager, for tests:
+//! service of an image: `xbeinstd --service [BOOT-CONFIG]`, by default what is at `/etc/xbee/boot` or else on the
+//! disk that the host adds for it. Beside a host manager, for tests:
 //! `xbeinstd --no-mount --boot-config FILE [--connect unix:PATH] [--root DIR]`.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -10,6 +11,7 @@
 mod agent;
 mod arguments;
 mod boot;
+mod boot_disk;
 mod console;
 mod failure;
 mod forward;

@@ -87,8 +87,10 @@ pub struct DomainSpec {
     /// Most that it can be given while it runs; `None`: as much as it has.
     #[serde(default)]
     pub memory_max_bytes: Option<u64>,
-    /// Kernel: ELF vmlinux with a PVH note, or bzImage.
-    pub kernel: PathBuf,
+    /// Kernel: ELF vmlinux with a PVH note, or bzImage. `None`: the firmware boots the first disk, which
+    /// has its own boot loader; there is neither `initramfs` nor are there `kernel_args` then.
+    #[serde(default)]
+    pub kernel: Option<PathBuf>,
     /// Initial RAM file system, a newc cpio archive (any compression the kernel knows).
     pub initramfs: Option<PathBuf>,
     /// Kernel arguments beyond those the back end needs itself.
@@ -100,8 +102,9 @@ pub struct DomainSpec {
     /// On the back end's bridge, for those that have one.
     pub interface: Option<Interface>,
     /// Content of `/xbee/boot` in the guest's initial RAM file system (mode 0600), appended to
-    /// `initramfs` as a further cpio archive. Carries the per-boot secret: never logged, and not
-    /// part of the serialised form.
+    /// `initramfs` as a further cpio archive. Without a kernel, that archive is the content of one
+    /// more disk, which is read-only and has no number here. Carries the per-boot secret: never
+    /// logged, and not part of the serialised form.
     #[serde(skip)]
     pub boot_config: Vec<u8>,
     /// The domain's own directory: sockets, overlays, console log. Made by `create`, removed by
@@ -325,4 +328,21 @@ pub enum ShutdownOutcome {
     /// The domain ended in time, but not by switching itself off (a reset, a panic, a failure):
     /// its state says how.
     EndedOtherwise,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn specifications_from_before_there_were_images_with_boot_loaders_are_read() {
+        let old = r#"{"id":"7bf4280f-fe99-4e19-829e-6705512a33dd","name":"n","owner":"0","vcpus":1,
+            "memory_bytes":201326592,"kernel":"/k","initramfs":"/i","kernel_args":["a"],"disks":[],
+            "cid":5,"interface":null,"run_dir":"/r"}"#;
+        let mut spec: DomainSpec = serde_json::from_str(old).unwrap();
+        assert_eq!(spec.kernel.as_deref(), Some(std::path::Path::new("/k")));
+        spec.kernel = None;
+        let text = serde_json::to_string(&spec).unwrap();
+        assert_eq!(serde_json::from_str::<DomainSpec>(&text).unwrap(), spec);
+    }
 }

@@ -19,6 +19,8 @@ use crate::kept::Transfer;
 use crate::{image, overlay, save_file, spec};
 
 pub(crate) const INITRAMFS: &str = "initramfs.cpio";
+/// The boot's configuration where no initial RAM file system carries it: the same archive, as a disk.
+pub(crate) const BOOT_DISK: &str = "boot.img";
 const CONSOLE_LOG: &str = "console.log";
 const RECORD: &str = "domain.json";
 const STOPPED: &str = "stopped.json";
@@ -172,7 +174,10 @@ impl RunDir {
             fs::set_permissions(&self.0, fs::Permissions::from_mode(0o710))
                 .map_err(Error::io("open to its domain", &self.0))?;
         }
-        self.initramfs(&record.spec, owner)?;
+        match record.spec.kernel {
+            Some(_) => self.initramfs(&record.spec, owner)?,
+            None => self.boot_disk(&record.spec, owner)?,
+        }
         contents()?;
         let console = self.console_log();
         new_file(&console).map_err(Error::io("make", &console))?;
@@ -245,6 +250,19 @@ impl RunDir {
         write().map_err(Error::io("write", &path))
     }
 
+    fn boot_disk(&self, spec: &DomainSpec, owner: Option<u32>) -> Result<(), Error> {
+        let content = sectors(boot_archive(&spec.boot_config)?);
+        if content.is_empty() {
+            return Ok(());
+        }
+        let path = self.path(BOOT_DISK);
+        let write = || {
+            new_file(&path)?.write_all(&content)?;
+            give(&path, owner)
+        };
+        write().map_err(Error::io("write", &path))
+    }
+
     /// Whether `asked` is the domain of this directory, which was made as `existing`.
     pub(crate) fn check_same(
         &self,
@@ -252,7 +270,7 @@ impl RunDir {
         asked: &DomainSpec,
     ) -> Result<(), Error> {
         spec::check_same(existing, asked)?;
-        if self.has_boot_config(&asked.boot_config)? {
+        if self.has_boot_config(asked)? {
             Ok(())
         } else {
             Err(spec::other_boot_config(asked.id))
@@ -260,9 +278,12 @@ impl RunDir {
     }
 
     /// Whether the boot configuration in the directory is this one.
-    fn has_boot_config(&self, boot_config: &[u8]) -> Result<bool, Error> {
-        let addition = boot_archive(boot_config)?;
-        let path = self.path(INITRAMFS);
+    fn has_boot_config(&self, asked: &DomainSpec) -> Result<bool, Error> {
+        let archive = boot_archive(&asked.boot_config)?;
+        let (path, addition) = match asked.kernel {
+            Some(_) => (self.path(INITRAMFS), archive),
+            None => (self.path(BOOT_DISK), sectors(archive)),
+        };
         match fs::read(&path) {
             Ok(content) => Ok(content.ends_with(&addition)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(addition.is_empty()),
@@ -270,8 +291,14 @@ impl RunDir {
         }
     }
 
-    pub(crate) fn has_initramfs(&self) -> bool {
-        self.path(INITRAMFS).exists()
+    /// What the domain gets its boot's configuration by, its initial RAM file system or a disk, if
+    /// it has either.
+    pub(crate) fn boot_file(&self) -> Option<PathBuf> {
+        let names = [INITRAMFS, BOOT_DISK];
+        names
+            .map(|name| self.path(name))
+            .into_iter()
+            .find(|path| path.exists())
     }
 
     /// Removes the directory with all in it, if it is there.
@@ -359,6 +386,13 @@ fn boot_archive(boot_config: &[u8]) -> Result<Vec<u8>, Error> {
         field: "boot_config",
         detail: error.to_string(),
     })
+}
+
+/// Filled up to what a disk can be.
+fn sectors(mut content: Vec<u8>) -> Vec<u8> {
+    let sector = usize::try_from(image::SECTOR_BYTES).unwrap_or(usize::MAX);
+    content.resize(content.len().next_multiple_of(sector), 0);
+    content
 }
 
 pub(crate) fn new_file(path: &Path) -> io::Result<File> {

@@ -14,6 +14,8 @@ const MIB: u64 = 1 << 20;
 
 /// Most disks and network interfaces of a domain: the first are named by letters.
 pub(crate) const DISKS_MAX: usize = 26;
+/// As many if the last letter is that of the disk with the boot's configuration.
+const DISKS_MAX_WITHOUT_KERNEL: usize = DISKS_MAX - 1;
 const INTERFACES_MAX: usize = 8;
 
 /// Whether some host with `host_memory_bytes` could run this.
@@ -89,16 +91,53 @@ pub(crate) fn check(spec: &DomainSpec, host_memory_bytes: u64) -> Result<(), Err
             format!("{arg:?}, expected no empty ones and no control characters"),
         );
     }
+    if spec.kernel.is_none() {
+        check_without_kernel(spec)?;
+    }
     Ok(())
 }
 
+/// Of a domain whose first disk is booted by the firmware.
+fn check_without_kernel(spec: &DomainSpec) -> Result<(), Error> {
+    let (field, detail) = if spec.initramfs.is_some() {
+        ("initramfs", "there is no kernel to take it".to_owned())
+    } else if !spec.kernel_args.is_empty() {
+        ("kernel_args", "there is no kernel to take them".to_owned())
+    } else if spec.disks.len() > DISKS_MAX_WITHOUT_KERNEL {
+        (
+            "disks",
+            format!(
+                "more than {DISKS_MAX_WITHOUT_KERNEL}, as many as a domain without a kernel has"
+            ),
+        )
+    } else {
+        match spec.disks.first() {
+            None => (
+                "disks",
+                "none, and there is no kernel: the firmware boots the first disk".to_owned(),
+            ),
+            Some(disk) if disk.read_only => (
+                "disks",
+                "the first, which the firmware boots, is read-only: it is used through an overlay"
+                    .to_owned(),
+            ),
+            Some(_) => return Ok(()),
+        }
+    };
+    Err(Error::InvalidSpec { field, detail })
+}
+
 /// The lowest number that no disk has.
-pub(crate) fn free_disk(hardware: &Hardware) -> Result<usize, Error> {
-    (0..DISKS_MAX)
+pub(crate) fn free_disk(spec: &DomainSpec, hardware: &Hardware) -> Result<usize, Error> {
+    let max = match spec.kernel {
+        Some(_) => DISKS_MAX,
+        None => DISKS_MAX_WITHOUT_KERNEL,
+    };
+    (0..max)
         .find(|index| !hardware.disks.contains_key(index))
         .ok_or(Error::InvalidSpec {
             field: "disks",
-            detail: format!("more than {DISKS_MAX}"),
+            detail: format!("more than {max}"),
         })
 }
 

@@ -16,7 +16,7 @@ use std::collections::HashSet;
 use std::io::Write;
 use std::time::Duration;
 
-use support::{Fixture, Guest, LIMIT, READY, state};
+use support::{FIRMWARE_LIMIT, Fixture, Guest, LIMIT, READY, state};
 use tokio::time::{Instant, sleep, timeout};
 use uuid::Uuid;
 use xbee_agent::protocol::StartMode;
@@ -71,6 +71,7 @@ contract!(
     destroy_works_in_every_state,
     domains_start_at_once,
     the_agent_connects_and_dials_again,
+    an_image_with_its_own_boot_loader_boots,
     domains_outlive_their_manager,
     what_happened_meanwhile_is_known_after_a_restart,
     what_a_back_end_cannot_do_it_says,
@@ -501,6 +502,53 @@ async fn the_agent_connects_and_dials_again(fixture: Fixture) {
     assert_eq!(end(&*hypervisor, spec.id).await, StopReason::GuestShutdown);
     hypervisor.destroy(spec.id).await.unwrap();
     assert_gone(&fixture, &*hypervisor, spec.id).await;
+}
+
+async fn an_image_with_its_own_boot_loader_boots(fixture: Fixture) {
+    let Some(spec) = fixture.self_booting(Guest::Service) else {
+        return;
+    };
+    let image = &spec.disks[0].image;
+    let content = std::fs::read(image).unwrap();
+    let mut hypervisor = fixture.open().await;
+    for _ in 0..2 {
+        hypervisor.create(&spec).await.unwrap();
+    }
+    let mut other = spec.clone();
+    other.boot_config.push(0);
+    let error = hypervisor.create(&other).await.unwrap_err();
+    assert_eq!(error.code(), "domain-exists");
+    let begin = Instant::now();
+    hypervisor.start(spec.id).await.unwrap();
+    fixture
+        .wait_console_for(FIRMWARE_LIMIT, &*hypervisor, spec.id, READY)
+        .await;
+    println!("up {:?} after the start", begin.elapsed());
+    // Its agent has found the configuration of this boot, and answers after a restart of the manager.
+    for restart in [false, true] {
+        if restart {
+            drop(hypervisor);
+            hypervisor = fixture.open().await;
+        }
+        let stream = timeout(LIMIT, hypervisor.channel(spec.id)).await;
+        let stream = stream.expect("no agent").unwrap();
+        let (agent, _events) = Agent::connect(stream, &support::SECRET, Resume::default())
+            .await
+            .unwrap();
+        assert_eq!(agent.domain(), spec.id);
+        println!("restart {restart}: {:?}", agent.hello());
+        if restart {
+            // Its init does not switch off. By force at once, the machine could be gone before its answer is.
+            agent.shutdown(Duration::from_secs(5)).await.unwrap();
+        }
+    }
+    assert_eq!(end(&*hypervisor, spec.id).await, StopReason::GuestShutdown);
+    hypervisor.destroy(spec.id).await.unwrap();
+    assert_gone(&fixture, &*hypervisor, spec.id).await;
+    assert!(
+        std::fs::read(image).unwrap() == content,
+        "the image was written"
+    );
 }
 
 async fn domains_outlive_their_manager(fixture: Fixture) {
@@ -1072,6 +1120,13 @@ async fn user_errors_say_what_to_do(fixture: Fixture) {
             }];
         })
     };
+    let without_kernel = |disks: Vec<Disk>| {
+        spec(&move |spec| {
+            (spec.kernel, spec.initramfs) = (None, None);
+            spec.kernel_args.clear();
+            spec.disks.clone_from(&disks);
+        })
+    };
     let name = path.display();
     std::fs::File::create(&path)
         .unwrap()
@@ -1087,7 +1142,7 @@ async fn user_errors_say_what_to_do(fixture: Fixture) {
             ),
         ),
         (
-            spec(&|spec| spec.kernel.clone_from(&path)),
+            spec(&|spec| spec.kernel = Some(path.clone())),
             "unknown-kernel",
             format!(
                 "{name} is no kernel that can be started (an ELF vmlinux with a PVH note, or a bzImage): \
@@ -1095,7 +1150,7 @@ async fn user_errors_say_what_to_do(fixture: Fixture) {
             ),
         ),
         (
-            spec(&|spec| spec.kernel.clone_from(&missing)),
+            spec(&|spec| spec.kernel = Some(missing.clone())),
             "image-unreadable",
             format!("cannot open the kernel {}", missing.display()),
         ),
@@ -1124,6 +1179,34 @@ async fn user_errors_say_what_to_do(fixture: Fixture) {
             spec(&|spec| spec.memory_max_bytes = Some(32 << 20)),
             "domain-invalid",
             "domain specification: memory_max_bytes: 33554432, expected at least 201326592"
+                .to_owned(),
+        ),
+        (
+            spec(&|spec| spec.kernel = None),
+            "domain-invalid",
+            "domain specification: initramfs: there is no kernel to take it".to_owned(),
+        ),
+        (
+            spec(&|spec| (spec.kernel, spec.initramfs) = (None, None)),
+            "domain-invalid",
+            "domain specification: kernel_args: there is no kernel to take them".to_owned(),
+        ),
+        (
+            without_kernel(vec![]),
+            "domain-invalid",
+            "domain specification: disks: none, and there is no kernel: the firmware boots the first disk"
+                .to_owned(),
+        ),
+        (
+            without_kernel(disk(DiskFormat::Raw).disks),
+            "domain-invalid",
+            "domain specification: disks: the first, which the firmware boots, is read-only: it is used through an overlay"
+                .to_owned(),
+        ),
+        (
+            without_kernel(vec![disk(DiskFormat::Raw).disks[0].clone(); 26]),
+            "domain-invalid",
+            "domain specification: disks: more than 25, as many as a domain without a kernel has"
                 .to_owned(),
         ),
         (

@@ -17,8 +17,10 @@ struct Manifest {
     #[serde(default)]
     #[allow(dead_code, reason = "for people who read the file")]
     description: String,
-    kernel: PathBuf,
-    initramfs: PathBuf,
+    #[serde(default)]
+    boot: BootedBy,
+    kernel: Option<PathBuf>,
+    initramfs: Option<PathBuf>,
     disk: Option<PathBuf>,
     #[serde(default = "raw")]
     disk_format: DiskFormat,
@@ -27,6 +29,17 @@ struct Manifest {
     #[serde(default = "root")]
     ssh_user: String,
     memory_mib: Option<u64>,
+}
+
+/// What an image is booted by.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum BootedBy {
+    /// Its kernel, which the hypervisor starts.
+    #[default]
+    Kernel,
+    /// The boot loader on its disk, which firmware starts.
+    Disk,
 }
 
 fn raw() -> DiskFormat {
@@ -40,10 +53,10 @@ fn root() -> String {
 /// What a domain boots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
-    /// Kernel.
-    pub kernel: PathBuf,
-    /// Initial RAM file system with the agent as `/init`.
-    pub initramfs: PathBuf,
+    /// Kernel; `None`: the disk has its own boot loader.
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM file system with the agent as `/init`; there if the kernel is.
+    pub initramfs: Option<PathBuf>,
     /// Root file system, where it is not the initramfs itself.
     pub disk: Option<Disk>,
     /// Kernel arguments.
@@ -87,6 +100,14 @@ pub enum ImageError {
         /// Where and why.
         #[source]
         source: Box<toml::de::Error>,
+    },
+    /// What `image.toml` says does not fit together.
+    #[error("{path}: {detail}")]
+    Contradiction {
+        /// The file.
+        path: PathBuf,
+        /// What, and what to do.
+        detail: String,
     },
 }
 
@@ -138,7 +159,7 @@ impl ImageStore {
     /// The kernel of the default image, where it is built.
     pub fn kernel(&self) -> Option<PathBuf> {
         let image = self.get(DEFAULT_IMAGE).ok()?;
-        Some(image.kernel).filter(|kernel| kernel.exists())
+        image.kernel.filter(|kernel| kernel.exists())
     }
 
     /// Reads an image's description.
@@ -149,8 +170,8 @@ impl ImageStore {
         let there = plain && directory.join("image.toml").is_file();
         if !there && self.simulated && name == DEFAULT_IMAGE {
             return Ok(Image {
-                kernel: directory.join("kernel"),
-                initramfs: directory.join("initramfs"),
+                kernel: Some(directory.join("kernel")),
+                initramfs: Some(directory.join("initramfs")),
                 disk: None,
                 kernel_args: vec![],
                 ssh_user: root(),
@@ -176,12 +197,17 @@ fn read(directory: &Path) -> Result<Image, ImageError> {
         source,
     })?;
     let manifest: Manifest = toml::from_str(&text).map_err(|source| ImageError::Parse {
-        path,
+        path: path.clone(),
         source: Box::new(source),
     })?;
+    if let Some(detail) = manifest.contradiction() {
+        return Err(ImageError::Contradiction { path, detail });
+    }
     Ok(Image {
-        kernel: directory.join(manifest.kernel),
-        initramfs: directory.join(manifest.initramfs),
+        kernel: manifest.kernel.map(|kernel| directory.join(kernel)),
+        initramfs: manifest
+            .initramfs
+            .map(|initramfs| directory.join(initramfs)),
         disk: manifest.disk.map(|disk| Disk {
             image: directory.join(disk),
             format: manifest.disk_format,
@@ -191,6 +217,37 @@ fn read(directory: &Path) -> Result<Image, ImageError> {
         ssh_user: manifest.ssh_user,
         memory_bytes: manifest.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB) << 20,
     })
+}
+
+impl Manifest {
+    /// What is too much or missing for the way that the image is booted.
+    fn contradiction(&self) -> Option<String> {
+        let parts = [
+            ("kernel", self.kernel.is_some()),
+            ("initramfs", self.initramfs.is_some()),
+        ];
+        match self.boot {
+            BootedBy::Kernel => {
+                let (missing, _) = parts.into_iter().find(|(_, there)| !there)?;
+                Some(format!(
+                    "no `{missing}`; a disk with its own boot loader is booted by `boot = \"disk\"`"
+                ))
+            }
+            BootedBy::Disk if self.disk.is_none() => {
+                Some("no `disk`, which `boot = \"disk\"` wants to boot".into())
+            }
+            BootedBy::Disk => {
+                let arguments = ("kernel_args", !self.kernel_args.is_empty());
+                let (extra, _) = parts
+                    .into_iter()
+                    .chain([arguments])
+                    .find(|(_, there)| *there)?;
+                Some(format!(
+                    "`{extra}` beside `boot = \"disk\"`, by which the disk's own boot loader decides: leave one of them out"
+                ))
+            }
+        }
+    }
 }
 
 /// Where `make images` puts images.
@@ -230,9 +287,52 @@ mod tests {
         let found = store.get("tiny").unwrap();
         assert_eq!(found.memory_bytes, 64 << 20);
         assert_eq!(found.disk.unwrap().image, image.join("root.img"));
+        assert_eq!(found.kernel.unwrap(), image.join("../kernel/vmlinux"));
         for name in ["", "..", "../tiny", "tiny/", "huge"] {
             let error = store.get(name).unwrap_err().to_string();
             assert!(error.contains("there are tiny"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_disk_with_a_boot_loader_has_no_kernel() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("whole");
+        std::fs::create_dir(&image).unwrap();
+        let store = ImageStore::new(dir.path().into());
+        let get = |text: &str| {
+            std::fs::write(image.join("image.toml"), text).unwrap();
+            store.get("whole")
+        };
+        let found = get("boot = \"disk\"\ndisk = \"whole.img\"\n").unwrap();
+        assert_eq!((found.kernel, found.initramfs), (None, None));
+        assert_eq!(found.disk.unwrap().image, image.join("whole.img"));
+        let path = image.join("image.toml");
+        for (text, detail) in [
+            (
+                "disk = \"d\"",
+                "no `kernel`; a disk with its own boot loader is booted by `boot = \"disk\"`",
+            ),
+            (
+                "kernel = \"k\"",
+                "no `initramfs`; a disk with its own boot loader is booted by `boot = \"disk\"`",
+            ),
+            (
+                "boot = \"disk\"",
+                "no `disk`, which `boot = \"disk\"` wants to boot",
+            ),
+            (
+                "boot = \"disk\"\ndisk = \"d\"\nkernel = \"k\"",
+                "`kernel` beside `boot = \"disk\"`, by which the disk's own boot loader decides: leave one of them out",
+            ),
+            (
+                "boot = \"disk\"\ndisk = \"d\"\nkernel_args = [\"a\"]",
+                "`kernel_args` beside `boot = \"disk\"`, by which the disk's own boot loader decides: leave one of them out",
+            ),
+        ] {
+            let error = get(text).unwrap_err().to_string();
+            assert_eq!(error, format!("{}: {detail}", path.display()));
+        }
+        get("boot = \"cd\"").unwrap_err();
     }
 }

@@ -137,7 +137,7 @@ async fn keep(
                 lost(
                     "agent-never-came",
                     format!(
-                        "the domain was started but its agent did not report within {seconds} s: does the image's kernel boot, and does its initramfs hold the agent?"
+                        "the domain was started but its agent did not report within {seconds} s: does the image's kernel boot, and does its initramfs hold the agent, or its init start it?"
                     ),
                 );
                 return;

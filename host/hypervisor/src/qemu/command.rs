@@ -23,18 +23,19 @@ pub(crate) const PLUG_BUS: &str = "plug";
 #[derive(Debug)]
 pub(crate) struct Descriptors {
     pub(crate) qmp_listener: RawFd,
-    pub(crate) kernel: RawFd,
+    pub(crate) kernel: Option<RawFd>,
     /// Base images, in the order of the domain's disks.
     pub(crate) disks: Vec<RawFd>,
 }
 
 /// The arguments for one domain. Paths are relative to its run directory, which is the process's
-/// working directory: it needs no access to what lies above.
+/// working directory: it needs no access to what lies above. `has_boot_file`: there is an initial
+/// RAM file system or, without a kernel, the disk in its place.
 pub(crate) fn args(
     spec: &DomainSpec,
     host: &Host,
     fds: &Descriptors,
-    initramfs: bool,
+    has_boot_file: bool,
 ) -> Result<Vec<OsString>, Error> {
     let mut args = Args::default();
     let memory_mib = spec.memory_limit_bytes().div_ceil(MIB);
@@ -82,12 +83,14 @@ pub(crate) fn args(
         "qom-type": "memory-backend-memfd", "id": "mem", "share": true, "size": memory_mib * MIB,
     }));
 
-    // QEMU's own file opening cannot take the kernel from a descriptor set; the kernel can.
-    args.option("-kernel", format!("/proc/self/fd/{}", fds.kernel));
-    if initramfs {
-        args.option("-initrd", rundir::INITRAMFS);
+    if let Some(kernel) = fds.kernel {
+        // QEMU's own file opening cannot take the kernel from a descriptor set; the kernel can.
+        args.option("-kernel", format!("/proc/self/fd/{kernel}"));
+        if has_boot_file {
+            args.option("-initrd", rundir::INITRAMFS);
+        }
+        args.option("-append", kernel_args(spec, host)?);
     }
-    args.option("-append", kernel_args(spec, host)?);
 
     args.option(
         "-chardev",
@@ -135,7 +138,24 @@ pub(crate) fn args(
         for node in disk_nodes(index, disk) {
             args.json("-blockdev", &node);
         }
-        args.json("-device", &disk_device(index, disk));
+        let mut device = disk_device(index, disk);
+        if fds.kernel.is_none() && index == 0 {
+            device["bootindex"] = 0.into();
+        }
+        args.json("-device", &device);
+    }
+    if fds.kernel.is_none() && has_boot_file {
+        args.json(
+            "-blockdev",
+            &json!({
+                "driver": "raw", "node-name": "boot", "read-only": true,
+                "file": { "driver": "file", "filename": rundir::BOOT_DISK, "read-only": true },
+            }),
+        );
+        args.json(
+            "-device",
+            &json!({ "driver": "virtio-blk-pci", "drive": "boot", "id": "boot" }),
+        );
     }
     Ok(args.0)
 }

@@ -60,7 +60,7 @@ impl Domain {
         owner: Option<u32>,
     ) -> Result<usize, Error> {
         let qmp = self.control("attach a disk to")?;
-        let index = spec::free_disk(&self.hardware())?;
+        let index = spec::free_disk(&self.spec, &self.hardware())?;
         let base = {
             let (dir, disk) = (self.dir.clone(), disk.clone());
             blocking(move || {

@@ -1,9 +1,10 @@
 //! One domain: its process, what watches it, and the operations on it.
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -218,16 +219,10 @@ impl Domain {
             gid: id,
             kvm_gid: host.kvm.and_then(|kvm| kvm.gid),
         });
-        let mut kernel = image::open_kernel(&self.spec.kernel)?;
-        let readable = kernel
-            .metadata()
-            .map_err(Error::io("look at", &self.spec.kernel))?
-            .mode()
-            & 0o004
-            != 0;
-        if let (Some(identity), false) = (&identity, readable) {
-            kernel = self.dir.copy_kernel(kernel, identity.uid)?;
-        }
+        let kernel = match &self.spec.kernel {
+            Some(path) => Some(self.open_kernel(path, identity.as_ref())?),
+            None => None,
+        };
         let disks = self
             .spec
             .disks
@@ -253,18 +248,20 @@ impl Domain {
         let stat_file = self.dir.create_stat()?;
         let fds = Descriptors {
             qmp_listener: listener.as_raw_fd(),
-            kernel: kernel.as_raw_fd(),
+            kernel: kernel.as_ref().map(AsRawFd::as_raw_fd),
             disks: disks.iter().map(|disk| disk.file.as_raw_fd()).collect(),
         };
-        let args = command::args(&self.spec, host, &fds, self.dir.has_initramfs())?;
+        let has_boot_file = self.dir.boot_file().is_some();
+        let args = command::args(&self.spec, host, &fds, has_boot_file)?;
         let process = process::launch(Launch {
             program: &host.program,
             args,
             directory: &directory,
             stat_file: &stat_file,
             stderr,
-            inherit: [fds.qmp_listener, fds.kernel]
+            inherit: [fds.qmp_listener]
                 .into_iter()
+                .chain(fds.kernel)
                 .chain(fds.disks)
                 .collect(),
             identity,
@@ -272,6 +269,18 @@ impl Domain {
         })
         .map_err(Error::io("start", &host.program))?;
         Ok((process, logs))
+    }
+
+    /// Opens the kernel, or a copy of it if the domain's process may not read it.
+    fn open_kernel(&self, path: &Path, identity: Option<&Identity>) -> Result<File, Error> {
+        let kernel = image::open_kernel(path)?;
+        let meta = kernel.metadata().map_err(Error::io("look at", path))?;
+        match identity {
+            Some(identity) if meta.mode() & 0o004 == 0 => {
+                self.dir.copy_kernel(kernel, identity.uid)
+            }
+            _ => Ok(kernel),
+        }
     }
 
     fn start_failed(&self, detail: String) -> Error {

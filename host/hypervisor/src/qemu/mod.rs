@@ -154,7 +154,7 @@ impl Inner {
                 dir.check_same(&existing.spec, &spec)?;
                 return Ok((spec, dir, None));
             }
-            image::open_kernel(&spec.kernel)?;
+            spec.kernel.as_deref().map(image::open_kernel).transpose()?;
             let record = Record::new(spec.clone(), boot_id);
             dir.make(&record, owner, || dir.make_for_qemu(&spec, owner))?;
             Ok((spec, dir, Some(record)))

@@ -145,7 +145,7 @@ impl Hypervisor for SimHypervisor {
             return Ok(());
         }
         if config.check_images {
-            image::open_kernel(&spec.kernel)?;
+            spec.kernel.as_deref().map(image::open_kernel).transpose()?;
             spec.initramfs
                 .as_deref()
                 .map(image::open_initramfs)
@@ -225,8 +225,9 @@ impl Hypervisor for SimHypervisor {
         if self.0.config.check_images {
             image::open_disk(disk)?;
         }
-        self.0.domain(id)?.change("attach a disk to", |hardware| {
-            let index = spec::free_disk(hardware)?;
+        let domain = self.0.domain(id)?;
+        domain.change("attach a disk to", |hardware| {
+            let index = spec::free_disk(&domain.spec, hardware)?;
             hardware.disks.insert(index, disk.clone());
             Ok(index)
         })

@@ -25,6 +25,8 @@ const SERVED_PAUSE: Duration = Duration::from_millis(100);
 const NO_QEMU: &str = "its disk would be served by a QEMU, which is started only with a domain that has such a \
      disk from the beginning";
 
+const EMULATED: &str = "its firmware has booted from it, by a controller that lets no disk go";
+
 impl Domain {
     fn is_changeable(&self, operation: &'static str) -> Result<(), Error> {
         match self.life.get() {
@@ -45,7 +47,7 @@ impl Domain {
         limit: Duration,
     ) -> Result<usize, Error> {
         self.is_changeable("attach a disk to")?;
-        let index = spec::free_disk(&self.hardware())?;
+        let index = spec::free_disk(&self.spec, &self.hardware())?;
         if files::server(&disk) == Server::Qemu && !self.has_qemu().await? {
             return Err(Error::Unsupported {
                 id: self.spec.id,
@@ -54,7 +56,7 @@ impl Domain {
             });
         }
         let xml = {
-            let (dir, disk) = (self.dir.clone(), disk.clone());
+            let (dir, disk, spec) = (self.dir.clone(), disk.clone(), self.spec.clone());
             blocking(move || {
                 dir.remove_overlay(index)?;
                 let made = dir.make_disk_for_xen(index, &disk);
@@ -62,7 +64,7 @@ impl Domain {
                     dir.remove_overlay(index)?;
                 }
                 made?;
-                xml::disk(index, &disk, &files::source(index, &disk, &dir))
+                xml::disk(&spec, index, &disk, &files::source(index, &disk, &dir))
             })
             .await?
         };
@@ -90,7 +92,19 @@ impl Domain {
         let Some(disk) = self.hardware().disks.remove(&index) else {
             return Ok(());
         };
-        let xml = xml::disk(index, &disk, &files::source(index, &disk, &self.dir))?;
+        if xml::is_emulated(&self.spec, index) {
+            return Err(Error::Unsupported {
+                id: self.spec.id,
+                operation: "detach a disk from",
+                reason: EMULATED,
+            });
+        }
+        let xml = xml::disk(
+            &self.spec,
+            index,
+            &disk,
+            &files::source(index, &disk, &self.dir),
+        )?;
         // Until it is gone the record has it: what was cut off has not happened.
         self.libvirt
             .detach(self.spec.id, xml)
@@ -120,7 +134,7 @@ impl Domain {
             return Ok(());
         }
         self.network.check(Some(&interface)).await?;
-        let xml = xml::interface(&interface, bridge);
+        let xml = xml::interface(&self.spec, &interface, bridge);
         self.kept
             .change_hardware(move |hardware| hardware.interfaces.push(interface))
             .await?;
@@ -148,7 +162,7 @@ impl Domain {
             return Ok(());
         };
         self.libvirt
-            .detach(self.spec.id, xml::interface(interface, bridge))
+            .detach(self.spec.id, xml::interface(&self.spec, interface, bridge))
             .await
             .map_err(|error| self.refused("detach the interface", error))?;
         self.forget_interface(mac).await
@@ -238,7 +252,7 @@ impl Domain {
         let there = self.libvirt.devices(self.spec.id).await?;
         let hardware = self.hardware();
         for index in hardware.disks.keys().copied() {
-            if !there.disks.contains(&xml::disk_name(index)?) {
+            if !there.disks.contains(&xml::disk_name(&self.spec, index)?) {
                 self.forget_disk(index).await?;
             }
         }

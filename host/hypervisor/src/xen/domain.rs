@@ -106,11 +106,11 @@ impl Domain {
             return Err(Error::NameTaken { name });
         }
         let _promise = promises.promise(self.needed_bytes(), &self.libvirt).await?;
-        let initramfs = self.dir.initramfs_path();
+        let boot_file = self.dir.boot_file();
         let xml = xml::render(
             &self.spec,
             config,
-            initramfs.as_deref(),
+            boot_file.as_deref(),
             &files::sources(&self.spec, &self.dir),
         )?;
         self.dir.mark_started(&xml)?;
@@ -338,6 +338,7 @@ impl Domain {
         limit: Duration,
     ) -> Result<ShutdownOutcome, Error> {
         let deadline = Instant::now() + grace;
+        let acpi = self.spec.kernel.is_none();
         self.not_saving(deadline).await;
         loop {
             match self.life.get() {
@@ -350,7 +351,7 @@ impl Domain {
             if Instant::now() >= deadline {
                 break;
             }
-            if let Err(error) = self.libvirt.shut_down(self.spec.id).await {
+            if let Err(error) = self.libvirt.shut_down(self.spec.id, acpi).await {
                 // Too early in its boot, or it has ended; and what cannot be asked can be forced.
                 tracing::debug!(domain = %self.spec.id, %error, "asked to shut down");
             }

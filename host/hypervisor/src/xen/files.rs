@@ -7,7 +7,7 @@ use crate::domain::{Disk, DiskFormat, DomainSpec};
 use crate::error::Error;
 use crate::image;
 use crate::overlay::Backing;
-use crate::rundir::{INITRAMFS, RunDir, new_file, overlay};
+use crate::rundir::{RunDir, new_file, overlay};
 
 /// The domain as it was described to libvirt. Written before it is started: without it, nothing was.
 const DESCRIPTION: &str = "domain.xml";
@@ -103,10 +103,6 @@ impl RunDir {
         let backing = Backing::new(&disk.image, disk.format)
             .ok_or_else(|| invalid("the path is too long for an overlay, or no text"))?;
         self.make_overlay(index, disk, &image, Some(&backing), None)
-    }
-
-    pub(crate) fn initramfs_path(&self) -> Option<PathBuf> {
-        self.has_initramfs().then(|| self.path(INITRAMFS))
     }
 
     /// Notes that the domain is about to be started.

@@ -275,11 +275,16 @@ impl Libvirt {
         .await
     }
 
-    /// Asks the guest's kernel to switch the machine off, through xenstore.
-    pub(crate) async fn shut_down(self: &Arc<Self>, id: DomainId) -> Result<(), Error> {
+    /// Asks the guest's kernel to switch the machine off, through xenstore. `acpi`: or, if it does
+    /// not look there, by the power button.
+    pub(crate) async fn shut_down(self: &Arc<Self>, id: DomainId, acpi: bool) -> Result<(), Error> {
+        let mut ways = sys::VIR_DOMAIN_SHUTDOWN_PARAVIRT;
+        if acpi {
+            ways |= sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN;
+        }
         self.call(move |connect| {
             Domain::lookup_by_uuid(connect, id)?
-                .shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_PARAVIRT)
+                .shutdown_flags(ways)
                 .map(drop)
         })
         .await

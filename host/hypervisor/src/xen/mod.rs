@@ -290,7 +290,7 @@ impl Inner {
                 dir.check_same(&existing.spec, &spec)?;
                 return Ok((spec, dir, None));
             }
-            image::open_kernel(&spec.kernel)?;
+            spec.kernel.as_deref().map(image::open_kernel).transpose()?;
             // Whether it can be described at all.
             let sources = files::sources(&spec, &dir);
             xml::render(&spec, &config, Some(&spec.run_dir), &sources)?;
@@ -536,9 +536,9 @@ impl Hypervisor for XenHypervisor {
     }
 
     fn describe(&self, spec: &DomainSpec, form: DescriptionForm) -> Result<Description, Error> {
-        let (initramfs, disks, prepare) = match self.inner.find(spec.id) {
+        let (boot_file, disks, prepare) = match self.inner.find(spec.id) {
             Some(domain) => (
-                domain.dir.initramfs_path(),
+                domain.dir.boot_file(),
                 files::sources(&domain.spec, &domain.dir),
                 Vec::new(),
             ),
@@ -552,7 +552,7 @@ impl Hypervisor for XenHypervisor {
             DescriptionForm::Xl => xl::render,
             DescriptionForm::Libvirt => xml::render,
         };
-        let text = render(spec, &self.inner.config, initramfs.as_deref(), &disks)?;
+        let text = render(spec, &self.inner.config, boot_file.as_deref(), &disks)?;
         Ok(Description { text, prepare })
     }
 

@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 
 use super::config::XenConfig;
 use super::files::{self, Server};
-use super::xml::{MIB, disk_name, kernel_args, name, text};
+use super::xml::{BOOT_DISK_NAME, MIB, Mode, disk_name, kernel_args, name, text};
 use crate::domain::{DiskFormat, DomainSpec};
 use crate::error::Error;
 
-/// The domain's description. `initramfs` and `disks` are as for [`super::xml::render`].
+/// The domain's description. `boot_file` and `disks` are as for [`super::xml::render`].
 pub(crate) fn render(
     spec: &DomainSpec,
     config: &XenConfig,
-    initramfs: Option<&Path>,
+    boot_file: Option<&Path>,
     disks: &[PathBuf],
 ) -> Result<String, Error> {
     let mut cfg = String::new();
@@ -24,9 +24,14 @@ pub(crate) fn render(
     };
     line("name", string(&name(spec.id)));
     line("uuid", string(&spec.id.to_string()));
+    let mode = Mode::of(spec, config);
     line(
         "type",
-        string(if config.paravirtual { "pv" } else { "pvh" }),
+        string(match mode {
+            Mode::Pvh => "pvh",
+            Mode::Pv => "pv",
+            Mode::Hvm => "hvm",
+        }),
     );
     line("memory", spec.memory_bytes.div_ceil(MIB).to_string());
     if spec.memory_limit_bytes() != spec.memory_bytes {
@@ -39,11 +44,18 @@ pub(crate) fn render(
     if spec.vcpus_limit() != spec.vcpus {
         line("maxvcpus", spec.vcpus_limit().to_string());
     }
-    line("kernel", string(text("kernel", &spec.kernel)?));
-    if let Some(initramfs) = initramfs {
-        line("ramdisk", string(text("run_dir", initramfs)?));
+    if let Some(kernel) = &spec.kernel {
+        line("kernel", string(text("kernel", kernel)?));
+        if let Some(initramfs) = boot_file {
+            line("ramdisk", string(text("run_dir", initramfs)?));
+        }
+        line("cmdline", string(&kernel_args(spec)?));
+    } else {
+        line("boot", string("c"));
+        line("serial", string("pty"));
+        line("vga", string("none"));
+        line("vnc", "0".to_owned());
     }
-    line("cmdline", string(&kernel_args(spec)?));
     line("tsc_mode", string("native"));
     line("on_poweroff", string("preserve"));
     line("on_reboot", string("destroy"));
@@ -58,9 +70,16 @@ pub(crate) fn render(
             // The target comes last: whatever is in its name belongs to it.
             let disk = format!(
                 "format={format},vdev={},access={},backendtype={back_end},target={}",
-                disk_name(index)?,
+                disk_name(spec, index)?,
                 if disk.read_only { "ro" } else { "rw" },
                 text("disks", source)?
+            );
+            let _ = writeln!(list, "    {},", string(&disk));
+        }
+        if let (None, Some(boot_disk)) = (&spec.kernel, boot_file) {
+            let disk = format!(
+                "format=raw,vdev={BOOT_DISK_NAME},access=ro,backendtype=phy,target={}",
+                text("run_dir", boot_disk)?
             );
             let _ = writeln!(list, "    {},", string(&disk));
         }
@@ -68,7 +87,10 @@ pub(crate) fn render(
     }
     if let Some(interface) = &spec.interface {
         let mac = interface.mac.map(|byte| format!("{byte:02x}")).join(":");
-        let vif = format!("mac={mac},bridge={}", config.bridge);
+        let mut vif = format!("mac={mac},bridge={}", config.bridge);
+        if mode == Mode::Hvm {
+            vif.push_str(",type=vif");
+        }
         line("vif", format!("[{}]", string(&vif)));
     }
     Ok(cfg)
@@ -83,26 +105,27 @@ fn string(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::rundir::RunDir;
-    use crate::xen::xml::tests::example;
+    use crate::rundir::{BOOT_DISK, INITRAMFS};
+    use crate::xen::xml::tests::{assert_shown, example, without_kernel};
 
     fn rendered(spec: &DomainSpec, config: &XenConfig) -> Result<String, Error> {
         let dir = RunDir::named(&config.domains_dir, spec.id);
-        let initramfs = dir.path(crate::rundir::INITRAMFS);
-        render(spec, config, Some(&initramfs), &files::sources(spec, &dir))
+        let boot_file = dir.path(match spec.kernel {
+            Some(_) => INITRAMFS,
+            None => BOOT_DISK,
+        });
+        render(spec, config, Some(&boot_file), &files::sources(spec, &dir))
     }
 
     #[test]
-    fn the_example_is_what_is_rendered() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../xen-configs/domain.cfg");
-        let cfg = rendered(&example(), &XenConfig::new("/var/lib/xbee/run".into())).unwrap();
-        if std::env::var_os("XBEE_ACCEPT").is_some() {
-            std::fs::write(&path, &cfg).unwrap();
+    fn the_examples_are_what_is_rendered() {
+        let config = XenConfig::new("/var/lib/xbee/run".into());
+        for (spec, name) in [
+            (example(), "domain.cfg"),
+            (without_kernel(), "domain-hvm.cfg"),
+        ] {
+            assert_shown(name, &rendered(&spec, &config).unwrap());
         }
-        assert_eq!(
-            cfg,
-            std::fs::read_to_string(&path).unwrap(),
-            "accept with XBEE_ACCEPT=1"
-        );
     }
 
     #[test]

@@ -12,6 +12,9 @@ use crate::domain::{Disk, DiskFormat, DomainId, DomainSpec, Interface};
 use crate::error::Error;
 use crate::spec::DISKS_MAX;
 
+/// Where the boot's configuration is if it is on a disk: the last that has a letter.
+pub(crate) const BOOT_DISK_NAME: &str = "xvdz";
+
 /// What libxl takes of a kernel's command line (Linux, `COMMAND_LINE_SIZE` of x86, less the NUL).
 const KERNEL_ARGS_MAX_BYTES: usize = 2047;
 
@@ -22,17 +25,40 @@ pub(crate) fn name(id: DomainId) -> String {
     format!("xbee-{}", &id.simple().to_string()[..8])
 }
 
-/// The domain's description. `initramfs` and `disks` are the files that the guest is to have as such.
+/// How Xen runs a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Hardware virtualization, and only devices that know Xen.
+    Pvh,
+    /// No hardware virtualization.
+    Pv,
+    /// As a PC with firmware, by a device model.
+    Hvm,
+}
+
+impl Mode {
+    pub(crate) fn of(spec: &DomainSpec, config: &XenConfig) -> Self {
+        match spec.kernel {
+            None => Self::Hvm,
+            Some(_) if config.paravirtual => Self::Pv,
+            Some(_) => Self::Pvh,
+        }
+    }
+}
+
+/// The domain's description. `boot_file` and `disks` are the files that the guest is to have as its
+/// initial RAM file system (without a kernel: as a further disk) and as its disks.
 pub(crate) fn render(
     spec: &DomainSpec,
     config: &XenConfig,
-    initramfs: Option<&Path>,
+    boot_file: Option<&Path>,
     disks: &[PathBuf],
 ) -> Result<String, Error> {
-    let os_type = if config.paravirtual {
-        "linux"
-    } else {
-        "xenpvh"
+    let mode = Mode::of(spec, config);
+    let os_type = match mode {
+        Mode::Pvh => "xenpvh",
+        Mode::Pv => "linux",
+        Mode::Hvm => "hvm",
     };
     let memory_mib = spec.memory_bytes.div_ceil(MIB);
     let memory_max_mib = spec.memory_limit_bytes().div_ceil(MIB);
@@ -49,29 +75,35 @@ pub(crate) fn render(
            {current_memory}\
            <vcpu>{vcpus}</vcpu>\n  \
            <os>\n    \
-             <type>{os_type}</type>\n    \
-             <kernel>{kernel}</kernel>\n",
+             <type>{os_type}</type>\n",
         name = name(spec.id),
         uuid = spec.id,
         title = escape(spec.name.as_str()),
         memory_max_mib = memory_max_mib,
         // All there can be: those that it is not to have are switched off once it is there.
         vcpus = spec.vcpus_limit(),
-        kernel = path("kernel", &spec.kernel)?,
     );
     let mut line = |text: String| {
         // Writing to a `String` does not fail.
         let _ = writeln!(xml, "{text}");
     };
-    if let Some(initramfs) = initramfs {
-        line(format!(
-            "    <initrd>{}</initrd>",
-            path("run_dir", initramfs)?
-        ));
+    if let Some(kernel) = &spec.kernel {
+        line(format!("    <kernel>{}</kernel>", path("kernel", kernel)?));
+        if let Some(initramfs) = boot_file {
+            line(format!(
+                "    <initrd>{}</initrd>",
+                path("run_dir", initramfs)?
+            ));
+        }
+        let args = kernel_args(spec)?;
+        line(format!("    <cmdline>{}</cmdline>", escape(args.as_str())));
+    } else {
+        line("    <boot dev='hd'/>".to_owned());
     }
-    let args = kernel_args(spec)?;
-    line(format!("    <cmdline>{}</cmdline>", escape(args.as_str())));
     line("  </os>".to_owned());
+    if mode == Mode::Hvm {
+        line("  <features><acpi/><apic/><pae/></features>".to_owned());
+    }
     // Not emulated: the guest reads the counter itself.
     line("  <clock offset='utc'><timer name='tsc' mode='native'/></clock>".to_owned());
     // A domain that switched itself off or crashed stays until its end has been seen; one that
@@ -81,20 +113,36 @@ pub(crate) fn render(
     line("  <on_crash>preserve</on_crash>".to_owned());
     line("  <devices>".to_owned());
     for (index, (disk, source)) in spec.disks.iter().zip(disks).enumerate() {
-        let xml = self::disk(index, disk, source)?;
+        let xml = self::disk(spec, index, disk, source)?;
         line(indent(&xml));
     }
-    if let Some(interface) = &spec.interface {
-        line(indent(&self::interface(interface, &config.bridge)));
+    if let (None, Some(boot_disk)) = (&spec.kernel, boot_file) {
+        line(indent(&self::boot_disk(boot_disk)?));
     }
-    line("    <console type='pty'><target type='xen' port='0'/></console>".to_owned());
+    if let Some(interface) = &spec.interface {
+        line(indent(&self::interface(spec, interface, &config.bridge)));
+    }
+    match mode {
+        Mode::Pvh | Mode::Pv => {
+            line("    <console type='pty'><target type='xen' port='0'/></console>".to_owned());
+        }
+        Mode::Hvm => {
+            line("    <serial type='pty'><target port='0'/></serial>".to_owned());
+            line("    <console type='pty'><target type='serial' port='0'/></console>".to_owned());
+        }
+    }
     line("  </devices>".to_owned());
     line("</domain>".to_owned());
     Ok(xml)
 }
 
 /// A disk.
-pub(crate) fn disk(index: usize, disk: &Disk, source: &Path) -> Result<String, Error> {
+pub(crate) fn disk(
+    spec: &DomainSpec,
+    index: usize,
+    disk: &Disk,
+    source: &Path,
+) -> Result<String, Error> {
     let driver = match files::server(disk) {
         Server::Qemu => format!("name='qemu' type='{}'", DiskFormat::Qcow2),
         Server::Kernel => format!("name='phy' type='{}'", DiskFormat::Raw),
@@ -103,9 +151,13 @@ pub(crate) fn disk(index: usize, disk: &Disk, source: &Path) -> Result<String, E
         "<disk type='file' device='disk'>\n  \
            <driver {driver}/>\n  \
            <source file='{source}'/>\n  \
-           <target dev='{name}' bus='xen'/>\n",
+           <target dev='{name}' bus='{bus}'/>\n",
         source = path("disks", source)?,
-        name = disk_name(index)?,
+        name = disk_name(spec, index)?,
+        bus = match is_emulated(spec, index) {
+            true => "ide",
+            false => "xen",
+        },
     );
     if disk.read_only {
         xml.push_str("  <readonly/>\n");
@@ -114,13 +166,31 @@ pub(crate) fn disk(index: usize, disk: &Disk, source: &Path) -> Result<String, E
     Ok(xml)
 }
 
+/// The disk with the boot's configuration.
+fn boot_disk(source: &Path) -> Result<String, Error> {
+    Ok(format!(
+        "<disk type='file' device='disk'>\n  \
+           <driver name='phy' type='raw'/>\n  \
+           <source file='{source}'/>\n  \
+           <target dev='{BOOT_DISK_NAME}' bus='xen'/>\n  \
+           <readonly/>\n\
+         </disk>",
+        source = path("run_dir", source)?,
+    ))
+}
+
 /// A network interface.
-pub(crate) fn interface(interface: &Interface, bridge: &str) -> String {
+pub(crate) fn interface(spec: &DomainSpec, interface: &Interface, bridge: &str) -> String {
+    // The device model's card would be a second port of the bridge, which the firewall does not know.
+    let model = match spec.kernel {
+        Some(_) => "",
+        None => "  <model type='netfront'/>\n",
+    };
     format!(
         "<interface type='bridge'>\n  \
            <mac address='{}'/>\n  \
            <source bridge='{}'/>\n\
-         </interface>",
+         {model}</interface>",
         mac(interface),
         escape(bridge)
     )
@@ -136,8 +206,17 @@ fn indent(xml: &str) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// `xvda` to `xvdz`.
-pub(crate) fn disk_name(index: usize) -> Result<String, Error> {
+/// Whether the device model emulates the disk until the guest's own driver takes over: firmware
+/// knows no other.
+pub(crate) fn is_emulated(spec: &DomainSpec, index: usize) -> bool {
+    spec.kernel.is_none() && index == 0
+}
+
+/// `xvda` to `xvdz`; `hda` is what an emulated `xvda` is called.
+pub(crate) fn disk_name(spec: &DomainSpec, index: usize) -> Result<String, Error> {
+    if is_emulated(spec, index) {
+        return Ok("hda".to_owned());
+    }
     let letter = u8::try_from(index)
         .ok()
         .and_then(|index| b'a'.checked_add(index))
@@ -222,7 +301,7 @@ pub(crate) mod tests {
             vcpus_max: None,
             memory_bytes: 192 * MIB,
             memory_max_bytes: None,
-            kernel: "/var/lib/xbee/images/kernel/vmlinux".into(),
+            kernel: Some("/var/lib/xbee/images/kernel/vmlinux".into()),
             initramfs: None,
             kernel_args: vec!["xbee.note=a<b".to_owned()],
             disks: vec![
@@ -242,22 +321,46 @@ pub(crate) mod tests {
 
     fn rendered(spec: &DomainSpec, config: &XenConfig) -> Result<String, Error> {
         let dir = crate::rundir::RunDir::named(&config.domains_dir, spec.id);
-        let initramfs = dir.path(crate::rundir::INITRAMFS);
-        render(spec, config, Some(&initramfs), &files::sources(spec, &dir))
+        let boot_file = dir.path(match spec.kernel {
+            Some(_) => crate::rundir::INITRAMFS,
+            None => crate::rundir::BOOT_DISK,
+        });
+        render(spec, config, Some(&boot_file), &files::sources(spec, &dir))
     }
 
-    #[test]
-    fn the_example_is_what_is_rendered() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../xen-configs/domain.xml");
-        let xml = rendered(&example(), &XenConfig::new("/var/lib/xbee/run".into())).unwrap();
+    /// The same with a boot loader of its own.
+    pub(crate) fn without_kernel() -> DomainSpec {
+        DomainSpec {
+            kernel: None,
+            kernel_args: Vec::new(),
+            ..example()
+        }
+    }
+
+    /// Compares with a file of `xen-configs/`.
+    pub(crate) fn assert_shown(name: &str, text: &str) {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../../xen-configs")
+            .join(name);
         if std::env::var_os("XBEE_ACCEPT").is_some() {
-            std::fs::write(&path, &xml).unwrap();
+            std::fs::write(&path, text).unwrap();
         }
         assert_eq!(
-            xml,
+            text,
             std::fs::read_to_string(&path).unwrap(),
             "accept with XBEE_ACCEPT=1"
         );
+    }
+
+    #[test]
+    fn the_examples_are_what_is_rendered() {
+        let config = XenConfig::new("/var/lib/xbee/run".into());
+        for (spec, name) in [
+            (example(), "domain.xml"),
+            (without_kernel(), "domain-hvm.xml"),
+        ] {
+            assert_shown(name, &rendered(&spec, &config).unwrap());
+        }
     }
 
     #[test]
@@ -271,7 +374,7 @@ pub(crate) mod tests {
                 other => panic!("{other:?}"),
             }
         };
-        assert_eq!(field(&|spec| spec.kernel = "/a\nb".into()), "kernel");
+        assert_eq!(field(&|spec| spec.kernel = Some("/a\nb".into())), "kernel");
         assert_eq!(
             field(&|spec| spec.disks = vec![spec.disks[0].clone(); 27]),
             "disks"
@@ -290,7 +393,7 @@ pub(crate) mod tests {
             read_only,
         };
         let read_only = disk(true, DiskFormat::Raw);
-        let xml = self::disk(3, &read_only, &read_only.image).unwrap();
+        let xml = self::disk(&example(), 3, &read_only, &read_only.image).unwrap();
         assert!(
             xml.contains("name='phy' type='raw'")
                 && xml.contains("dev='xvdd'")

@@ -32,8 +32,8 @@ async fn disks_are_written_through_an_overlay_and_stay_as_they_were() {
     std::fs::write(&second, disk_with(b"content of secnd")).unwrap();
     let mut spec = fixture.spec(Guest::Disks);
     let kernel = closed.join("kernel");
-    std::fs::copy(&spec.kernel, &kernel).unwrap();
-    spec.kernel = kernel.clone();
+    std::fs::copy(spec.kernel.unwrap(), &kernel).unwrap();
+    spec.kernel = Some(kernel.clone());
     for path in [&first, &second, &kernel] {
         std::fs::set_permissions(path, PermissionsExt::from_mode(0o600)).unwrap();
     }

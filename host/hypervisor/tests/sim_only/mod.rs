@@ -46,7 +46,7 @@ impl Host {
             memory_max_bytes: None,
             vcpus: 1,
             memory_bytes: 64 << 20,
-            kernel: "kernel".into(),
+            kernel: Some("kernel".into()),
             initramfs: None,
             kernel_args: Vec::new(),
             disks: vec![Disk {

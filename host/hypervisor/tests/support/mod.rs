@@ -1,5 +1,7 @@
 //! Hosts and guests for the contract suite.
 
+mod boot_image;
+
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -18,7 +20,7 @@ use xbee_hypervisor::qemu::{QemuConfig, QemuHypervisor};
 use xbee_hypervisor::sim::{SimConfig, SimEvent, SimHost, SimHypervisor};
 #[cfg(feature = "xen")]
 use xbee_hypervisor::xen::{XenConfig, XenHypervisor};
-use xbee_hypervisor::{DomainId, DomainSpec, DomainState, Hypervisor};
+use xbee_hypervisor::{Disk, DiskFormat, DomainId, DomainSpec, DomainState, Hypervisor};
 
 /// Printed by every guest when its own program runs.
 pub const READY: &str = "guest: up";
@@ -28,6 +30,9 @@ pub const SECRET: Secret = Secret([5; 32]);
 
 /// No guest here takes longer for anything, even with others compiling beside it.
 pub const LIMIT: Duration = Duration::from_secs(240);
+
+/// But one that firmware boots: it reads the disk word by word, which takes minutes in a Xen in QEMU.
+pub const FIRMWARE_LIMIT: Duration = Duration::from_secs(900);
 
 /// Bound of the console logs here.
 pub const CONSOLE_MAX_BYTES: u64 = 256 << 10;
@@ -60,6 +65,8 @@ pub enum Guest {
     Disks,
     /// Runs the agent.
     Agent,
+    /// Runs the agent as a service: it finds the boot's configuration itself.
+    Service,
 }
 
 impl Guest {
@@ -112,6 +119,7 @@ for word in $(cat /proc/cmdline); do
             taken=$seen
             sleep 0.3
         done ;;
+    xbee.test=service) /xbee/xbeinstd --service & ;;
     xbee.test=latepoweroff) sleep 3; poweroff -f ;;
     xbee.test=latereset) sleep 3; reboot -f ;;
     xbee.test=latepanic) sleep 3; echo c >/proc/sysrq-trigger ;;
@@ -362,7 +370,7 @@ impl Fixture {
             vcpus_max: None,
             memory_bytes: 192 << 20,
             memory_max_bytes: None,
-            kernel,
+            kernel: Some(kernel),
             initramfs: Some(initramfs),
             kernel_args: vec![guest.arg()],
             disks: Vec::new(),
@@ -380,6 +388,33 @@ impl Fixture {
             .encode(),
             run_dir: self.domains_dir().join(id.to_string()),
         }
+    }
+
+    /// A domain whose image has a boot loader and a kernel of its own. `None`, and a printed reason,
+    /// where no such image can be made.
+    pub fn self_booting(&self, guest: Guest) -> Option<DomainSpec> {
+        let spec = self.spec(guest);
+        let image = self.path("own-boot-loader.img");
+        match &self.backend {
+            // The simulator looks whether there is something to boot.
+            Backend::Sim(_) => std::fs::write(&image, boot_sector()).unwrap(),
+            _ => {
+                let vmlinuz = spec.kernel.as_ref()?.with_file_name("vmlinuz");
+                let initramfs = spec.initramfs.as_ref()?;
+                boot_image::make(&image, &vmlinuz, initramfs, &guest.arg())?;
+            }
+        }
+        Some(DomainSpec {
+            kernel: None,
+            initramfs: None,
+            kernel_args: Vec::new(),
+            disks: vec![Disk {
+                image,
+                format: DiskFormat::Raw,
+                read_only: false,
+            }],
+            ..spec
+        })
     }
 
     /// Creates and starts a domain.
@@ -427,7 +462,7 @@ impl Fixture {
     fn act(&self, spec: &DomainSpec, guest: Guest) {
         if let Backend::Sim(host) = &self.backend {
             let event = match guest {
-                Guest::Button | Guest::Disks | Guest::Agent => return,
+                Guest::Button | Guest::Disks | Guest::Agent | Guest::Service => return,
                 Guest::Idle => SimEvent::IgnorePowerButton,
                 Guest::PowerOff | Guest::LatePowerOff => SimEvent::PowerOff,
                 Guest::Reset | Guest::LateReset => SimEvent::Reset,
@@ -521,7 +556,18 @@ impl Fixture {
         id: DomainId,
         text: &str,
     ) -> String {
-        let deadline = Instant::now() + LIMIT;
+        self.wait_console_for(LIMIT, hypervisor, id, text).await
+    }
+
+    /// As [`Fixture::wait_console`], for so long.
+    pub async fn wait_console_for(
+        &self,
+        limit: Duration,
+        hypervisor: &dyn Hypervisor,
+        id: DomainId,
+        text: &str,
+    ) -> String {
+        let deadline = Instant::now() + limit;
         let path = hypervisor.console(id).await.unwrap();
         loop {
             let ended = matches!(
@@ -628,6 +674,13 @@ fn bzimage_header() -> Vec<u8> {
     header[0x1fe..0x200].copy_from_slice(b"\x55\xaa");
     header[0x202..0x206].copy_from_slice(b"HdrS");
     header
+}
+
+/// A disk with a boot loader, as far as it is looked at.
+fn boot_sector() -> Vec<u8> {
+    let mut disk = vec![0; 1 << 20];
+    disk[510..512].copy_from_slice(b"\x55\xaa");
+    disk
 }
 
 /// What `list` says of a domain.

@@ -28,10 +28,10 @@ const PACKAGE_INITRD: [&str; 2] = ["initrd", "initramfs.cpio"];
 /// What the domain boots, as files of the host. Kept in the spool for the step that starts it.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct BootFiles {
-    /// Kernel.
-    pub kernel: PathBuf,
-    /// Initial RAM file system that holds the agent.
-    pub initramfs: PathBuf,
+    /// Kernel; `None`: the disk has its own boot loader.
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM file system that holds the agent; there if the kernel is.
+    pub initramfs: Option<PathBuf>,
     /// Root file system.
     pub disk: Option<Disk>,
     /// Kernel arguments.
@@ -172,6 +172,14 @@ fn assemble(
     kernel_args: &[String],
     directory: &Path,
 ) -> Result<BootFiles, Failure> {
+    let (Some(base_kernel), Some(base_initramfs)) = (base.kernel, base.initramfs) else {
+        return Err(fail(
+            "image-unusable",
+            format!(
+                "the image {DEFAULT_IMAGE:?} has no kernel for the job's own image to boot with"
+            ),
+        ));
+    };
     let format = if has_magic(&image, QCOW2_MAGIC)? {
         DiskFormat::Qcow2
     } else {
@@ -179,18 +187,18 @@ fn assemble(
     };
     let mut kernel_args = kernel_args.to_vec();
     let initramfs = match initrd {
-        None => base.initramfs,
+        None => base_initramfs,
         Some(initrd) => {
             let joined = directory.join("initramfs");
-            join(&[&initrd, &base.initramfs], &joined)?;
+            join(&[&initrd, &base_initramfs], &joined)?;
             // The user's `/init` would boot the image without us.
             kernel_args.push("rdinit=/xbee/xbeinstd".into());
             joined
         }
     };
     Ok(BootFiles {
-        kernel: kernel.unwrap_or(base.kernel),
-        initramfs,
+        kernel: Some(kernel.unwrap_or(base_kernel)),
+        initramfs: Some(initramfs),
         disk: Some(Disk {
             image,
             format,

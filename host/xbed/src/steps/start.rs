@@ -50,7 +50,8 @@ async fn furnish(
         .time_sync(SystemTime::now())
         .await
         .map_err(said("the guest's clock could not be set"))?;
-    if boot.disk.is_some() {
+    // An image with its own boot loader has mounted its root before its agent began.
+    if boot.disk.is_some() && boot.kernel.is_some() {
         agent
             .mount_root(MountRoot::default())
             .await
@@ -110,7 +111,7 @@ pub fn domain(host: &Host, identity: Identity, plan: &Plan, boot: &BootFiles) ->
         memory_bytes: plan.memory_bytes,
         memory_max_bytes: None,
         kernel: boot.kernel.clone(),
-        initramfs: Some(boot.initramfs.clone()),
+        initramfs: boot.initramfs.clone(),
         kernel_args: boot.kernel_args.clone(),
         disks: boot.disk.iter().cloned().collect(),
         cid: identity.number,
