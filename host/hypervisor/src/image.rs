@@ -16,9 +16,10 @@ pub const SECTOR_BYTES: u64 = 512;
 /// How much of a file's beginning is looked at: up to the btrfs superblock's magic number.
 const HEAD_BYTES: usize = 0x1_1000;
 
-/// ELF note that holds the address of the 32-bit entry point for PVH
-/// (Xen public header `elfnote.h`, `XEN_ELFNOTE_PHYS32_ENTRY`).
+/// ELF notes that hold the addresses of a kernel's entry points: the 32-bit one for PVH, and the one
+/// for PV (Xen public header `elfnote.h`, `XEN_ELFNOTE_PHYS32_ENTRY` and `XEN_ELFNOTE_ENTRY`).
 const PVH_NOTE_TYPE: u32 = 18;
+const PV_NOTE_TYPE: u32 = 1;
 
 /// A checked disk image, open for reading.
 #[derive(Debug)]
@@ -67,25 +68,50 @@ pub fn open_disk(disk: &Disk) -> Result<DiskImage, Error> {
     }
 }
 
+/// What a kernel can be started as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Entries {
+    /// In a PVH container, as QEMU and Xen do it.
+    pub(crate) pvh: bool,
+    /// Without hardware virtualization, as Xen does it.
+    pub(crate) pv: bool,
+}
+
 /// Opens a kernel and checks that it is of a kind that can be started directly.
 ///
 /// # Errors
 /// [`Error::ImageUnreadable`] and [`Error::UnknownKernel`].
 pub fn open_kernel(path: &Path) -> Result<File, Error> {
-    let file = open("kernel", path)?;
-    let (head, _) = head(&file, path)?;
-    let unknown = |found: &str| Error::UnknownKernel {
+    match look_at_kernel(path)? {
+        (file, Entries { pvh: true, .. }) => Ok(file),
+        _ => Err(unknown_kernel(path, "an ELF file without a PVH note")),
+    }
+}
+
+/// The error for what is no kernel for what is wanted.
+pub(crate) fn unknown_kernel(path: &Path, found: &str) -> Error {
+    Error::UnknownKernel {
         path: path.to_owned(),
         found: found.to_owned(),
-    };
+    }
+}
+
+/// Opens a kernel and finds what it can be started as. A bzImage may be anything: what is in it is
+/// compressed, and to look would take seconds.
+pub(crate) fn look_at_kernel(path: &Path) -> Result<(File, Entries), Error> {
+    let file = open("kernel", path)?;
+    let (head, _) = head(&file, path)?;
     // Linux, Documentation/arch/x86/boot.rst: boot sector signature and "HdrS".
     if bytes_at(&head, 0x1fe, b"\x55\xaa") && bytes_at(&head, 0x202, b"HdrS") {
-        return Ok(file);
+        let entries = Entries {
+            pvh: true,
+            pv: true,
+        };
+        return Ok((file, entries));
     }
     if head.starts_with(b"\x7fELF") {
-        return match has_pvh_note(&file, &head) {
-            Ok(true) => Ok(file),
-            Ok(false) => Err(unknown("an ELF file without a PVH note")),
+        return match xen_notes(&file, &head) {
+            Ok(entries) => Ok((file, entries)),
             Err(source) => Err(Error::ImageUnreadable {
                 role: "kernel",
                 path: path.to_owned(),
@@ -93,11 +119,12 @@ pub fn open_kernel(path: &Path) -> Result<File, Error> {
             }),
         };
     }
-    Err(unknown(match sniff(&head) {
+    let found = match sniff(&head) {
         Content::Qcow2 => "a qcow2 image",
         Content::Disk(what) | Content::Other(what) => what,
         Content::Unknown => "data of an unknown kind",
-    }))
+    };
+    Err(unknown_kernel(path, found))
 }
 
 /// Opens an initial RAM file system. What it holds is the guest kernel's affair.
@@ -279,11 +306,17 @@ fn qcow2_size(head: &[u8]) -> Result<u64, String> {
     Ok(size.next_multiple_of(SECTOR_BYTES))
 }
 
-fn has_pvh_note(file: &File, head: &[u8]) -> io::Result<bool> {
+/// What the notes of an ELF kernel say; those of one that is cut off say what there is.
+fn xen_notes(file: &File, head: &[u8]) -> io::Result<Entries> {
     // ELF-64 and ELF-32 little-endian headers (System V ABI, chapters 4 and 5). Sizes and counts
     // are bounded: the file is a user's.
     const NOTES_MAX_BYTES: u64 = 1 << 20;
+    let mut room_bytes = NOTES_MAX_BYTES;
     const PT_NOTE: u64 = 4;
+    let mut entries = Entries {
+        pvh: false,
+        pv: false,
+    };
     let number = |data: &[u8], offset: usize, len: usize| -> Option<u64> {
         let bytes = data.get(offset..offset.checked_add(len)?)?;
         Some(
@@ -310,19 +343,19 @@ fn has_pvh_note(file: &File, head: &[u8]) -> io::Result<bool> {
             16,
             4,
         ),
-        _ => return Ok(false),
+        _ => return Ok(entries),
     };
     let (Some(table), Some(entry_bytes), Some(count)) = (table, entry_bytes, count) else {
-        return Ok(false);
+        return Ok(entries);
     };
     for index in 0..count {
         let mut entry = vec![0; usize::try_from(entry_bytes).unwrap_or(0)];
         let Some(at) = table.checked_add(index * entry_bytes) else {
-            return Ok(false);
+            return Ok(entries);
         };
         if let Err(error) = file.read_exact_at(&mut entry, at) {
             return if error.kind() == io::ErrorKind::UnexpectedEof {
-                Ok(false)
+                Ok(entries)
             } else {
                 Err(error)
             };
@@ -334,12 +367,13 @@ fn has_pvh_note(file: &File, head: &[u8]) -> io::Result<bool> {
             number(&entry, offset_at, word),
             number(&entry, size_at, word),
         ) else {
-            return Ok(false);
+            return Ok(entries);
         };
-        let mut notes = vec![0; usize::try_from(size.min(NOTES_MAX_BYTES)).unwrap_or(0)];
+        let mut notes = vec![0; usize::try_from(size.min(room_bytes)).unwrap_or(0)];
+        room_bytes = room_bytes.saturating_sub(size);
         if let Err(error) = file.read_exact_at(&mut notes, offset) {
             return if error.kind() == io::ErrorKind::UnexpectedEof {
-                Ok(false)
+                Ok(entries)
             } else {
                 Err(error)
             };
@@ -348,8 +382,9 @@ fn has_pvh_note(file: &File, head: &[u8]) -> io::Result<bool> {
         while let (Some(name_len), Some(desc_len), Some(kind)) =
             (number(rest, 0, 4), number(rest, 4, 4), number(rest, 8, 4))
         {
-            if kind == u64::from(PVH_NOTE_TYPE) && bytes_at(rest, 12, b"Xen\0") {
-                return Ok(true);
+            if bytes_at(rest, 12, b"Xen\0") {
+                entries.pvh |= kind == u64::from(PVH_NOTE_TYPE);
+                entries.pv |= kind == u64::from(PV_NOTE_TYPE);
             }
             let next = 12 + name_len.next_multiple_of(4) + desc_len.next_multiple_of(4);
             rest = usize::try_from(next)
@@ -358,5 +393,105 @@ fn has_pvh_note(file: &File, head: &[u8]) -> io::Result<bool> {
                 .unwrap_or(&[]);
         }
     }
-    Ok(false)
+    Ok(entries)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A kernel with Xen's notes of these types.
+    #[cfg(feature = "xen")]
+    pub(crate) fn kernel_with(notes: &[u32]) -> Vec<u8> {
+        let notes = notes.iter().map(|kind| ("Xen", *kind, &[0; 8][..]));
+        kernel(&notes.collect::<Vec<_>>())
+    }
+
+    /// A kernel of one segment of notes: their owners, types and contents.
+    fn kernel(notes: &[(&str, u32, &[u8])]) -> Vec<u8> {
+        let mut segment = Vec::new();
+        for (owner, kind, content) in notes {
+            segment.extend_from_slice(&(owner.len() as u32 + 1).to_le_bytes());
+            segment.extend_from_slice(&(content.len() as u32).to_le_bytes());
+            segment.extend_from_slice(&kind.to_le_bytes());
+            segment.extend_from_slice(owner.as_bytes());
+            segment.push(0);
+            segment.resize(segment.len().next_multiple_of(4), 0);
+            segment.extend_from_slice(content);
+            segment.resize(segment.len().next_multiple_of(4), 0);
+        }
+        let mut elf = vec![0; 64 + 56];
+        elf[..5].copy_from_slice(b"\x7fELF\x02");
+        elf[32..40].copy_from_slice(&64u64.to_le_bytes());
+        elf[54..56].copy_from_slice(&56u16.to_le_bytes());
+        elf[56..58].copy_from_slice(&1u16.to_le_bytes());
+        elf[64..68].copy_from_slice(&4u32.to_le_bytes());
+        elf[64 + 8..64 + 16].copy_from_slice(&(64u64 + 56).to_le_bytes());
+        elf[64 + 32..64 + 40].copy_from_slice(&(segment.len() as u64).to_le_bytes());
+        elf.extend(segment);
+        elf
+    }
+
+    fn entries(content: &[u8]) -> Result<Entries, Error> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kernel");
+        std::fs::write(&path, content).unwrap();
+        look_at_kernel(&path).map(|(_, entries)| entries)
+    }
+
+    #[test]
+    fn notes_say_what_a_kernel_can_be_started_as() {
+        let address = [0, 0, 0, 1, 0, 0, 0, 0];
+        let other = ("GNU", 3, &[7; 20][..]);
+        let pvh = ("Xen", PVH_NOTE_TYPE, &address[..4]);
+        let pv = ("Xen", PV_NOTE_TYPE, &address[..]);
+        let others = ("GNU", PVH_NOTE_TYPE, &address[..]);
+        for (notes, is_pvh, is_pv) in [
+            (&[other, pv, pvh][..], true, true),
+            (&[other, pvh][..], true, false),
+            (&[pv, other][..], false, true),
+            (&[other, others][..], false, false),
+            (&[][..], false, false),
+        ] {
+            let expected = Entries {
+                pvh: is_pvh,
+                pv: is_pv,
+            };
+            assert_eq!(entries(&kernel(notes)).unwrap(), expected, "{notes:?}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_is_cut_off_or_lies_says_what_there_is() {
+        let none = Entries {
+            pvh: false,
+            pv: false,
+        };
+        let whole = kernel(&[("Xen", PVH_NOTE_TYPE, &[0; 4])]);
+        for len in 5..whole.len() {
+            assert_eq!(entries(&whole[..len]).unwrap(), none, "{len}");
+        }
+        // Sizes: of the table's entries, of the segment, of a name.
+        for (at, len) in [(54, 2), (64 + 32, 8), (64 + 56, 4)] {
+            let mut wrong = whole.clone();
+            wrong[at..at + len].fill(0xff);
+            entries(&wrong).unwrap();
+        }
+        // A name of any length ends the list.
+        let mut wrong = kernel(&[("Xen", 7, &[0; 4]), ("Xen", PV_NOTE_TYPE, &[0; 8])]);
+        wrong[64 + 56..64 + 60].fill(0xff);
+        assert_eq!(entries(&wrong).unwrap(), none);
+    }
+
+    #[test]
+    fn what_is_compressed_may_be_either() {
+        let mut image = vec![0; 1024];
+        image[0x1fe..0x200].copy_from_slice(b"\x55\xaa");
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        let both = Entries {
+            pvh: true,
+            pv: true,
+        };
+        assert_eq!(entries(&image).unwrap(), both);
+    }
 }

@@ -69,10 +69,11 @@ pub async fn open(config: &Config) -> Result<Arc<dyn Hypervisor>, BackendError> 
         }
         #[cfg(feature = "xen")]
         Backend::Xen => {
-            use crate::config::Firewall;
+            use crate::config::{Firewall, Guests};
             use xbee_hypervisor::xen::{XenConfig, XenHypervisor};
             let mut xen = XenConfig::new(config.domains());
             xen.bridge.clone_from(&config.bridge);
+            xen.paravirtual = config.guests == Guests::Pv;
             xen.firewall = config.firewall == Firewall::Required;
             Arc::new(XenHypervisor::new(xen).await?)
         }

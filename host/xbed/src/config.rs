@@ -72,8 +72,19 @@ struct File {
 struct XenFile {
     bridge: Option<String>,
     prefix: Option<Prefix>,
+    guests: Option<Guests>,
     firewall: Option<Firewall>,
     same_owner: Option<SameOwner>,
+}
+
+/// How Xen runs guests that have a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Guests {
+    /// With hardware virtualization; those whose kernel cannot be started so, without.
+    Pvh,
+    /// Without, all of them.
+    Pv,
 }
 
 /// Who keeps guests on the bridge apart.
@@ -159,6 +170,12 @@ pub struct Config {
     pub bridge: String,
     /// Where their addresses are from; `None`: they have no network.
     pub prefix: Option<Prefix>,
+    /// How guests are run (back end `xen`).
+    #[cfg_attr(
+        not(feature = "xen"),
+        expect(dead_code, reason = "only that back end can choose")
+    )]
+    pub guests: Guests,
     /// Who keeps domains on the bridge apart.
     #[cfg_attr(
         not(feature = "xen"),
@@ -224,6 +241,7 @@ impl Config {
             ca_file: file.ca_file,
             bridge: file.xen.bridge.unwrap_or_else(|| "xenbr0".to_owned()),
             prefix: file.xen.prefix,
+            guests: file.xen.guests.unwrap_or(Guests::Pvh),
             firewall: file.xen.firewall.unwrap_or(Firewall::Required),
             same_owner: file.xen.same_owner.unwrap_or(SameOwner::Isolated),
         })

@@ -16,7 +16,8 @@ pub struct XenConfig {
     /// Domains with an interface are started only where the rules of `xen-configs/dom0/xenbee.nft`
     /// are loaded, and these are told of each. Otherwise something else must keep guests apart.
     pub firewall: bool,
-    /// Guests run without hardware virtualization (PV), not in a PVH container.
+    /// Guests run without hardware virtualization (PV), not in a PVH container. Those whose kernel
+    /// cannot run in one do so in any case.
     pub paravirtual: bool,
     /// Most bytes kept of a domain's console.
     pub console_max_bytes: u64,

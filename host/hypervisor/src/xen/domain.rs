@@ -15,7 +15,7 @@ use super::files;
 use super::libvirt::{Libvirt, Seen};
 use super::memory::{self, Promises};
 use super::network::Network;
-use super::xml;
+use super::xml::{self, Mode};
 use crate::domain::{
     AgentStream, DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
 };
@@ -109,6 +109,7 @@ impl Domain {
         let boot_file = self.dir.boot_file();
         let xml = xml::render(
             &self.spec,
+            Mode::of(&self.spec, config)?,
             config,
             boot_file.as_deref(),
             &files::sources(&self.spec, &self.dir),

@@ -35,6 +35,7 @@ use domain::Domain;
 use libvirt::{Libvirt, Notice};
 use memory::Promises;
 use network::Network;
+use xml::Mode;
 
 use crate::domain::{
     AgentStream, Description, DescriptionForm, Disk, DomainEvent, DomainId, DomainInfo, DomainSpec,
@@ -43,7 +44,7 @@ use crate::domain::{
 use crate::error::{Error, chain};
 use crate::rundir::{self, Record, RunDir};
 use crate::work::{blocking, joined};
-use crate::{Hypervisor, image, spec};
+use crate::{Hypervisor, spec};
 
 /// Events kept for a receiver that lags.
 const EVENTS_MAX: usize = 4096;
@@ -290,10 +291,10 @@ impl Inner {
                 dir.check_same(&existing.spec, &spec)?;
                 return Ok((spec, dir, None));
             }
-            spec.kernel.as_deref().map(image::open_kernel).transpose()?;
+            let mode = Mode::of(&spec, &config)?;
             // Whether it can be described at all.
             let sources = files::sources(&spec, &dir);
-            xml::render(&spec, &config, Some(&spec.run_dir), &sources)?;
+            xml::render(&spec, mode, &config, Some(&spec.run_dir), &sources)?;
             let record = Record::new(spec.clone(), boot_id);
             dir.make(&record, None, || {
                 let mut disks = spec.disks.iter().enumerate();
@@ -552,7 +553,9 @@ impl Hypervisor for XenHypervisor {
             DescriptionForm::Xl => xl::render,
             DescriptionForm::Libvirt => xml::render,
         };
-        let text = render(spec, &self.inner.config, boot_file.as_deref(), &disks)?;
+        let config = &self.inner.config;
+        let mode = Mode::of(spec, config)?;
+        let text = render(spec, mode, config, boot_file.as_deref(), &disks)?;
         Ok(Description { text, prepare })
     }
 

@@ -13,6 +13,7 @@ use crate::error::Error;
 /// The domain's description. `boot_file` and `disks` are as for [`super::xml::render`].
 pub(crate) fn render(
     spec: &DomainSpec,
+    mode: Mode,
     config: &XenConfig,
     boot_file: Option<&Path>,
     disks: &[PathBuf],
@@ -24,7 +25,6 @@ pub(crate) fn render(
     };
     line("name", string(&name(spec.id)));
     line("uuid", string(&spec.id.to_string()));
-    let mode = Mode::of(spec, config);
     line(
         "type",
         string(match mode {
@@ -106,7 +106,7 @@ mod tests {
     use super::*;
     use crate::rundir::RunDir;
     use crate::rundir::{BOOT_DISK, INITRAMFS};
-    use crate::xen::xml::tests::{assert_shown, example, without_kernel};
+    use crate::xen::xml::tests::{assert_shown, example, mode, without_kernel};
 
     fn rendered(spec: &DomainSpec, config: &XenConfig) -> Result<String, Error> {
         let dir = RunDir::named(&config.domains_dir, spec.id);
@@ -114,7 +114,13 @@ mod tests {
             Some(_) => INITRAMFS,
             None => BOOT_DISK,
         });
-        render(spec, config, Some(&boot_file), &files::sources(spec, &dir))
+        render(
+            spec,
+            mode(spec),
+            config,
+            Some(&boot_file),
+            &files::sources(spec, &dir),
+        )
     }
 
     #[test]
@@ -132,9 +138,8 @@ mod tests {
     fn strings_are_quoted_and_guests_can_be_paravirtual() {
         let mut spec = example();
         spec.kernel_args = vec![r#"dyndbg="a\b""#.to_owned()];
-        let mut config = XenConfig::new("/var/lib/xbee/run".into());
-        config.paravirtual = true;
-        let cfg = rendered(&spec, &config).unwrap();
+        let config = XenConfig::new("/var/lib/xbee/run".into());
+        let cfg = render(&spec, Mode::Pv, &config, None, &[]).unwrap();
         assert!(cfg.contains(r#" dyndbg=\"a\\b\"""#), "{cfg}");
         assert!(cfg.contains("type = \"pv\""), "{cfg}");
     }

@@ -10,6 +10,7 @@ use super::config::XenConfig;
 use super::files::{self, Server};
 use crate::domain::{Disk, DiskFormat, DomainId, DomainSpec, Interface};
 use crate::error::Error;
+use crate::image;
 use crate::spec::DISKS_MAX;
 
 /// Where the boot's configuration is if it is on a disk: the last that has a letter.
@@ -37,12 +38,24 @@ pub(crate) enum Mode {
 }
 
 impl Mode {
-    pub(crate) fn of(spec: &DomainSpec, config: &XenConfig) -> Self {
-        match spec.kernel {
-            None => Self::Hvm,
-            Some(_) if config.paravirtual => Self::Pv,
-            Some(_) => Self::Pvh,
-        }
+    /// How the domain's image can be run: in a PVH container if nothing is against it.
+    ///
+    /// # Errors
+    /// [`Error::ImageUnreadable`] and [`Error::UnknownKernel`].
+    pub(crate) fn of(spec: &DomainSpec, config: &XenConfig) -> Result<Self, Error> {
+        let Some(path) = &spec.kernel else {
+            return Ok(Self::Hvm);
+        };
+        let (_, entries) = image::look_at_kernel(path)?;
+        let found = match (config.paravirtual, entries.pvh, entries.pv) {
+            (false, true, _) => return Ok(Self::Pvh),
+            (_, _, true) => return Ok(Self::Pv),
+            (false, false, false) => "an ELF file with a note for neither PVH nor PV",
+            (true, _, false) => {
+                "an ELF file without a note for PV, which the configuration asks for"
+            }
+        };
+        Err(image::unknown_kernel(path, found))
     }
 }
 
@@ -50,11 +63,11 @@ impl Mode {
 /// initial RAM file system (without a kernel: as a further disk) and as its disks.
 pub(crate) fn render(
     spec: &DomainSpec,
+    mode: Mode,
     config: &XenConfig,
     boot_file: Option<&Path>,
     disks: &[PathBuf],
 ) -> Result<String, Error> {
-    let mode = Mode::of(spec, config);
     let os_type = match mode {
         Mode::Pvh => "xenpvh",
         Mode::Pv => "linux",
@@ -320,12 +333,19 @@ pub(crate) mod tests {
     }
 
     fn rendered(spec: &DomainSpec, config: &XenConfig) -> Result<String, Error> {
+        let mode = mode(spec);
         let dir = crate::rundir::RunDir::named(&config.domains_dir, spec.id);
         let boot_file = dir.path(match spec.kernel {
             Some(_) => crate::rundir::INITRAMFS,
             None => crate::rundir::BOOT_DISK,
         });
-        render(spec, config, Some(&boot_file), &files::sources(spec, &dir))
+        render(
+            spec,
+            mode,
+            config,
+            Some(&boot_file),
+            &files::sources(spec, &dir),
+        )
     }
 
     /// The same with a boot loader of its own.
@@ -334,6 +354,14 @@ pub(crate) mod tests {
             kernel: None,
             kernel_args: Vec::new(),
             ..example()
+        }
+    }
+
+    /// How they are run.
+    pub(crate) fn mode(spec: &DomainSpec) -> Mode {
+        match spec.kernel {
+            Some(_) => Mode::Pvh,
+            None => Mode::Hvm,
         }
     }
 
@@ -421,13 +449,51 @@ pub(crate) mod tests {
     fn names_are_escaped_and_guests_can_be_paravirtual() {
         let mut spec = example();
         spec.name = "<&'\">".to_owned();
-        let mut config = XenConfig::new("/var/lib/xbee/run".into());
-        config.paravirtual = true;
-        let xml = rendered(&spec, &config).unwrap();
+        let config = XenConfig::new("/var/lib/xbee/run".into());
+        let xml = render(&spec, Mode::Pv, &config, None, &[]).unwrap();
         assert!(
             xml.contains("<title>&lt;&amp;&apos;&quot;&gt;</title>"),
             "{xml}"
         );
         assert!(xml.contains("<type>linux</type>"), "{xml}");
+    }
+
+    #[test]
+    fn how_a_guest_is_run_is_its_kernels_and_the_configurations_affair() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = XenConfig::new("/var/lib/xbee/run".into());
+        let (pvh, pv) = (18, 1);
+        for (paravirtual, notes, expected) in [
+            (false, &[pvh, pv][..], Ok(Mode::Pvh)),
+            (false, &[pvh][..], Ok(Mode::Pvh)),
+            (false, &[pv][..], Ok(Mode::Pv)),
+            (true, &[pvh, pv][..], Ok(Mode::Pv)),
+            (true, &[pv][..], Ok(Mode::Pv)),
+            (
+                false,
+                &[][..],
+                Err("an ELF file with a note for neither PVH nor PV"),
+            ),
+            (
+                true,
+                &[pvh][..],
+                Err("an ELF file without a note for PV, which the configuration asks for"),
+            ),
+        ] {
+            let path = dir.path().join("kernel");
+            std::fs::write(&path, image::tests::kernel_with(notes)).unwrap();
+            config.paravirtual = paravirtual;
+            let mut spec = example();
+            spec.kernel = Some(path);
+            match (Mode::of(&spec, &config), expected) {
+                (Ok(mode), expected) => assert_eq!(Ok(mode), expected, "{notes:?}"),
+                (Err(Error::UnknownKernel { found, .. }), expected) => {
+                    assert_eq!(Err(found.as_str()), expected);
+                }
+                (Err(other), _) => panic!("{other}"),
+            }
+            spec.kernel = None;
+            assert_eq!(Mode::of(&spec, &config).unwrap(), Mode::Hvm);
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! What only the Xen back end promises.
 
 mod ends;
+mod paravirtual;
 mod starts;
 mod tcp;
 
