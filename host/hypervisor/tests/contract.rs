@@ -530,11 +530,7 @@ async fn an_image_with_its_own_boot_loader_boots(fixture: Fixture) {
             drop(hypervisor);
             hypervisor = fixture.open().await;
         }
-        let stream = timeout(LIMIT, hypervisor.channel(spec.id)).await;
-        let stream = stream.expect("no agent").unwrap();
-        let (agent, _events) = Agent::connect(stream, &support::SECRET, Resume::default())
-            .await
-            .unwrap();
+        let (agent, _events) = connect(&*hypervisor, spec.id).await;
         assert_eq!(agent.domain(), spec.id);
         println!("restart {restart}: {:?}", agent.hello());
         if restart {
