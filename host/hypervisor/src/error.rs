@@ -146,6 +146,16 @@ pub enum Error {
         /// What to do.
         remedy: &'static str,
     },
+    /// A guest's interface cannot be put on the bridge.
+    #[error("{port} could not be put on the bridge {bridge}: {detail}: see xbe doctor")]
+    Bridge {
+        /// The interface, by the name that the host has for it.
+        port: String,
+        /// The bridge.
+        bridge: String,
+        /// What is wrong.
+        detail: String,
+    },
     /// The vsock switch did not do its part.
     #[error("domain {id} could not be {action} the vsock switch")]
     Switch {
@@ -225,6 +235,7 @@ impl Error {
             Self::StartFailed { .. } => "start-failed",
             Self::Control { .. } => "hypervisor-control",
             Self::Firewall { .. } => "firewall",
+            Self::Bridge { .. } => "bridge",
             Self::Switch { .. } => "vsock-switch",
             Self::Unsupported { .. } => "unsupported",
             Self::NotItsSave { .. } => "not-its-save",

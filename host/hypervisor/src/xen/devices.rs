@@ -10,7 +10,7 @@ use super::channel;
 use super::domain::Domain;
 use super::files::{self, Server};
 use super::memory::Promises;
-use super::xml;
+use super::{port, xml};
 use crate::domain::{Disk, DomainState, Hardware, Interface};
 use crate::error::{Error, chain};
 use crate::spec;
@@ -134,7 +134,7 @@ impl Domain {
             return Ok(());
         }
         self.network.check(Some(&interface)).await?;
-        let xml = xml::interface(&self.spec, &interface, bridge);
+        let xml = xml::interface(&self.spec, &interface, bridge, Some(port::NO_SCRIPT));
         self.kept
             .change_hardware(move |hardware| hardware.interfaces.push(interface))
             .await?;
@@ -162,7 +162,10 @@ impl Domain {
             return Ok(());
         };
         self.libvirt
-            .detach(self.spec.id, xml::interface(&self.spec, interface, bridge))
+            .detach(
+                self.spec.id,
+                xml::interface(&self.spec, interface, bridge, Some(port::NO_SCRIPT)),
+            )
             .await
             .map_err(|error| self.refused("detach the interface", error))?;
         self.forget_interface(mac).await

@@ -107,7 +107,7 @@ impl Domain {
         }
         let _promise = promises.promise(self.needed_bytes(), &self.libvirt).await?;
         let boot_file = self.dir.boot_file();
-        let xml = xml::render(
+        let xml = xml::render_to_start(
             &self.spec,
             Mode::of(&self.spec, config)?,
             config,
@@ -135,7 +135,7 @@ impl Domain {
         Ok(())
     }
 
-    /// Until its port is known to the firewall, the guest can send nothing.
+    /// Until its port is known to the firewall and on the bridge, the guest has no network.
     async fn set_going(&self, xml: String) -> Result<(), Error> {
         self.libvirt.create(xml).await?;
         self.join_network().await
@@ -145,7 +145,7 @@ impl Domain {
     pub(super) async fn join_network(&self) -> Result<(), Error> {
         // One without an interface changes nothing; one that has ended is seen in its turn.
         if self.note_network().await? {
-            self.network.apply().await?;
+            self.network.apply(Some(self.spec.id)).await?;
         }
         Ok(())
     }

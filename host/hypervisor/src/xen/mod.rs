@@ -13,6 +13,7 @@ mod libvirt;
 mod memory;
 mod network;
 mod peer;
+mod port;
 mod release;
 mod save;
 mod xl;
@@ -107,7 +108,7 @@ impl XenHypervisor {
                         inner.noticed(notice);
                     }
                 })),
-                network: Arc::new(Network::new(config.firewall)),
+                network: Arc::new(Network::new(config.firewall, &config.bridge)),
                 config,
                 boot_id,
                 host: OnceCell::new(),
@@ -138,7 +139,7 @@ impl XenHypervisor {
             inner.lock().insert(id, domain);
         }
         // What is not there now cuts guests off, and lets them do nothing.
-        if let Err(error) = inner.network.apply().await {
+        if let Err(error) = inner.network.apply(None).await {
             tracing::warn!(error = chain(&error), "guests' network");
         }
         // What happened between a look at a domain and its place in the map was noticed by nobody.

@@ -1,4 +1,4 @@
-//! Who may send what on the bridge: fills the sets of the firewall in `xen-configs/dom0/xenbee.nft`
+//! Who is on the bridge, and may send what there: fills the sets of the firewall in `xen-configs/dom0/xenbee.nft`
 //! with the ports of running domains, through `nft` and its JSON (libnftables-json(5)).
 //!
 //! What is in the sets is made what it shall be, not changed by what happened: so a start that was
@@ -17,8 +17,9 @@ use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
+use super::port;
 use crate::domain::{DomainId, DomainSpec, Interface};
-use crate::error::Error;
+use crate::error::{Error, chain};
 
 /// The tables; `install` in `xen-configs/dom0` makes them.
 const TABLE: &str = "xenbee";
@@ -43,12 +44,13 @@ struct Port {
     device: u32,
     owner: String,
     interface: Interface,
+    /// Seen to be on the bridge.
+    joined: bool,
 }
 
 impl Port {
     fn name(&self) -> String {
-        // So Xen's scripts name them.
-        format!("vif{}.{}", self.domid, self.device)
+        port::name(self.domid, self.device)
     }
 
     fn sees(&self, other: &Port) -> bool {
@@ -62,6 +64,7 @@ impl Port {
 pub(crate) struct Network {
     /// `nft` and the arguments before its own; empty: no firewall is kept.
     nft: Vec<OsString>,
+    bridge: String,
     ports: Mutex<BTreeMap<DomainId, Vec<Port>>>,
     turn: tokio::sync::Mutex<()>,
 }
@@ -71,14 +74,15 @@ type Element = (&'static str, [String; 2]);
 
 impl Network {
     /// `firewall`: whether rules are there and shall be kept.
-    pub(crate) fn new(firewall: bool) -> Self {
+    pub(crate) fn new(firewall: bool, bridge: &str) -> Self {
         let nft = firewall.then(|| "nft".into()).into_iter().collect();
-        Self::with(nft)
+        Self::with(nft, bridge)
     }
 
-    fn with(nft: Vec<OsString>) -> Self {
+    fn with(nft: Vec<OsString>, bridge: &str) -> Self {
         Self {
             nft,
+            bridge: bridge.to_owned(),
             ports: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
         }
@@ -104,7 +108,7 @@ impl Network {
         Ok(())
     }
 
-    /// Notes what interfaces a domain that runs has, by Xen's numbers, without telling the firewall yet.
+    /// Notes what interfaces a domain that runs has, by Xen's numbers, without doing anything about it yet.
     pub(crate) fn note(&self, spec: &DomainSpec, domid: u32, interfaces: Vec<(u32, Interface)>) {
         let ports: Vec<Port> = interfaces
             .into_iter()
@@ -113,6 +117,7 @@ impl Network {
                 device,
                 owner: spec.owner.clone(),
                 interface,
+                joined: false,
             })
             .collect();
         if ports.is_empty() {
@@ -124,26 +129,66 @@ impl Network {
 
     /// Takes everything away from a domain that has ended.
     pub(crate) async fn leave(&self, id: DomainId) -> Result<(), Error> {
-        match self.lock().remove(&id) {
-            None => return Ok(()),
-            Some(_) => tracing::debug!(domain = %id, "off the bridge"),
+        let _turn = self.turn.lock().await;
+        let before = wanted(&self.ports());
+        if self.lock().remove(&id).is_none() {
+            return Ok(());
         }
-        self.apply().await
+        tracing::debug!(domain = %id, "off the bridge");
+        // What else there may be is for the next start to mend.
+        self.change(difference(&before, &wanted(&self.ports()), |_| true))
+            .await
+    }
+
+    /// Makes the sets what they shall be, and then puts on the bridge what is not there: of this domain if one is
+    /// named, and of all others as far as it goes.
+    pub(crate) async fn apply(&self, id: Option<DomainId>) -> Result<(), Error> {
+        let _turn = self.turn.lock().await;
+        self.fill_sets().await?;
+        let ports = self.lock().clone();
+        let mut result = Ok(());
+        for (owner, ports) in ports {
+            for port in ports.iter().filter(|port| !port.joined) {
+                match port::join(port.domid, port.device, &self.bridge).await {
+                    Ok(()) => self.joined(owner, port.device),
+                    Err(error) if Some(owner) == id => result = Err(error),
+                    Err(error) => {
+                        // One that has ended is seen in its turn.
+                        tracing::warn!(domain = %owner, error = chain(&error), "not on the bridge");
+                    }
+                }
+            }
+        }
+        result
+    }
+
+    fn joined(&self, id: DomainId, device: u32) {
+        for port in self.lock().get_mut(&id).into_iter().flatten() {
+            port.joined |= port.device == device;
+        }
+    }
+
+    fn ports(&self) -> Vec<Port> {
+        self.lock().values().flatten().cloned().collect()
     }
 
     /// Makes the sets what they shall be: of other processes' ports only those are touched that
     /// are not there any more.
-    pub(crate) async fn apply(&self) -> Result<(), Error> {
+    async fn fill_sets(&self) -> Result<(), Error> {
         if self.nft.is_empty() {
             return Ok(());
         }
-        let _turn = self.turn.lock().await;
         let present = self.elements().await?;
-        let ports: Vec<Port> = self.lock().values().flatten().cloned().collect();
+        let ports = self.ports();
         let commands = difference(&present, &wanted(&ports), |port| {
             ports.iter().any(|ours| ours.name() == port)
                 || !Path::new("/sys/class/net").join(port).exists()
         });
+        self.change(commands).await
+    }
+
+    /// Runs commands in one transaction.
+    async fn change(&self, commands: Vec<Value>) -> Result<(), Error> {
         if commands.is_empty() {
             return Ok(());
         }
@@ -305,6 +350,7 @@ mod tests {
                 address: Ipv6Addr::from_bits(0xfd00 << 112 | u128::from(domid)),
                 peers,
             },
+            joined: true,
         }
     }
 
@@ -387,7 +433,7 @@ mod tests {
         let Some(namespace) = Namespace::new() else {
             return;
         };
-        let network = Network::with(namespace.nft());
+        let network = Network::with(namespace.nft(), "xenbr0");
         let interface = port(1, "a", true).interface;
         let error = network.check(Some(&interface)).await.unwrap_err();
         assert_eq!(error.code(), "firewall");
@@ -406,19 +452,19 @@ mod tests {
             network.lock().insert(id, vec![port]);
             id
         });
-        network.apply().await.unwrap();
-        let ports: Vec<Port> = network.lock().values().flatten().cloned().collect();
+        network.apply(None).await.unwrap();
+        let ports = network.ports();
         assert_eq!(network.elements().await.unwrap(), wanted(&ports));
         // Nothing is done twice, and what is gone is mended.
-        network.apply().await.unwrap();
+        network.apply(None).await.unwrap();
         namespace.load("xenbee.nft");
-        network.apply().await.unwrap();
+        network.apply(None).await.unwrap();
         assert_eq!(network.elements().await.unwrap(), wanted(&ports));
         network.leave(ids[0]).await.unwrap();
         assert_eq!(network.elements().await.unwrap(), wanted(&ports[1..]));
         // What a process left that is no more.
-        let network = Network::with(namespace.nft());
-        network.apply().await.unwrap();
+        let network = Network::with(namespace.nft(), "xenbr0");
+        network.apply(None).await.unwrap();
         assert_eq!(network.elements().await.unwrap(), BTreeSet::new());
     }
 }

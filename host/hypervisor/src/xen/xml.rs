@@ -8,6 +8,7 @@ use quick_xml::escape::escape;
 
 use super::config::XenConfig;
 use super::files::{self, Server};
+use super::port::NO_SCRIPT;
 use crate::domain::{Disk, DiskFormat, DomainId, DomainSpec, Interface};
 use crate::error::Error;
 use crate::image;
@@ -59,14 +60,36 @@ impl Mode {
     }
 }
 
-/// The domain's description. `boot_file` and `disks` are the files that the guest is to have as its
-/// initial RAM file system (without a kernel: as a further disk) and as its disks.
+/// The domain's description, for whoever wants to start it. `boot_file` and `disks` are the files that the guest
+/// is to have as its initial RAM file system (without a kernel: as a further disk) and as its disks.
 pub(crate) fn render(
     spec: &DomainSpec,
     mode: Mode,
     config: &XenConfig,
     boot_file: Option<&Path>,
     disks: &[PathBuf],
+) -> Result<String, Error> {
+    describe(spec, mode, config, boot_file, disks, None)
+}
+
+/// The description with which it is started here, where its interfaces are put on the bridge by [`super::port`].
+pub(crate) fn render_to_start(
+    spec: &DomainSpec,
+    mode: Mode,
+    config: &XenConfig,
+    boot_file: Option<&Path>,
+    disks: &[PathBuf],
+) -> Result<String, Error> {
+    describe(spec, mode, config, boot_file, disks, Some(NO_SCRIPT))
+}
+
+fn describe(
+    spec: &DomainSpec,
+    mode: Mode,
+    config: &XenConfig,
+    boot_file: Option<&Path>,
+    disks: &[PathBuf],
+    script: Option<&str>,
 ) -> Result<String, Error> {
     let os_type = match mode {
         Mode::Pvh => "xenpvh",
@@ -133,7 +156,12 @@ pub(crate) fn render(
         line(indent(&self::boot_disk(boot_disk)?));
     }
     if let Some(interface) = &spec.interface {
-        line(indent(&self::interface(spec, interface, &config.bridge)));
+        line(indent(&self::interface(
+            spec,
+            interface,
+            &config.bridge,
+            script,
+        )));
     }
     match mode {
         Mode::Pvh | Mode::Pv => {
@@ -192,8 +220,13 @@ fn boot_disk(source: &Path) -> Result<String, Error> {
     ))
 }
 
-/// A network interface.
-pub(crate) fn interface(spec: &DomainSpec, interface: &Interface, bridge: &str) -> String {
+/// A network interface. `script` is run in place of the one that puts it on the bridge.
+pub(crate) fn interface(
+    spec: &DomainSpec,
+    interface: &Interface,
+    bridge: &str,
+    script: Option<&str>,
+) -> String {
     // The device model's card would be a second port of the bridge, which the firewall does not know.
     let model = match spec.kernel {
         Some(_) => "",
@@ -203,9 +236,10 @@ pub(crate) fn interface(spec: &DomainSpec, interface: &Interface, bridge: &str) 
         "<interface type='bridge'>\n  \
            <mac address='{}'/>\n  \
            <source bridge='{}'/>\n\
-         {model}</interface>",
+         {script}{model}</interface>",
         mac(interface),
-        escape(bridge)
+        escape(bridge),
+        script = script.map_or_else(String::new, |path| format!("  <script path='{path}'/>\n")),
     )
 }
 

@@ -82,6 +82,17 @@ async fn an_interface_is_on_the_bridge() {
     let domid = xl(&["domid", &xen_name(spec.id)]).unwrap();
     let port = format!("/sys/class/net/xenbr0/brif/vif{}.0", domid.trim());
     assert!(std::path::Path::new(&port).exists(), "{port}");
+
+    // A start that was cut off before its interface was on the bridge: what comes after puts it there.
+    let vif = port.rsplit('/').next().unwrap();
+    let off = Command::new("ip")
+        .args(["link", "set", "dev", vif, "nomaster"])
+        .status();
+    assert!(off.unwrap().success());
+    assert!(!std::path::Path::new(&port).exists(), "{port}");
+    drop(hypervisor);
+    let hypervisor = fixture.open().await;
+    assert!(std::path::Path::new(&port).exists(), "{port}");
     hypervisor.destroy(spec.id).await.unwrap();
     assert!(!std::path::Path::new(&port).exists(), "{port}");
 }
