@@ -108,10 +108,13 @@ fn await_value(store: &mut Xenstore, path: &str, wanted: impl Fn(&str) -> bool) 
     store.watch(path, path).unwrap();
     let deadline = Instant::now() + LIMIT;
     let value = loop {
-        while store.next_event().unwrap().is_some() {}
         let value = store.read(path).unwrap().unwrap_or_default();
         if wanted(&value) {
             break value;
+        }
+        // What came with the reply the descriptor does not tell of.
+        if store.next_event().unwrap().is_some() {
+            continue;
         }
         let rest = deadline.saturating_duration_since(Instant::now());
         assert!(!rest.is_zero(), "{path} is still {value:?}");

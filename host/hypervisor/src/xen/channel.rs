@@ -84,9 +84,14 @@ pub(crate) async fn connect(
             tokio::time::sleep(LOOK_PAUSE).await;
         }
         let path = path.clone();
-        let (found, back) = work::blocking(move || {
+        let (found, again, back) = work::blocking(move || {
             let found = look(&mut store, peer, &path)?;
-            Ok((found, store))
+            // Events come with replies, too, and then the descriptor does not tell of them.
+            let again = store
+                .next_event()
+                .map_err(|error| broken(&error))?
+                .is_some();
+            Ok((found, again, store))
         })
         .await
         .map_err(io::Error::other)?;
@@ -109,7 +114,9 @@ pub(crate) async fn connect(
             }
             (Found::Nothing, _) => {}
         }
-        events.readable().await?.clear_ready();
+        if !again {
+            events.readable().await?.clear_ready();
+        }
     }
     Err(io::Error::other("the guest announced its agent too often"))
 }
