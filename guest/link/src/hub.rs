@@ -21,7 +21,7 @@ use crate::vchan::{self, RingSize, Vchan};
 use crate::xenstore::{self, Xenstore};
 
 /// How long after a word of the tool stack's no channel is made. Then the domain was not saved.
-const SUSPEND_PAUSE: Duration = Duration::from_secs(2);
+const SUSPEND_PAUSE: Duration = Duration::from_secs(5);
 /// Pause before xenstore is tried again.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// Where the numbers of dials begin among those that processes take; ports are below.
@@ -362,9 +362,7 @@ impl Worker {
             let any = self.view.take_events()?;
             match self.view.suspension.news(&mut self.view.store)? {
                 Some(News::Suspending) => {
-                    for slot in self.slots.values() {
-                        slot.fail(io::ErrorKind::ConnectionReset);
-                    }
+                    self.slots.values().for_each(|slot| slot.cut());
                     self.pause_until = Some(Instant::now() + SUSPEND_PAUSE);
                 }
                 Some(News::Restored) => {
@@ -382,7 +380,9 @@ impl Worker {
                 }
                 continue;
             }
-            self.pause_until = None;
+            if self.pause_until.take().is_some() {
+                self.slots.values().for_each(|slot| slot.tell());
+            }
             let dirty = std::mem::take(&mut self.view.dirty);
             if dirty.answers {
                 self.look_at_answers()?;

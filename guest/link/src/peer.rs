@@ -18,8 +18,9 @@
 //!
 //! So an end does not prove that all has come: what matters says so in its own bytes. On Xen a
 //! guest cannot dial itself, there is no half-close, and when a guest is saved its streams end, for
-//! itself with `ConnectionReset`. A guest's kernel has room for 31 streams that it serves, the
-//! host's among them, unless the parameter `limit` of its module `xen-gntalloc` is raised.
+//! itself with `ConnectionReset`, of which it hears five seconds later or when it goes on. A guest's
+//! kernel has room for 31 streams that it serves, the host's among them, unless the parameter `limit`
+//! of its module `xen-gntalloc` is raised.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

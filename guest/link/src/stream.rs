@@ -29,6 +29,10 @@ enum State {
         since: Instant,
     },
     Open(Vchan),
+    /// Closed for this domain to be saved; the program is told later.
+    Cut {
+        connected: bool,
+    },
     /// The other guest is no more, or has given the stream up.
     Ended {
         /// What it has sent before and has not been read.
@@ -118,7 +122,7 @@ impl Slot {
                 State::Ended { rest, closed }
             }
             State::Dialling { .. } => State::Failed(io::ErrorKind::ConnectionReset),
-            State::Ended { .. } | State::Failed(_) => return,
+            State::Cut { .. } | State::Ended { .. } | State::Failed(_) => return,
         };
         self.news.ring();
     }
@@ -128,6 +132,30 @@ impl Slot {
         let mut state = self.lock();
         if !matches!(*state, State::Failed(_)) {
             *state = State::Failed(kind);
+            self.news.ring();
+        }
+    }
+
+    /// Closes it, and says nothing of it until [`Slot::tell`]: a program that ends now takes its connection
+    /// to xenstore with it, and a kernel (Linux, `unregister_xenbus_watch`) that gives up a watch while it
+    /// suspends waits for itself without end.
+    pub(crate) fn cut(&self) {
+        let mut state = self.lock();
+        let connected = match *state {
+            State::Dialling { .. } => false,
+            State::Open(_) => true,
+            State::Cut { .. } | State::Ended { .. } | State::Failed(_) => return,
+        };
+        *state = State::Cut { connected };
+        // What it has rung for is no more: a program that polls is to sleep.
+        self.news.hush();
+    }
+
+    /// If it has been cut, it fails.
+    pub(crate) fn tell(&self) {
+        let mut state = self.lock();
+        if let State::Cut { .. } = *state {
+            *state = State::Failed(io::ErrorKind::ConnectionReset);
             self.news.ring();
         }
     }
@@ -147,6 +175,7 @@ impl Slot {
                 Err(io::ErrorKind::TimedOut.into())
             }
             State::Dialling { .. } => Ok(false),
+            State::Cut { connected } => Ok(*connected),
             State::Open(_) | State::Ended { .. } => Ok(true),
             State::Failed(kind) => Err((*kind).into()),
         }
@@ -154,7 +183,7 @@ impl Slot {
 
     pub(crate) fn is_ready(&self, wants_to_write: bool) -> bool {
         match &*self.lock() {
-            State::Dialling { .. } => false,
+            State::Dialling { .. } | State::Cut { .. } => false,
             State::Open(vchan) => {
                 // What it has rung for is looked at here, so that polling ends with the next news.
                 self.news.hush();
@@ -166,7 +195,10 @@ impl Slot {
 
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match &mut *self.lock() {
-            State::Dialling { .. } => Err(io::ErrorKind::NotConnected.into()),
+            State::Dialling { .. } | State::Cut { connected: false } => {
+                Err(io::ErrorKind::NotConnected.into())
+            }
+            State::Cut { connected: true } => Err(io::ErrorKind::WouldBlock.into()),
             State::Open(vchan) => vchan.read_after_events(buffer),
             State::Ended { rest, closed } => match rest.read(buffer)? {
                 // There was no close that a vchan tells of.
@@ -179,7 +211,10 @@ impl Slot {
 
     pub(crate) fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         match &mut *self.lock() {
-            State::Dialling { .. } => Err(io::ErrorKind::NotConnected.into()),
+            State::Dialling { .. } | State::Cut { connected: false } => {
+                Err(io::ErrorKind::NotConnected.into())
+            }
+            State::Cut { connected: true } => Err(io::ErrorKind::WouldBlock.into()),
             State::Open(vchan) => vchan.write(bytes),
             State::Ended { .. } => Err(io::ErrorKind::BrokenPipe.into()),
             State::Failed(kind) => Err((*kind).into()),
@@ -247,5 +282,23 @@ mod tests {
             slot.fail(io::ErrorKind::TimedOut);
             assert_eq!(slot.connected().unwrap_err().kind(), kind);
         }
+    }
+
+    #[test]
+    fn what_is_cut_is_silent_until_it_is_told() {
+        let slot = Slot::dialling().unwrap();
+        slot.tell();
+        assert!(slot.is_dialling() && !rings(&slot));
+        slot.news.ring();
+        slot.cut();
+        assert!(!slot.is_dialling() && !slot.connected().unwrap());
+        slot.end();
+        assert!(!slot.is_ready(true) && !rings(&slot));
+        slot.tell();
+        assert!(rings(&slot) && slot.is_ready(false));
+        let kind = slot.connected().unwrap_err().kind();
+        assert_eq!(kind, io::ErrorKind::ConnectionReset);
+        slot.cut();
+        assert_eq!(slot.connected().unwrap_err().kind(), kind);
     }
 }

@@ -1,6 +1,8 @@
 //! What Xen's tool stack says of saving and restoring this domain. No vchan may be open while a
 //! domain is saved: see [`crate::vchan`].
 
+use rustix::time::{ClockId, clock_gettime};
+
 use crate::xenstore::{Error, WatchEvent, Xenstore};
 
 /// The tool stack writes here what the domain is to do.
@@ -88,9 +90,58 @@ impl Suspension {
     }
 }
 
+/// Up to when two clocks are taken to have been read at one time.
+const CLOSE_NS: i64 = 1_000_000;
+const READS_MAX: usize = 16;
+
+/// A moment of this domain's time. A kernel that suspends itself notes how long it was away, so this says
+/// at once, and without xenstore, whether a domain has been saved since.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moment {
+    /// How long the domain had been suspended by then, in nanoseconds: no less and no more than this.
+    away_ns: (i64, i64),
+}
+
+impl Moment {
+    pub(crate) fn now() -> Moment {
+        let read = |clock| {
+            let time = clock_gettime(clock);
+            time.tv_sec * 1_000_000_000 + time.tv_nsec
+        };
+        let look = || {
+            let before = read(ClockId::Monotonic);
+            let whole = read(ClockId::Boottime);
+            (whole - read(ClockId::Monotonic), whole - before)
+        };
+        let mut away_ns = look();
+        for _ in 1..READS_MAX {
+            if away_ns.1 - away_ns.0 <= CLOSE_NS {
+                break;
+            }
+            away_ns = look();
+        }
+        Moment { away_ns }
+    }
+
+    /// Whether the domain has been suspended since.
+    pub(crate) fn is_before_suspending(self) -> bool {
+        Moment::now().away_ns.0 > self.away_ns.1
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn time_that_went_by_while_suspended_is_told_from_other_time() {
+        let now = Moment::now();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(!now.is_before_suspending());
+        let (least, most) = now.away_ns;
+        let away_ns = (least - 100_000_000, most - 100_000_000);
+        assert!(Moment { away_ns }.is_before_suspending());
+    }
 
     const SHUTDOWN_ONLY: Fired = Fired {
         shutdown: true,

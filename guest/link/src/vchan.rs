@@ -7,14 +7,17 @@
 //!
 //! A channel does not survive that its domain is saved and restored: neither end hears of it, and
 //! a guest's kernel (Linux 6.12 and before) fails when the descriptor is closed afterwards. Close
-//! it before; where that was missed, [`Vchan::abandon`] it. Nor does an end hear of it when
+//! it before. Where that was missed, [`Vchan::abandon`] it, as dropping it does where it sees by the
+//! clocks that the domain has been suspended. Nor does an end hear of it when
 //! the other's domain is destroyed: watch `@releaseDomain`.
 
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::device::{self, EventChannel, SharedMemory};
 use crate::ring::{Broken, CLIENT_LIVE, Memory, Page, Peer, Place, Rings, SERVER_LIVE, Side, Step};
+use crate::suspend::Moment;
 use crate::xenstore::{self, Access, Xenstore};
 
 /// Size of the ring for each direction.
@@ -64,12 +67,19 @@ impl Error {
 /// One end of a channel. Dropping it closes it.
 #[derive(Debug)]
 pub struct Vchan {
-    // In this order they go: who shares the memory hears of it by the event channel.
+    ends: ManuallyDrop<Ends>,
+    /// Before it was made.
+    since: Moment,
+    /// Where a server has announced it.
+    announced: Option<String>,
+}
+
+// In this order they go: who shares the memory hears of it by the event channel.
+#[derive(Debug)]
+struct Ends {
     rings: Rings,
     _memory: Vec<SharedMemory>,
     events: EventChannel,
-    /// Where a server has announced it.
-    announced: Option<String>,
 }
 
 impl Vchan {
@@ -86,6 +96,7 @@ impl Vchan {
     ) -> Result<Vchan, Error> {
         // Its port and its grants may be given out again, for this channel even.
         store.remove(path)?;
+        let since = Moment::now();
         let events = EventChannel::unbound(peer)?;
         let order = ring as u16;
         let size = 1 << order;
@@ -101,17 +112,21 @@ impl Vchan {
             )
         };
         page.announce(order, &grants[1..]);
-        let channel = Vchan {
+        let ends = Ends {
             rings: Rings::new(page, Side::Server, left, right),
             _memory: vec![memory],
             events,
+        };
+        let channel = Vchan {
+            ends: ManuallyDrop::new(ends),
+            since,
             announced: Some(path.into()),
         };
         store.transaction::<_, Error>(|store| {
             let own = own_domain(store)?;
             for (name, value) in [
                 ("ring-ref", grants[0]),
-                ("event-channel", channel.events.port()),
+                ("event-channel", channel.ends.events.port()),
             ] {
                 let node = format!("{path}/{name}");
                 store.write(&node, &value.to_string())?;
@@ -142,6 +157,7 @@ impl Vchan {
         let Some((grant, port)) = announced else {
             return Ok(None);
         };
+        let since = Moment::now();
         // What a killed server leaves behind names a port or pages that are no more.
         let Some(events) = unless_stale(EventChannel::bound(peer, port))? else {
             return Ok(None);
@@ -181,14 +197,18 @@ impl Vchan {
                 }
             });
         }
-        let channel = Vchan {
+        let ends = Ends {
             rings: Rings::new(page, Side::Client, rings[0], rings[1]),
             _memory: memory,
             events,
+        };
+        let channel = Vchan {
+            ends: ManuallyDrop::new(ends),
+            since,
             announced: None,
         };
-        channel.rings.arrive();
-        let told = channel.events.notify();
+        channel.ends.rings.arrive();
+        let told = channel.ends.events.notify();
         Ok(unless_stale(told.map_err(|source| device::Error::Refused {
             what: "notify the server",
             source,
@@ -198,12 +218,12 @@ impl Vchan {
 
     /// Whether the other end is there now.
     pub fn is_connected(&self) -> bool {
-        self.rings.peer() == Peer::Live
+        self.ends.rings.peer() == Peer::Live
     }
 
     /// Whether no client has come yet.
     pub fn is_awaited(&self) -> bool {
-        self.rings.peer() == Peer::Awaited
+        self.ends.rings.peer() == Peer::Awaited
     }
 
     /// Reads what is there; 0 once the other end has gone and all of its bytes are read.
@@ -215,7 +235,7 @@ impl Vchan {
         if buffer.is_empty() {
             return Ok(0);
         }
-        let step = self.rings.read(buffer);
+        let step = self.ends.rings.read(buffer);
         Ok(self.finish(step)?.unwrap_or(0))
     }
 
@@ -240,7 +260,7 @@ impl Vchan {
         if bytes.is_empty() {
             return Ok(0);
         }
-        let step = self.rings.write(bytes);
+        let step = self.ends.rings.write(bytes);
         self.finish(step)?
             .ok_or_else(|| io::ErrorKind::BrokenPipe.into())
     }
@@ -250,7 +270,7 @@ impl Vchan {
         match step {
             Ok(Step::Moved { bytes, tell }) => {
                 if tell {
-                    self.events.notify()?;
+                    self.ends.events.notify()?;
                 }
                 Ok(Some(bytes))
             }
@@ -264,7 +284,7 @@ impl Vchan {
     /// read, or room where this end `wants_to_write`. If not, the descriptor becomes readable when
     /// there is.
     pub fn is_ready(&self, wants_to_write: bool) -> bool {
-        self.rings.is_ready(wants_to_write)
+        self.ends.rings.is_ready(wants_to_write)
     }
 
     /// Takes the events that have made the descriptor readable. To be called before looking for
@@ -273,7 +293,7 @@ impl Vchan {
     /// # Errors
     /// What the device says.
     pub fn acknowledge(&self) -> io::Result<()> {
-        self.events.acknowledge()
+        self.ends.events.acknowledge()
     }
 
     /// Closes the channel and takes its announcement back.
@@ -297,9 +317,15 @@ impl Vchan {
 
 impl Drop for Vchan {
     fn drop(&mut self) {
-        self.rings.leave();
+        // A guest may have been frozen on its way to here.
+        if self.since.is_before_suspending() {
+            return;
+        }
+        self.ends.rings.leave();
         // The kernel notifies once more when the memory goes.
-        let _notified = self.events.notify();
+        let _notified = self.ends.events.notify();
+        // SAFETY: they are used no more.
+        unsafe { ManuallyDrop::drop(&mut self.ends) };
     }
 }
 
@@ -307,7 +333,7 @@ impl AsFd for Vchan {
     /// Readable after something has changed that this end has asked for by reading or writing. Never
     /// to be polled for writing: the device is always writable.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.events.as_fd()
+        self.ends.events.as_fd()
     }
 }
 

@@ -33,7 +33,7 @@ const POWER_OFF_GRACE: Duration = Duration::from_secs(5);
 /// So long no channel is open after the tool stack has told the domain something that may have been
 /// to suspend: many times what the kernel needs for freezing. Where that does not follow, the host
 /// waits in vain.
-const SUSPEND_PAUSE: Duration = Duration::from_secs(2);
+const SUSPEND_PAUSE: Duration = Duration::from_secs(5);
 
 /// What a stream of the host's is about.
 #[derive(Debug)]
@@ -260,7 +260,9 @@ impl Agent {
                 }
             }
         }
-        for (id, stream) in &self.streams {
+        // Without a connection nothing comes from them and nothing goes to them.
+        let streams = matches!(self.line, Line::Up(_)).then_some(&self.streams);
+        for (id, stream) in streams.into_iter().flatten() {
             let (sink, sources) = match stream {
                 Stream::Process(p) => (Some(&p.stdin), [Some(&p.stdout), p.stderr.as_ref()]),
                 Stream::Forward(f) => (Some(&f.sink), [Some(&f.source), None]),
@@ -402,6 +404,8 @@ impl Agent {
     }
 
     fn dial(&mut self, now: Instant) {
+        // Of a connection that was closed for suspending.
+        self.end_streams();
         let dialled = match &mut self.way {
             Way::Dial(address) => Link::dial(address).map_err(|error| error.to_string()),
             Way::Xen(xen) => xen.dial(),
@@ -421,14 +425,14 @@ impl Agent {
         match xen.news() {
             // Switching off, it is not saved any more.
             Ok(Some(News::Suspending)) if self.shutdown.is_none() => {
-                let reason = failure(
-                    code::CANCELLED,
-                    "the machine is to be suspended or switched off",
-                );
-                self.hang_up(reason, now);
+                // First of all: the kernel may freeze this process at any moment, and then it is too late.
                 self.line = Line::Down {
                     retry_at: now + SUSPEND_PAUSE,
                 };
+                // What belonged to it goes with the next dial. A process that ends now takes its connection
+                // to xenstore with it, and a kernel (Linux, `unregister_xenbus_watch`) that gives up a
+                // watch while it suspends waits for itself without end.
+                self.say("the machine is to be suspended or switched off");
             }
             Ok(Some(News::Restored)) => {
                 let line = std::mem::replace(&mut self.line, Line::Down { retry_at: now });
@@ -444,7 +448,8 @@ impl Agent {
         }
     }
 
-    fn redial(&mut self, trouble: &str, now: Instant) {
+    /// Says, once, why there is no connection.
+    fn say(&mut self, trouble: &str) {
         if self.trouble != trouble {
             console::log(&format!(
                 "no connection to the host at {}: {trouble}",
@@ -452,6 +457,10 @@ impl Agent {
             ));
             self.trouble = trouble.into();
         }
+    }
+
+    fn redial(&mut self, trouble: &str, now: Instant) {
+        self.say(trouble);
         self.line = Line::Down {
             retry_at: now + Duration::from_millis(self.redial_ms),
         };

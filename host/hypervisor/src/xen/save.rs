@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
+use xbee_link::xenstore;
 
-use super::channel::Streams;
+use super::channel::{self, Streams};
 use super::config::XenConfig;
 use super::domain::Domain;
 use super::libvirt::Seen;
@@ -27,6 +28,10 @@ use crate::work::blocking;
 
 /// Pause between questions to a libvirt that does not answer them.
 const ASK_PAUSE: Duration = Duration::from_secs(1);
+
+/// So long a guest has, when it hears of a save, to close its channels, and again to end what ends with its
+/// agent's connection. Many times what it takes, and both shorter than the pause in which it opens none.
+const SETTLE_PAUSE: Duration = Duration::from_millis(500);
 
 /// What a file holds beyond the guest's memory, at most, in bytes. Measured: 8.4 MB for 192 MiB.
 const ROOM_BYTES: u64 = 64 << 20;
@@ -86,15 +91,41 @@ impl Domain {
         })
         .await?;
         self.saving.send_replace(true);
-        // A guest's kernel fails when a process closes a channel that was open while it was saved.
-        self.streams.send_replace(Streams::Cut);
+        // A guest's kernel fails when a process closes a channel that was open while it was saved. And it
+        // waits for itself without end where a process that has watches in xenstore ends while it suspends
+        // (Linux, `unregister_xenbus_watch`), as what the agent runs may when its connection is cut.
+        self.announce().await?;
         if paused {
             // It saves itself: a halted guest's kernel does not hear that it shall.
             self.libvirt.resume(self.spec.id).await?;
         }
+        tokio::time::sleep(SETTLE_PAUSE).await;
+        self.streams.send_replace(Streams::Cut);
+        tokio::time::sleep(SETTLE_PAUSE).await;
         self.libvirt
             .save(self.spec.id, text(&save_file::partial(file))?)
             .await
+    }
+
+    /// Has the guest hear of a save that is near: a word of no meaning to its kernel, and any word makes its
+    /// processes close their channels.
+    async fn announce(&self) -> Result<(), Error> {
+        let Some(domid) = self.libvirt.domid(self.spec.id).await? else {
+            // It ends, and libvirt is going to say so.
+            return Ok(());
+        };
+        let path = format!("/local/domain/{domid}/control/shutdown");
+        blocking(move || {
+            let said = channel::store()?.transaction::<_, xenstore::Error>(|store| {
+                match store.read(&path)?.as_deref() {
+                    // A word that the kernel has not taken yet is heard as well.
+                    None | Some("") => store.write(&path, ""),
+                    Some(_) => Ok(()),
+                }
+            });
+            said.map_err(|error| channel::broken(&error))
+        })
+        .await
     }
 
     /// Undoes a save that did not come to its end.

@@ -9,10 +9,11 @@ use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::time::Instant;
 use tokio::time::timeout;
 use xbee_agent::protocol::StartMode;
-use xbee_agent::{Agent, Event, ExecSpec, Process, Resume, StreamReader};
+use xbee_agent::{Agent, Event, ExecSpec, Process, StreamReader};
 use xbee_hypervisor::{DomainSpec, Hypervisor};
 
-use super::support::{Fixture, Guest, LIMIT, SECRET};
+use super::connect;
+use super::support::{Fixture, Guest, LIMIT};
 
 /// How the two transports say what one owner may know.
 struct Words {
@@ -167,6 +168,34 @@ mod xen {
             hypervisor.destroy(peer.spec.id).await.unwrap();
         }
     }
+
+    /// They have watches in xenstore, and a kernel that takes those back while it suspends never comes to
+    /// the end of either.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_guest_is_saved_whose_programs_end_with_the_connection() {
+        const PROGRAMS: u32 = 6;
+        let Some(fixture) = Fixture::xen() else {
+            return;
+        };
+        let Some(initramfs) = initramfs(&fixture) else {
+            return;
+        };
+        let hypervisor = fixture.open().await;
+        let mut peer = Peer::boot(&fixture, &*hypervisor, &initramfs, "alice").await;
+        let file = fixture.path("save");
+        for _ in 0..3 {
+            let mut programs = Vec::new();
+            for number in 0..PROGRAMS {
+                programs.push(peer.listen(5000 + number).await);
+            }
+            hypervisor.save(peer.spec.id, &file).await.unwrap();
+            hypervisor.restore(peer.spec.id, &file).await.unwrap();
+            peer.connect(&*hypervisor).await;
+            // Their ports are free again.
+            drop(programs);
+        }
+        hypervisor.destroy(peer.spec.id).await.unwrap();
+    }
 }
 
 /// The program for guests; `None`, and a printed reason, where it has not been built.
@@ -223,17 +252,19 @@ impl Peer {
         spec.memory_bytes = 128 << 20;
         hypervisor.create(&spec).await.unwrap();
         hypervisor.start(spec.id).await.unwrap();
-        let stream = timeout(LIMIT, hypervisor.channel(spec.id)).await;
-        let stream = stream.expect("no agent").unwrap();
-        let (agent, events) = Agent::connect(stream, &SECRET, Resume::default())
-            .await
-            .unwrap();
+        let (agent, events) = connect(hypervisor, spec.id).await;
         agent.start(StartMode::Agent).await.unwrap();
         Peer {
             spec,
             agent,
             _events: events,
         }
+    }
+
+    /// To the same agent again.
+    #[cfg(feature = "xen")]
+    async fn connect(&mut self, hypervisor: &dyn Hypervisor) {
+        (self.agent, self._events) = connect(hypervisor, self.spec.id).await;
     }
 
     fn cid(&self) -> u32 {
