@@ -196,7 +196,6 @@ impl RunDir {
         disk: &Disk,
         image: &DiskImage,
         backing: Option<&overlay::Backing>,
-        owner: Option<u32>,
     ) -> Result<(), Error> {
         if image.virtual_size_bytes > overlay::DISK_MAX_BYTES {
             return Err(Error::NotAnImage {
@@ -212,8 +211,7 @@ impl RunDir {
         let path = self.path(&overlay(index));
         let write = || {
             let mut file = new_file(&path)?;
-            overlay::write(&mut file, image.virtual_size_bytes, backing)?;
-            give(&path, owner)
+            overlay::write(&mut file, image.virtual_size_bytes, backing)
         };
         write().map_err(Error::io("write", &path))
     }
@@ -353,7 +351,7 @@ impl RunDir {
         self.0.join(name)
     }
 
-    fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), Error> {
+    pub(crate) fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), Error> {
         let path = self.path(name);
         let partial = self.path(&format!("{name}.partial"));
         let write = || {

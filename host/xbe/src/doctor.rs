@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -81,6 +81,8 @@ struct Machine {
     images: PathBuf,
     /// The bridge that domains' network interfaces join.
     bridge: String,
+    /// Where this program is, and with it the others of its release.
+    programs: Option<PathBuf>,
 }
 
 /// `doctor`.
@@ -90,6 +92,9 @@ pub async fn doctor(args: &cli::Doctor) -> Result<u8, Error> {
         path: env::var_os("PATH").unwrap_or_default(),
         images: images(),
         bridge: args.bridge.clone(),
+        programs: env::current_exe()
+            .ok()
+            .and_then(|program| program.parent().map(PathBuf::from)),
     };
     let findings = machine.examine(args.backend).await;
     for finding in &findings {
@@ -169,6 +174,7 @@ impl Machine {
                     self.program("qemu-img", "qemu-utils").map(display),
                 );
                 add("kvm", self.kvm());
+                add("cage", self.cage().await);
                 add("memory", self.memory());
             }
         }
@@ -423,6 +429,44 @@ impl Machine {
         }
     }
 
+    /// What this host has to keep a QEMU in that its guest has taken over; for whoever asks, which may be less than
+    /// root gets.
+    async fn cage(&self) -> Look {
+        let remedy = "run xbed as root, on Linux 6.12 or later with landlock among the LSMs, in a control group that is its \
+                      own to divide (systemd: Delegate=yes, DelegateSubgroup=xbed); what is missing, QEMU's other \
+                      fences must hold: docs/threat-model.md";
+        let program = self
+            .programs
+            .as_ref()
+            .map(|directory| directory.join("cage"))
+            .filter(|program| program.is_file());
+        let Some(program) = program else {
+            return missing(
+                "the program cage is not beside xbe",
+                "cargo build --release -p xbee-cage, and install it beside xbed",
+            );
+        };
+        let text = match ask("cage", &program, &["--check"]).await {
+            Ok(text) => text,
+            Err(why) => return missing(why, remedy),
+        };
+        let report: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+        let findings = report["findings"].as_array().into_iter().flatten();
+        let say = |finding: &serde_json::Value| {
+            let text = |key: &str| finding[key].as_str().unwrap_or_default().to_owned();
+            format!("{} ({})", text("part"), text("found"))
+        };
+        let (held, gaps): (Vec<_>, Vec<_>) = findings.partition(|finding| finding["holds"] == true);
+        let join = |findings: Vec<_>| findings.into_iter().map(say).collect::<Vec<_>>().join(", ");
+        let (held, gaps) = (join(held), join(gaps));
+        match (held.as_str(), gaps.as_str()) {
+            ("", "") => missing("cage --check says what is no report", remedy),
+            (_, "") => Ok(held),
+            ("", _) => warning(format!("nothing holds: {gaps}"), remedy),
+            _ => warning(format!("{held}; gaps: {gaps}"), remedy),
+        }
+    }
+
     fn memory(&self) -> Look {
         let text = self.text("/proc/meminfo").unwrap_or_default();
         let available = text
@@ -484,22 +528,26 @@ impl Machine {
         let Ok(program) = self.program(name, name) else {
             return Err(format!("{name} is not in PATH"));
         };
-        let mut command = Command::new(program);
-        command.args(args).stdin(Stdio::null()).kill_on_drop(true);
-        match tokio::time::timeout(PROGRAM_LIMIT, command.output()).await {
-            Ok(Ok(output)) if output.status.success() => {
-                Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-            }
-            Ok(Ok(output)) => {
-                let stderr = String::from_utf8_lossy(&output.stderr);
-                Err(format!("{name} {}: {}", args.join(" "), stderr.trim()))
-            }
-            Ok(Err(error)) => Err(format!("{name} cannot be run: {error}")),
-            Err(_) => Err(format!(
-                "{name} did not answer within {} s",
-                PROGRAM_LIMIT.as_secs()
-            )),
+        ask(name, &program, args).await
+    }
+}
+
+async fn ask(name: &str, program: &Path, args: &[&str]) -> Result<String, String> {
+    let mut command = Command::new(program);
+    command.args(args).stdin(Stdio::null()).kill_on_drop(true);
+    match tokio::time::timeout(PROGRAM_LIMIT, command.output()).await {
+        Ok(Ok(output)) if output.status.success() => {
+            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         }
+        Ok(Ok(output)) => {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            Err(format!("{name} {}: {}", args.join(" "), stderr.trim()))
+        }
+        Ok(Err(error)) => Err(format!("{name} cannot be run: {error}")),
+        Err(_) => Err(format!(
+            "{name} did not answer within {} s",
+            PROGRAM_LIMIT.as_secs()
+        )),
     }
 }
 
@@ -622,6 +670,7 @@ mod tests {
                 path: self.dir.path().join("bin").into(),
                 images: self.dir.path().join("images"),
                 bridge: "xenbr0".into(),
+                programs: Some(self.dir.path().join("bin")),
             };
             machine.examine(backend).await
         }
@@ -805,6 +854,10 @@ mod tests {
             .program("qemu-img", "")
             .program("ssh", "")
             .program(
+                "cage",
+                r#"echo '{"findings": [{"part": "seccomp", "holds": true, "found": "on"}]}'"#,
+            )
+            .program(
                 "qemu-system-x86_64",
                 "echo 'QEMU emulator version 6.1.0 (Debian)'",
             );
@@ -817,6 +870,35 @@ mod tests {
         );
         let findings = fake.examine(None).await;
         assert!(ill(&findings).is_empty(), "{findings:#?}");
+        let cage = |holds: bool| {
+            let report = format!(
+                r#"{{"findings": [{{"part": "seccomp", "holds": true, "found": "on"}},
+                {{"part": "landlock", "holds": {holds}, "found": "version 3"}}]}}"#
+            );
+            format!("[ \"$1\" = --check ] && echo '{report}'")
+        };
+        fake.program("cage", &cage(false));
+        let findings = fake.examine(None).await;
+        let found: Vec<_> = ill(&findings)
+            .iter()
+            .map(|f| (f.check, f.health, f.found.as_str()))
+            .collect();
+        let gaps = "seccomp (on); gaps: landlock (version 3)";
+        assert_eq!(found, [("cage", Health::Warning, gaps)]);
+        for (script, said) in [
+            ("exit 1", "cage --check: "),
+            ("echo nothing", "cage --check says what is no report"),
+        ] {
+            fake.program("cage", script);
+            let findings = fake.examine(None).await;
+            assert_eq!(ill(&findings)[0].found, said);
+        }
+        fake.remove("bin/cage");
+        let findings = fake.examine(None).await;
+        assert_eq!(
+            ill(&findings)[0].found,
+            "the program cage is not beside xbe"
+        );
         fake.remove("bin/qemu-system-x86_64");
         let findings = fake.examine(None).await;
         assert_eq!(ill(&findings)[0].found, "qemu-system-x86_64 is not in PATH");

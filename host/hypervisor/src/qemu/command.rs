@@ -23,9 +23,29 @@ pub(crate) const PLUG_BUS: &str = "plug";
 #[derive(Debug)]
 pub(crate) struct Descriptors {
     pub(crate) qmp_listener: RawFd,
+    /// Connected to the vsock switch.
+    pub(crate) vhost: RawFd,
     pub(crate) kernel: Option<RawFd>,
-    /// Base images, in the order of the domain's disks.
-    pub(crate) disks: Vec<RawFd>,
+    /// In the order of the domain's disks.
+    pub(crate) disks: Vec<DiskDescriptors>,
+}
+
+/// The files of a disk.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DiskDescriptors {
+    pub(crate) base: RawFd,
+    /// `None`: the disk is not written to.
+    pub(crate) overlay: Option<RawFd>,
+}
+
+/// The set of descriptors in which QEMU finds the base of a disk.
+pub(crate) fn base_set(index: usize) -> usize {
+    2 * index
+}
+
+/// And its overlay.
+pub(crate) fn overlay_set(index: usize) -> usize {
+    2 * index + 1
 }
 
 /// The arguments for one domain. Paths are relative to its run directory, which is the process's
@@ -112,10 +132,7 @@ pub(crate) fn args(
         &json!({ "driver": "virtio-rng-pci", "rng": "rng" }),
     );
 
-    args.option(
-        "-chardev",
-        format!("socket,id=vsock,path={}", files::VHOST_SOCKET),
-    );
+    args.option("-chardev", format!("socket,id=vsock,fd={}", fds.vhost));
     args.json(
         "-device",
         &json!({ "driver": "vhost-user-vsock-pci", "chardev": "vsock" }),
@@ -133,8 +150,14 @@ pub(crate) fn args(
         );
     }
 
-    for (index, (disk, fd)) in spec.disks.iter().zip(&fds.disks).enumerate() {
-        args.option("-add-fd", format!("fd={fd},set={index}"));
+    for (index, (disk, files)) in spec.disks.iter().zip(&fds.disks).enumerate() {
+        args.option(
+            "-add-fd",
+            format!("fd={},set={}", files.base, base_set(index)),
+        );
+        if let Some(fd) = files.overlay {
+            args.option("-add-fd", format!("fd={fd},set={}", overlay_set(index)));
+        }
         for node in disk_nodes(index, disk) {
             args.json("-blockdev", &node);
         }
@@ -160,8 +183,8 @@ pub(crate) fn args(
     Ok(args.0)
 }
 
-/// The block devices of a disk, in the order in which they are made. The base comes from the set of
-/// descriptors of the disk's number.
+/// The block devices of a disk, in the order in which they are made. Their files come from the disk's sets of
+/// descriptors: QEMU opens none.
 pub(crate) fn disk_nodes(index: usize, disk: &Disk) -> Vec<Value> {
     let mut base = json!({
         "driver": disk.format.to_string(), "node-name": format!("base{index}"),
@@ -174,7 +197,7 @@ pub(crate) fn disk_nodes(index: usize, disk: &Disk) -> Vec<Value> {
     let mut nodes = vec![
         json!({
             "driver": "file", "node-name": format!("base{index}-file"),
-            "filename": format!("/dev/fdset/{index}"), "read-only": true,
+            "filename": format!("/dev/fdset/{}", base_set(index)), "read-only": true,
         }),
         base,
     ];
@@ -183,7 +206,8 @@ pub(crate) fn disk_nodes(index: usize, disk: &Disk) -> Vec<Value> {
         let cache = json!({ "no-flush": true });
         nodes.push(json!({
             "driver": "file", "node-name": format!("disk{index}-file"),
-            "filename": rundir::overlay(index), "cache": cache, "discard": "unmap",
+            "filename": format!("/dev/fdset/{}", overlay_set(index)), "cache": cache,
+            "discard": "unmap",
         }));
         nodes.push(json!({
             "driver": "qcow2", "node-name": format!("disk{index}"),

@@ -1,7 +1,9 @@
 //! How the QEMU back end is set up.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use crate::error::Error;
 
 /// What executes guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,6 +28,8 @@ pub struct QemuConfig {
     pub program: Option<PathBuf>,
     /// The vsock switch; `None`: `vswitch` in the directory of the running program.
     pub vswitch_program: Option<PathBuf>,
+    /// What puts QEMU into its cage; `None`: `cage` in the directory of the running program.
+    pub cage_program: Option<PathBuf>,
     /// What executes guests.
     pub accelerator: Accelerator,
     /// With root's rights, a domain's process runs as user and group `uid_base + cid`. The range
@@ -51,6 +55,7 @@ impl QemuConfig {
             domains_dir,
             program: None,
             vswitch_program: None,
+            cage_program: None,
             accelerator: Accelerator::Auto,
             uid_base: 200_000,
             console_max_bytes: 4 << 20,
@@ -59,5 +64,15 @@ impl QemuConfig {
             start_limit: Duration::from_secs(30),
             command_limit: Duration::from_secs(10),
         }
+    }
+}
+
+/// A program of ours: the one that is configured, else that of this name beside the running program.
+pub(crate) fn companion(configured: Option<&Path>, name: &str) -> Result<PathBuf, Error> {
+    match configured {
+        Some(program) => Ok(program.to_owned()),
+        None => Ok(std::env::current_exe()
+            .map_err(Error::io("find the directory of", "/proc/self/exe"))?
+            .with_file_name(name)),
     }
 }

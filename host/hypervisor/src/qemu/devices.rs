@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
-use super::command::{self, PLUG_BUS};
+use super::command::{self, PLUG_BUS, base_set, overlay_set};
 use super::domain::Domain;
 use super::qmp::{Qmp, QmpError};
 use crate::domain::{Disk, DomainState, Hardware};
@@ -54,18 +54,16 @@ impl Domain {
     }
 
     /// Attaches a disk. The caller holds `operation`.
-    pub(crate) async fn attach_disk(
-        self: &Arc<Self>,
-        disk: Disk,
-        owner: Option<u32>,
-    ) -> Result<usize, Error> {
+    pub(crate) async fn attach_disk(self: &Arc<Self>, disk: Disk) -> Result<usize, Error> {
         let qmp = self.control("attach a disk to")?;
         let index = spec::free_disk(&self.spec, &self.hardware())?;
-        let base = {
+        let files = {
             let (dir, disk) = (self.dir.clone(), disk.clone());
             blocking(move || {
                 dir.remove_overlay(index)?;
-                let made = dir.make_disk_for_qemu(index, &disk, owner);
+                let made = dir
+                    .make_disk_for_qemu(index, &disk)
+                    .and_then(|()| dir.open_disk_for_qemu(index, &disk));
                 if made.is_err() {
                     dir.remove_overlay(index)?;
                 }
@@ -80,8 +78,12 @@ impl Domain {
             })
             .await?;
         let plugged = async {
-            let set = json!({ "fdset-id": index });
-            qmp.give("add-fd", set, Some(base.into())).await?;
+            let set = json!({ "fdset-id": base_set(index) });
+            qmp.give("add-fd", set, Some(files.base.into())).await?;
+            if let Some(overlay) = files.overlay {
+                let set = json!({ "fdset-id": overlay_set(index) });
+                qmp.give("add-fd", set, Some(overlay.into())).await?;
+            }
             for node in command::disk_nodes(index, &disk) {
                 qmp.give("blockdev-add", node, None).await?;
             }
@@ -127,11 +129,11 @@ impl Domain {
                 tracing::debug!(domain = %self.spec.id, %error, "blockdev-del");
             }
         }
-        if let Err(error) = qmp
-            .give("remove-fd", json!({ "fdset-id": index }), None)
-            .await
-        {
-            tracing::debug!(domain = %self.spec.id, %error, "remove-fd");
+        for set in [base_set(index), overlay_set(index)] {
+            let set = json!({ "fdset-id": set });
+            if let Err(error) = qmp.give("remove-fd", set, None).await {
+                tracing::debug!(domain = %self.spec.id, %error, "remove-fd");
+            }
         }
         self.kept
             .change_hardware(move |hardware| {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,13 +13,15 @@ use rustix::fs::{Mode, OFlags};
 use tokio::sync::broadcast;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
+use xbee_cage::{Identity, Plan, cgroup};
 use xbee_vswitch::switch::DomainSpec as Port;
 
 use super::agent_port::AgentPort;
-use super::command::{self, Descriptors};
+use super::command::{self, Descriptors, DiskDescriptors};
 use super::config::QemuConfig;
-use super::host::Host;
-use super::process::{self, Exit, Identity, Launch, Process};
+use super::files::{CONSOLE_IN, CONSOLE_OUT, caged};
+use super::host::{Host, KVM_DEVICE};
+use super::process::{self, Exit, Launch, Process};
 use super::qmp::{GuestStatus, Qmp};
 use super::supervisor::{Logs, Supervisor};
 use super::switch::Switch;
@@ -37,6 +39,14 @@ const ERROR_QUOTE_BYTES: u64 = 1024;
 
 /// Threads of a QEMU process beyond its virtual CPUs: main loop, RCU, and up to 64 for disk I/O.
 const THREADS_EXTRA: u64 = 80;
+
+/// Memory of a QEMU process beyond its guest's, in bytes: the translation cache of 128 MiB, disks' caches, and what
+/// is read and written for the guest.
+const MEMORY_EXTRA_BYTES: u64 = 512 << 20;
+
+/// Address space of a thread in bytes, where memory can be limited only by that: stack and allocator
+/// (glibc, `HEAP_MAX_SIZE` reserved twice).
+const ADDRESSES_PER_THREAD_BYTES: u64 = 144 << 20;
 
 /// A guest that is still booting misses the power button, so it is pressed again.
 const POWER_BUTTON_INTERVAL: Duration = Duration::from_secs(2);
@@ -118,7 +128,8 @@ impl Domain {
             vhost_socket: self.dir.vhost_socket(),
             uds: self.dir.vsock(),
             owner: self.spec.owner.clone(),
-            uid: identity(&self.spec, config),
+            // QEMU is handed the connection.
+            uid: None,
         };
         switch.add(self.spec.id, port).await?;
         let (process, logs) = {
@@ -217,7 +228,7 @@ impl Domain {
         let identity = identity(&self.spec, config).map(|id| Identity {
             uid: id,
             gid: id,
-            kvm_gid: host.kvm.and_then(|kvm| kvm.gid),
+            groups: host.kvm.and_then(|kvm| kvm.gid).into_iter().collect(),
         });
         let kernel = match &self.spec.kernel {
             Some(path) => Some(self.open_kernel(path, identity.as_ref())?),
@@ -227,10 +238,13 @@ impl Domain {
             .spec
             .disks
             .iter()
-            .map(image::open_disk)
+            .enumerate()
+            .map(|(index, disk)| self.dir.open_disk_for_qemu(index, disk))
             .collect::<Result<Vec<_>, _>>()?;
         let socket = self.dir.qmp_socket();
         let listener = UnixListener::bind(&socket).map_err(Error::io("listen on", socket))?;
+        let socket = self.dir.vhost_socket();
+        let vhost = UnixStream::connect(&socket).map_err(Error::io("connect to", socket))?;
         let path = self.dir.as_path();
         let directory = rustix::fs::open(
             path,
@@ -248,27 +262,74 @@ impl Domain {
         let stat_file = self.dir.create_stat()?;
         let fds = Descriptors {
             qmp_listener: listener.as_raw_fd(),
+            vhost: vhost.as_raw_fd(),
             kernel: kernel.as_ref().map(AsRawFd::as_raw_fd),
-            disks: disks.iter().map(|disk| disk.file.as_raw_fd()).collect(),
+            disks: disks
+                .iter()
+                .map(|disk| DiskDescriptors {
+                    base: disk.base.as_raw_fd(),
+                    overlay: disk.overlay.as_ref().map(AsRawFd::as_raw_fd),
+                })
+                .collect(),
         };
         let has_boot_file = self.dir.boot_file().is_some();
         let args = command::args(&self.spec, host, &fds, has_boot_file)?;
+        let plan = self.cage(host, identity, fds.kernel)?;
+        let of_disks = fds
+            .disks
+            .iter()
+            .flat_map(|disk| [Some(disk.base), disk.overlay]);
         let process = process::launch(Launch {
             program: &host.program,
             args,
             directory: &directory,
             stat_file: &stat_file,
             stderr,
-            inherit: [fds.qmp_listener]
+            inherit: [fds.qmp_listener, fds.vhost]
                 .into_iter()
                 .chain(fds.kernel)
-                .chain(fds.disks)
+                .chain(of_disks.flatten())
                 .collect(),
-            identity,
-            threads_max: u64::from(self.spec.vcpus_limit()) + THREADS_EXTRA,
+            cage: &host.cage,
+            plan,
         })
         .map_err(Error::io("start", &host.program))?;
         Ok((process, logs))
+    }
+
+    /// What QEMU is left with; makes its control groups.
+    fn cage(
+        &self,
+        host: &Host,
+        identity: Option<Identity>,
+        kernel: Option<i32>,
+    ) -> Result<Plan, Error> {
+        let threads_max = u64::from(self.spec.vcpus_limit()) + THREADS_EXTRA;
+        let memory_bytes = self.spec.memory_limit_bytes() + MEMORY_EXTRA_BYTES;
+        let place = &host.cage.report.cgroups;
+        let name = format!("xbee-{}", self.spec.id);
+        let group = place.group(&name);
+        self.dir.note_cgroups(&group)?;
+        let limits = cgroup::Limits {
+            memory_bytes,
+            pids: threads_max,
+            // Beside its processors, the main loop and disk I/O take time.
+            cpus: u64::from(self.spec.vcpus_limit()) + 1,
+        };
+        place.make(&name, limits).map_err(caged)?;
+        let address_space = memory_bytes + threads_max * ADDRESSES_PER_THREAD_BYTES;
+        Ok(Plan {
+            // Counted by user, so only for one that has no other processes.
+            threads_max: identity.is_some().then_some(threads_max),
+            identity,
+            read: self.dir.readable_for_qemu(),
+            write: vec![CONSOLE_IN.to_owned(), CONSOLE_OUT.to_owned()],
+            reopen: kernel.into_iter().collect(),
+            devices: host.kvm.map(|_| KVM_DEVICE.into()).into_iter().collect(),
+            cgroups: group,
+            address_space_max_bytes: (!place.limits_memory()).then_some(address_space),
+            ..Plan::default()
+        })
     }
 
     /// Opens the kernel, or a copy of it if the domain's process may not read it.
@@ -293,6 +354,12 @@ impl Domain {
     /// A process's unexpected end in words, with what it said last.
     pub(crate) fn explain(&self, exit: Exit) -> String {
         let said = log::tail(&self.dir.error_log(), ERROR_QUOTE_BYTES).unwrap_or_default();
+        // A crash is told even if what the limits were is not known any more.
+        let group = self.dir.cgroups().unwrap_or_default();
+        if cgroup::out_of_memory(&group) > 0 {
+            let most_mib = (self.spec.memory_limit_bytes() + MEMORY_EXTRA_BYTES) >> 20;
+            return format!("QEMU ended ({exit}): it used up its memory, {most_mib} MiB");
+        }
         match said.trim() {
             "" => format!("QEMU ended ({exit})"),
             said => format!("QEMU ended ({exit}): {said}"),

@@ -10,11 +10,14 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use rustix::fs::MemfdFlags;
+use xbee_cage::{Cage, Identity, Plan};
 
-use super::config::{Accelerator, QemuConfig};
-use super::process::{self, Exit, Identity, Launch};
+use super::config::{Accelerator, QemuConfig, companion};
+use super::files::caged;
+use super::process::{self, Exit, Launch};
 use crate::domain::HostCapabilities;
 use crate::error::Error;
+use crate::work::blocking;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 const REMEDY: &str = "install it (Debian, Ubuntu: apt-get install qemu-system-x86)";
@@ -23,6 +26,8 @@ const REMEDY: &str = "install it (Debian, Ubuntu: apt-get install qemu-system-x8
 #[derive(Debug, Clone)]
 pub(crate) struct Host {
     pub(crate) program: PathBuf,
+    /// What domains' processes are started in.
+    pub(crate) cage: Cage,
     version: String,
     pub(crate) kvm: Option<Kvm>,
     accelerator_note: String,
@@ -37,13 +42,16 @@ pub(crate) struct Kvm {
     pub(crate) gid: Option<u32>,
 }
 
+pub(crate) const KVM_DEVICE: &str = "/dev/kvm";
+
 impl Host {
     pub(crate) async fn probe(config: &QemuConfig) -> Result<Self, Error> {
         let program = find_program(config.program.as_deref())?;
         let version = version(&program, config.command_limit).await?;
+        let cage = find_cage(config.cage_program.as_deref()).await?;
         let tried = match config.accelerator {
             Accelerator::Tcg => Err("TCG was chosen by the configuration".to_owned()),
-            Accelerator::Auto | Accelerator::Kvm => probe_kvm(&program, config).await,
+            Accelerator::Auto | Accelerator::Kvm => probe_kvm(&program, &cage, config).await,
         };
         let (kvm, accelerator_note) = match tried {
             Ok(kvm) => (Some(kvm), "a probe guest ran".to_owned()),
@@ -57,6 +65,7 @@ impl Host {
         let tsc_khz = tokio::task::spawn_blocking(tsc_khz).await.ok().flatten();
         Ok(Self {
             program,
+            cage,
             version,
             kvm,
             accelerator_note,
@@ -103,6 +112,22 @@ fn find_program(configured: Option<&Path>) -> Result<PathBuf, Error> {
     }
 }
 
+/// Finds out what this host has for the cage, and says once what it has not.
+async fn find_cage(configured: Option<&Path>) -> Result<Cage, Error> {
+    let program = companion(configured, "cage")?;
+    if !program.is_file() {
+        return Err(Error::HypervisorMissing {
+            program: program.display().to_string(),
+            remedy: "put the program cage beside this one, or name it in the configuration",
+        });
+    }
+    let cage = blocking(move || Cage::find(&program).map_err(caged)).await?;
+    if let Some(lacks) = cage.report.lacks() {
+        tracing::warn!("QEMU's cage has gaps on this host: {lacks}");
+    }
+    Ok(cage)
+}
+
 async fn version(program: &Path, limit: Duration) -> Result<String, Error> {
     let broken = |detail: String| Error::HypervisorBroken {
         detail: format!("{} --version: {detail}", program.display()),
@@ -125,8 +150,8 @@ async fn version(program: &Path, limit: Duration) -> Result<String, Error> {
 }
 
 /// Whether a guest runs with KVM; otherwise why not. That the device can be opened proves nothing.
-async fn probe_kvm(program: &Path, config: &QemuConfig) -> Result<Kvm, String> {
-    let meta = std::fs::metadata("/dev/kvm").map_err(|error| format!("/dev/kvm: {error}"))?;
+async fn probe_kvm(program: &Path, cage: &Cage, config: &QemuConfig) -> Result<Kvm, String> {
+    let meta = std::fs::metadata(KVM_DEVICE).map_err(|error| format!("/dev/kvm: {error}"))?;
     if !meta.file_type().is_char_device() {
         return Err("/dev/kvm is no device".to_owned());
     }
@@ -148,20 +173,20 @@ async fn probe_kvm(program: &Path, config: &QemuConfig) -> Result<Kvm, String> {
     let identity = privileged.then_some(Identity {
         uid: config.uid_base,
         gid: config.uid_base,
-        kvm_gid: gid,
+        groups: gid.into_iter().collect(),
     });
     let kernel = config.kvm_probe_kernel.as_deref().ok_or_else(|| {
         "no kernel is configured to try KVM with: a device that opens proves nothing".to_owned()
     })?;
-    let accelerator = ["-accel", "kvm", "-cpu", "host"];
-    run_probe_guest(
-        program,
-        &accelerator,
-        kernel,
+    let plan = Plan {
         identity,
-        config.kvm_probe_limit,
-    )
-    .await?;
+        devices: vec![KVM_DEVICE.into()],
+        threads_max: privileged.then_some(64),
+        ..Plan::default()
+    };
+    let accelerator = ["-accel", "kvm", "-cpu", "host"];
+    let limit = config.kvm_probe_limit;
+    run_probe_guest(program, cage, &accelerator, kernel, plan, limit).await?;
     Ok(Kvm { gid })
 }
 
@@ -170,9 +195,10 @@ async fn probe_kvm(program: &Path, config: &QemuConfig) -> Result<Kvm, String> {
 /// every kernel hangs.
 async fn run_probe_guest(
     program: &Path,
+    cage: &Cage,
     accelerator: &[&str],
     kernel: &Path,
-    identity: Option<Identity>,
+    plan: Plan,
     limit: Duration,
 ) -> Result<(), String> {
     let kernel = crate::image::open_kernel(kernel).map_err(|error| crate::error::chain(&error))?;
@@ -195,8 +221,11 @@ async fn run_probe_guest(
             stat_file: &stat,
             stderr: stderr.try_clone()?.into(),
             inherit: vec![kernel.as_raw_fd()],
-            identity,
-            threads_max: 64,
+            cage,
+            plan: Plan {
+                reopen: vec![kernel.as_raw_fd()],
+                ..plan
+            },
         })?;
         Ok((process, stderr))
     };
@@ -286,8 +315,20 @@ mod tests {
             println!("skipped: {} is missing (make images)", kernel.display());
             return;
         }
+        // Cargo puts the programs of the workspace above the tests.
+        let cage = std::env::current_exe().unwrap();
+        let cage = cage.parent().unwrap().with_file_name("cage");
+        if !cage.exists() {
+            println!(
+                "skipped: {} is missing (cargo build -p xbee-cage)",
+                cage.display()
+            );
+            return;
+        }
+        let cage = Cage::find(&cage).unwrap();
         let run = |accelerator: &'static [&'static str], limit| {
-            run_probe_guest(&program, accelerator, &kernel, None, limit)
+            let plan = Plan::default();
+            run_probe_guest(&program, &cage, accelerator, &kernel, plan, limit)
         };
         let limit = Duration::from_secs(90);
         run(&["-accel", "tcg"], limit).await.unwrap();

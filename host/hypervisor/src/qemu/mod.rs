@@ -79,12 +79,7 @@ impl QemuHypervisor {
             tracing::info!(domain = %id, state = %domain.life.get(), "domain found");
             domains.insert(id, domain);
         }
-        let vswitch = match &config.vswitch_program {
-            Some(program) => program.clone(),
-            None => std::env::current_exe()
-                .map_err(Error::io("find the directory of", "/proc/self/exe"))?
-                .with_file_name("vswitch"),
-        };
+        let vswitch = config::companion(config.vswitch_program.as_deref(), "vswitch")?;
         let switch = Switch::new(vswitch, &config.domains_dir);
         Ok(Self(Arc::new(Inner {
             config,
@@ -199,7 +194,11 @@ impl Inner {
         domain.kill(self.config.command_limit).await?;
         self.switch.remove(id, domain.spec.cid).await?;
         let dir = domain.dir.clone();
-        blocking(move || dir.remove()).await?;
+        blocking(move || {
+            dir.remove_cgroups()?;
+            dir.remove()
+        })
+        .await?;
         domain.discard();
         self.domains
             .lock()
@@ -269,10 +268,9 @@ impl Hypervisor for QemuHypervisor {
 
     async fn attach_disk(&self, id: DomainId, disk: &Disk) -> Result<usize, Error> {
         let (domain, disk) = (self.domain(id)?, disk.clone());
-        self.complete(|inner| async move {
+        self.complete(|_| async move {
             let _operation = domain.operation.lock().await;
-            let owner = domain::identity(&domain.spec, &inner.config);
-            domain.attach_disk(disk, owner).await
+            domain.attach_disk(disk).await
         })
         .await
     }

@@ -1,4 +1,4 @@
-//! QEMU's process: started without privileges, found again after a restart, seen when it ends.
+//! QEMU's process: started in a cage, found again after a restart, seen when it ends.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -6,23 +6,14 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
-use rustix::process::{
-    Gid, Pid, PidfdFlags, Resource, Rlimit, Signal, Uid, WaitId, WaitIdOptions, WaitIdStatus,
-};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus};
+use rustix::thread::UnshareFlags;
 use tokio::io::unix::AsyncFd;
+use xbee_cage::{Cage, Plan};
 
 use crate::readable::readable;
-
-/// Whom a domain's process runs as.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Identity {
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    /// Group that may open `/dev/kvm`, where the domain uses it.
-    pub(crate) kvm_gid: Option<u32>,
-}
 
 /// A process to start.
 pub(crate) struct Launch<'a> {
@@ -37,10 +28,9 @@ pub(crate) struct Launch<'a> {
     pub(crate) stderr: OwnedFd,
     /// Descriptors that stay open under their numbers.
     pub(crate) inherit: Vec<RawFd>,
-    /// `None`: as this process.
-    pub(crate) identity: Option<Identity>,
-    /// Most threads of the process; counted by user, so set only with an own identity.
-    pub(crate) threads_max: u64,
+    pub(crate) cage: &'a Cage,
+    /// What it is left with in the cage. The fences that the host has are added here.
+    pub(crate) plan: Plan,
 }
 
 /// Most open files of a domain's process.
@@ -48,8 +38,16 @@ const OPEN_FILES_MAX: u64 = 1024;
 
 /// Starts a process that outlives this one.
 pub(crate) fn launch(launch: Launch<'_>) -> io::Result<Process> {
-    let mut command = Command::new(launch.program);
+    let parts = launch.cage.report.parts;
+    let plan = Plan {
+        parts,
+        open_files_max: OPEN_FILES_MAX,
+        ..launch.plan
+    };
+    let mut command = Command::new(&launch.cage.program);
     command
+        .arg(serde_json::to_string(&plan)?)
+        .arg(launch.program)
         .args(&launch.args)
         .env_clear()
         .stdin(Stdio::null())
@@ -58,13 +56,6 @@ pub(crate) fn launch(launch: Launch<'_>) -> io::Result<Process> {
     let directory = launch.directory.as_raw_fd();
     let stat_file = launch.stat_file.as_raw_fd();
     let inherit = launch.inherit;
-    let identity = launch.identity;
-    let groups: Vec<Gid> = identity
-        .iter()
-        .filter_map(|identity| identity.kvm_gid)
-        .map(Gid::from_raw)
-        .collect();
-    let threads_max = launch.threads_max;
     // SAFETY: runs between fork and exec and only makes system calls on values made before the
     // fork: no allocation, no lock. The descriptors are borrowed from `launch`, which outlives
     // the call to `spawn`.
@@ -81,17 +72,6 @@ pub(crate) fn launch(launch: Launch<'_>) -> io::Result<Process> {
                 let fd = BorrowedFd::borrow_raw(*fd);
                 rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
             }
-            limit(Resource::Core, 0)?;
-            limit(Resource::Nofile, OPEN_FILES_MAX)?;
-            if let Some(identity) = &identity {
-                limit(Resource::Nproc, threads_max)?;
-                let gid = Gid::from_raw(identity.gid);
-                let uid = Uid::from_raw(identity.uid);
-                rustix::thread::set_thread_groups(&groups)?;
-                rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-                rustix::thread::set_thread_res_uid(uid, uid, uid)?;
-            }
-            rustix::thread::set_no_new_privs(true)?;
             let stat = rustix::fs::open(
                 c"/proc/self/stat",
                 rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC,
@@ -105,7 +85,10 @@ pub(crate) fn launch(launch: Launch<'_>) -> io::Result<Process> {
             Ok(())
         });
     }
-    let child = command.spawn()?;
+    let child = match parts.processes {
+        true => spawn_apart(&mut command)?,
+        false => command.spawn()?,
+    };
     // The child is not reaped before `Process::exited` sees its end: its identifier cannot have
     // been given to another process yet.
     let pid = Pid::from_child(&child);
@@ -115,19 +98,18 @@ pub(crate) fn launch(launch: Launch<'_>) -> io::Result<Process> {
     })
 }
 
-fn limit(resource: Resource, maximum: u64) -> io::Result<()> {
-    let maximum = match rustix::process::getrlimit(resource).maximum {
-        Some(current) => maximum.min(current),
-        None => maximum,
-    };
-    rustix::process::setrlimit(
-        resource,
-        Rlimit {
-            current: Some(maximum),
-            maximum: Some(maximum),
-        },
-    )?;
-    Ok(())
+/// Starts a process that is the first of a process namespace: it sees no process of the host.
+fn spawn_apart(command: &mut Command) -> io::Result<Child> {
+    // The namespace is that of all further children of a thread, so of one that has no more.
+    std::thread::scope(|scope| {
+        let apart = || {
+            // SAFETY: descriptors are not unshared.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }?;
+            command.spawn()
+        };
+        let started = scope.spawn(apart).join();
+        started.unwrap_or_else(|_| Err(io::Error::other("the thread that starts QEMU panicked")))
+    })
 }
 
 /// How a process ended, as far as this one could see.

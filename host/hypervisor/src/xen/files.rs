@@ -102,7 +102,7 @@ impl RunDir {
         }
         let backing = Backing::new(&disk.image, disk.format)
             .ok_or_else(|| invalid("the path is too long for an overlay, or no text"))?;
-        self.make_overlay(index, disk, &image, Some(&backing), None)
+        self.make_overlay(index, disk, &image, Some(&backing))
     }
 
     /// Notes that the domain is about to be started.

@@ -1,10 +1,12 @@
 //! What only the QEMU back end promises.
 
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::SocketAddr;
 use std::time::Duration;
 
 use xbee_hypervisor::qemu::{QemuConfig, QemuHypervisor};
-use xbee_hypervisor::{Disk, DiskFormat, Hypervisor, StopReason};
+use xbee_hypervisor::{Disk, DiskFormat, DomainState, Hypervisor, StopReason};
 
 use tokio::time::{Instant, sleep};
 
@@ -101,7 +103,7 @@ async fn the_process_has_no_privileges() {
         assert_eq!(field("Gid:"), [id.as_str(); 4].join(" "));
         assert_eq!(field("Groups:"), "");
         assert_eq!(field("CapEff:"), "0000000000000000");
-        assert_eq!(field("CapBnd:").len(), 16);
+        assert_eq!(field("CapBnd:"), "0000000000000000");
         assert_eq!(field("NoNewPrivs:"), "1");
         assert_eq!(field("Seccomp:"), "2");
         let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
@@ -114,6 +116,23 @@ async fn the_process_has_no_privileges() {
         };
         assert!(limit("Max core file size").contains(" 0 "), "{limits}");
         assert!(limit("Max open files").contains(" 1024 "), "{limits}");
+        // Nothing of the host is left to it but what it needs.
+        for space in ["mnt", "net", "pid", "ipc", "uts", "cgroup"] {
+            let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/{space}")).unwrap();
+            assert_ne!(of(&pid.to_string()), of("self"), "{space}");
+        }
+        let root = std::fs::read_dir(format!("/proc/{pid}/root/")).unwrap();
+        let mut names: Vec<_> = root.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        let run_dir = spec.run_dir.components().nth(1).unwrap().as_os_str();
+        assert!(
+            names
+                .iter()
+                .all(|name| ["dev", "etc", "lib", "lib64", "proc", "usr"]
+                    .contains(&name.to_str().unwrap())
+                    || name == run_dir),
+            "{names:?}"
+        );
         // Nothing of the host manager's is open in it, and in its directory it may write nothing new.
         for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
             let target = std::fs::read_link(fd.unwrap().path()).unwrap();
@@ -133,6 +152,124 @@ async fn the_process_has_no_privileges() {
     for spec in &specs {
         hypervisor.destroy(spec.id).await.unwrap();
     }
+}
+
+/// A QEMU that was taken over finds all doors shut, beside a domain of somebody else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_qemu_that_was_taken_over_gets_nowhere() {
+    let Some(fixture) = Fixture::qemu() else {
+        return;
+    };
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: only root can give a domain a user of its own");
+        return;
+    }
+    let Some(program) = taken_over() else { return };
+    let hypervisor = fixture.open().await;
+    let victim = fixture.run(&*hypervisor, Guest::Idle).await;
+    // What xbed has beside it, open to everybody but for the cage.
+    let (database, api) = (fixture.path("xbed.db"), fixture.path("s"));
+    std::fs::write(&database, "").unwrap();
+    let _api = std::os::unix::net::UnixListener::bind(&api).unwrap();
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let name = format!("xbee-contract-{}", victim.id);
+    let address = SocketAddr::from_abstract_name(&name);
+    let _abstract = std::os::unix::net::UnixListener::bind_addr(&address.unwrap()).unwrap();
+    let everybody = PermissionsExt::from_mode(0o777);
+    for path in [&fixture.path(""), &database, &api] {
+        std::fs::set_permissions(path, Clone::clone(&everybody)).unwrap();
+    }
+    let most_mib: u64 = 192 + 512;
+    let words = [
+        ("other", victim.run_dir.display().to_string()),
+        (
+            "victim",
+            qemu_pid(victim.id).unwrap().as_raw_nonzero().to_string(),
+        ),
+        ("manager", std::process::id().to_string()),
+        ("database", database.display().to_string()),
+        ("api", api.display().to_string()),
+        (
+            "switch",
+            fixture.path("domains/vswitch.sock").display().to_string(),
+        ),
+        ("tcp", tcp.local_addr().unwrap().port().to_string()),
+        ("abstract", name),
+        ("memory", ((most_mib + 100) << 20).to_string()),
+    ];
+    let words: Vec<_> = words
+        .map(|(name, value)| format!("door.{name}={value}"))
+        .into();
+    let open = |said: &str| -> Vec<String> {
+        let doors = said
+            .lines()
+            .filter_map(|line| line.strip_prefix("door ")?.strip_suffix(": open"));
+        doors.map(str::to_owned).collect()
+    };
+
+    // The same program outside: were all its doors shut, they would be painted on the wall.
+    let outside = std::process::Command::new(&program)
+        .args(&words)
+        .current_dir(fixture.path(""))
+        .output()
+        .unwrap();
+    let outside = open(&String::from_utf8_lossy(&outside.stderr));
+    assert!(
+        outside.len() > 35 && outside.contains(&"memory".to_owned()),
+        "{outside:?}"
+    );
+
+    let other = fixture.open_with(Some(&program)).await;
+    let mut spec = fixture.spec(Guest::Idle);
+    spec.run_dir = fixture.path("others").join(spec.id.to_string());
+    spec.kernel_args = words;
+    other.create(&spec).await.unwrap();
+    let error = other.start(spec.id).await.unwrap_err().to_string();
+    let said = std::fs::read_to_string(spec.run_dir.join("qemu.log")).unwrap();
+    println!("{said}");
+    assert_eq!(open(&said), [""; 0]);
+    let doors = said
+        .lines()
+        .filter(|line| line.starts_with("door "))
+        .count();
+    assert!(doors > 45, "{doors}");
+    let groups: Vec<std::path::PathBuf> =
+        serde_json::from_slice(&std::fs::read(spec.run_dir.join("qemu.cgroups")).unwrap()).unwrap();
+    if groups
+        .iter()
+        .any(|group| group.join("memory.oom_control").exists() || group.join("memory.max").exists())
+    {
+        // That took more than its share was its end.
+        assert!(
+            error.ends_with(&format!("it used up its memory, {most_mib} MiB")),
+            "{error}"
+        );
+        assert!(!said.contains("all doors tried"), "{said}");
+    } else {
+        println!("skipped: this host has no control group for memory");
+    }
+    other.destroy(spec.id).await.unwrap();
+    assert!(groups.iter().all(|group| !group.exists()), "{groups:?}");
+    // Of which the other domain noticed nothing.
+    assert_eq!(
+        super::state(&*hypervisor, victim.id).await,
+        Some(DomainState::Running)
+    );
+    hypervisor.destroy(victim.id).await.unwrap();
+}
+
+/// The program that plays it; `None`, and a printed reason, where it is not built.
+fn taken_over() -> Option<std::path::PathBuf> {
+    let test = std::env::current_exe().unwrap();
+    let program = test.parent().unwrap().with_file_name("examples/taken_over");
+    if !program.exists() {
+        println!(
+            "skipped: {} is missing (cargo build -p xbee-cage --examples)",
+            program.display()
+        );
+        return None;
+    }
+    Some(program)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -219,12 +219,14 @@ impl Fixture {
             .parent()
             .unwrap()
             .with_file_name("vswitch");
-        if !vswitch.exists() {
-            println!(
-                "skipped: {} is missing (cargo build -p xbee-vswitch)",
-                vswitch.display()
-            );
-            return None;
+        for program in [&vswitch, &vswitch.with_file_name("cage")] {
+            if !program.exists() {
+                println!(
+                    "skipped: {} is missing (cargo build -p xbee-vswitch -p xbee-cage)",
+                    program.display()
+                );
+                return None;
+            }
         }
         let dir = tempfile::tempdir().unwrap();
         // Where the images are, only root may be able to look.
@@ -251,12 +253,22 @@ impl Fixture {
 
     /// The back end; opened again, it must find what the one before left running.
     pub async fn open(&self) -> Box<dyn Hypervisor> {
+        self.open_with(None).await
+    }
+
+    /// With another program as QEMU and, since that is another back end, another place: `others`.
+    pub async fn open_with(&self, qemu: Option<&Path>) -> Box<dyn Hypervisor> {
         match &self.backend {
             Backend::Sim(host) => Box::new(SimHypervisor::new(Arc::clone(host))),
             Backend::Qemu { vswitch, .. } => {
-                let mut config = QemuConfig::new(self.domains_dir());
+                let mut config = QemuConfig::new(match qemu {
+                    None => self.domains_dir(),
+                    Some(_) => self.path("others"),
+                });
+                config.program = qemu.map(Path::to_owned);
                 config.console_max_bytes = CONSOLE_MAX_BYTES;
                 config.vswitch_program = Some(vswitch.clone());
+                config.cage_program = Some(vswitch.with_file_name("cage"));
                 Box::new(QemuHypervisor::new(config).await.unwrap())
             }
             #[cfg(feature = "xen")]
