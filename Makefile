@@ -22,8 +22,8 @@ test: ## images, lint, and all tests, on real virtual machines and on Xen
 xen-test: ## tests on a real Xen, which runs in QEMU
 	@ci/xen/test
 
-soak: ## the longer tests: all those on Xen
-	@ci/xen/test all
+soak: ## the longer tests: 100,000 simulated tasks, all those on Xen
+	@ci/soak
 
 lint: ## formatting, clippy, licences, spelling
 	@ci/install test

@@ -241,6 +241,14 @@ impl Error {
             Self::NotItsSave { .. } => "not-its-save",
             Self::NotSaved { .. } => "not-saved",
             Self::NotDescribed => "domain-not-described",
+            Self::Io { source, .. }
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+                ) =>
+            {
+                "disk-full"
+            }
             Self::Io { .. } => "host-io",
         }
     }

@@ -232,6 +232,14 @@ impl ErrorKind {
             Self::Transfer { .. } => "transfer",
             Self::Ftp { .. } => "ftp",
             Self::Unsupported { .. } => "unsupported",
+            Self::Local { source, .. }
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+                ) =>
+            {
+                "disk-full"
+            }
             Self::Local { .. } => "local-io",
         }
     }

@@ -340,6 +340,14 @@ fn replace(
         Creation::DontOverwrite => partial.commit_new()?,
         _ => partial.commit()?,
     }
+    // Its name too shall outlive a power cut. A directory that may be written need not be readable: then the file
+    // again, with which the usual file systems write its new name.
+    let directory = path.parent().map(File::open);
+    let synced = match directory {
+        Some(Ok(directory)) => directory.sync_all(),
+        _ => file.sync_all(),
+    };
+    synced.map_err(failed)?;
     Ok(copied.bytes)
 }
 

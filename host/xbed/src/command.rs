@@ -4,6 +4,7 @@
 //! authenticated, and answers or [`CommandError`]s into its own words.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use uuid::Uuid;
 use xbee_agent::Agent;
@@ -22,6 +23,8 @@ use crate::translate::PlanError;
 
 /// Shortest prefix of an id that names a task.
 const MIN_PREFIX: usize = 4;
+/// How long an answer waits for the journal.
+const WRITE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Who asks, as the front door knows for certain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +84,12 @@ pub enum CommandError {
     /// The store failed.
     #[error("the task could not be written down")]
     Store(#[from] StoreError),
+    /// A wish is known and not durable.
+    #[error(
+        "the end of task {0} is asked for but could not be written down within {limit} s, and is forgotten if xbed ends now: make room on the disk of its data directory if that is full",
+        limit = WRITE_LIMIT.as_secs()
+    )]
+    NotWritten(Uuid),
 }
 
 impl CommandError {
@@ -98,7 +107,8 @@ impl CommandError {
             CommandError::Agent(error) => error.code(),
             CommandError::NotFetched => "image-not-fetched",
             CommandError::Export(error) => error.code(),
-            CommandError::Store(_) => "store-failed",
+            CommandError::Store(error) => error.code(),
+            CommandError::NotWritten(_) => "not-written",
         }
     }
 }
@@ -202,10 +212,13 @@ impl Commands {
         events
     }
 
-    /// Asks for a task's end; answers at once.
-    pub fn terminate(&self, task: &TaskHandle) -> TaskStatus {
+    /// Asks for a task's end. When this returns, the wish is durable.
+    pub async fn terminate(&self, task: &TaskHandle) -> Result<TaskStatus, CommandError> {
         task.terminate("terminated on request");
-        task.status()
+        match tokio::time::timeout(WRITE_LIMIT, task.ending()).await {
+            Ok(()) => Ok(task.status()),
+            Err(_) => Err(CommandError::NotWritten(task.record.id)),
+        }
     }
 
     /// Forgets a task that is over, with its spool.

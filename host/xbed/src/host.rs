@@ -14,10 +14,12 @@ use xbee_staging::Stager;
 
 use crate::command::CommandError;
 use crate::config::{Backend, Config};
+use crate::fault;
 use crate::images::ImageStore;
 use crate::plan::Plan;
+use crate::steps;
 use crate::store::{Entry, Owner, Store, StoreError, StoredTask, TaskRecord};
-use crate::task::{self, TaskHandle};
+use crate::task::{self, Begin, TaskHandle};
 use crate::view;
 
 /// Everything that tasks share.
@@ -72,9 +74,17 @@ impl Host {
             .mode(0o700)
             .create(&tasks);
         made.map_err(|source| HostError::Directory {
-            path: tasks,
+            path: tasks.clone(),
             source,
         })?;
+        // Or a power cut could take the directories with what is in them.
+        for path in tasks.ancestors().skip(1).take(2) {
+            let synced = std::fs::File::open(path).and_then(|directory| directory.sync_all());
+            synced.map_err(|source| HostError::Directory {
+                path: path.into(),
+                source,
+            })?;
+        }
         let store = Store::open(&config.data.join("tasks.sqlite"))?;
         let capabilities = hypervisor.probe().await?;
         let capacity = config.capacity(capabilities.cpus, capabilities.memory_bytes);
@@ -108,40 +118,46 @@ impl Host {
                 .map(|entry| entry.state.clone())
                 .unwrap_or_default();
             let demand = stored.record.plan.demand();
-            let number = stored.number;
             let handle = Arc::new(TaskHandle::new(stored, self.spool(id)));
             self.write_tasks().insert(id, handle.clone());
             if state.is_final() {
                 continue;
             }
             wanted.insert(id);
-            let fate = if alive.contains(&id) {
+            // A domain whose results have all been taken out is not missed.
+            let fate = if alive.contains(&id) || steps::has_results(&handle.spool) {
                 DomainFate::Alive
             } else {
                 DomainFate::Gone
             };
+            if alive.contains(&id) {
+                match self.hypervisor.console(id).await {
+                    Ok(path) => drop(handle.console.send_replace(Some(path))),
+                    Err(error) => warn!(task = %id, error = chain(&error), "no console"),
+                }
+            }
             let before = state.clone();
             let actions = state.recover(fate);
-            if state != before {
-                let entry = Entry {
-                    at_ms: view::now_ms(),
-                    state: state.clone(),
-                };
-                self.store.append(number, handle.journal_len(), &entry)?;
-                handle.push(entry);
-            }
+            let entry = (state != before).then(|| Entry {
+                at_ms: view::now_ms(),
+                state: state.clone(),
+            });
             if handle.is_queued() {
                 self.lock_queue().push(id, demand);
             } else {
                 self.lock_queue().adopt(id, demand);
             }
             info!(task = %id, ?fate, state = ?view::bes(&state), "taken up again");
-            tokio::spawn(task::run(self.clone(), handle, actions));
+            let begin = Begin { entry, actions };
+            tokio::spawn(task::run(self.clone(), handle, begin));
+            fault::point("taken up");
         }
         for id in alive.difference(&wanted) {
             warn!(domain = %id, "domain of no task: destroyed");
+            fault::point("destroy unwanted");
             self.hypervisor.destroy(*id).await?;
         }
+        self.remove_forgotten();
         self.schedule();
         Ok(())
     }
@@ -181,7 +197,7 @@ impl Host {
         let handle = Arc::new(TaskHandle::new(stored, self.spool(id)));
         self.write_tasks().insert(id, handle.clone());
         self.lock_queue().push(id, demand);
-        tokio::spawn(task::run(self.clone(), handle.clone(), vec![]));
+        tokio::spawn(task::run(self.clone(), handle.clone(), Begin::default()));
         self.schedule();
         Ok(handle)
     }
@@ -196,12 +212,32 @@ impl Host {
     pub async fn forget(&self, task: &TaskHandle) -> Result<(), StoreError> {
         self.store.remove(task.record.id)?;
         self.write_tasks().remove(&task.record.id);
+        fault::point("remove spool");
         if let Err(error) = tokio::fs::remove_dir_all(&task.spool).await
             && error.kind() != std::io::ErrorKind::NotFound
         {
             warn!(task = %task.record.id, %error, "spool not removed");
         }
+        fault::point("spool removed");
         Ok(())
+    }
+
+    /// Removes spools of tasks that are no more: to forget one was cut off after its entry was removed.
+    fn remove_forgotten(&self) {
+        let entries = std::fs::read_dir(self.config.data.join("tasks"));
+        for entry in entries.into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let Some(id) = name.to_str().and_then(|name| name.parse::<Uuid>().ok()) else {
+                continue;
+            };
+            if self.task(id).is_some() {
+                continue;
+            }
+            match std::fs::remove_dir_all(entry.path()) {
+                Ok(()) => info!(task = %id, "spool of no task: removed"),
+                Err(error) => warn!(task = %id, %error, "spool not removed"),
+            }
+        }
     }
 
     fn schedule(&self) {

@@ -32,7 +32,7 @@ use xbee_api::{
 use crate::command::{Caller, CommandError, Commands};
 use crate::exec;
 use crate::logs::Stream;
-use crate::store::Owner;
+use crate::store::{Owner, StoreError};
 use crate::task::TaskHandle;
 
 /// Largest request, bytes: a document of the largest size with every character escaped.
@@ -140,7 +140,10 @@ impl From<CommandError> for Failure {
             }
             CommandError::Agent(_) => StatusCode::BAD_GATEWAY,
             CommandError::Export(_) => StatusCode::CONFLICT,
-            CommandError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            CommandError::Store(StoreError::Full { .. }) => StatusCode::INSUFFICIENT_STORAGE,
+            CommandError::Store(_) | CommandError::NotWritten(_) => {
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
         };
         failure(status, error.code(), chain(&error))
     }
@@ -238,7 +241,7 @@ async fn terminate(
     Path(id): Path<String>,
 ) -> Answer<(StatusCode, Json<TaskStatus>)> {
     let task = commands.task(caller, &id)?;
-    Ok((StatusCode::ACCEPTED, Json(commands.terminate(&task))))
+    Ok((StatusCode::ACCEPTED, Json(commands.terminate(&task).await?)))
 }
 
 async fn remove(

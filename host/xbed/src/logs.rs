@@ -3,8 +3,11 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tokio::sync::watch;
+
+use crate::fault;
 
 /// Most that is kept of one stream, bytes.
 pub const STREAM_LIMIT_BYTES: u64 = 1 << 30;
@@ -62,10 +65,18 @@ pub enum LogError {
     Limit,
 }
 
+impl LogError {
+    /// It is for want of room, which there may be later.
+    pub fn is_full(&self) -> bool {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self, LogError::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
+    }
+}
+
 /// Writes both streams and tells followers how long they are.
 #[derive(Debug)]
 pub struct LogWriter {
-    files: [File; 2],
+    files: Arc<[File; 2]>,
     spool: PathBuf,
     lengths: watch::Sender<[u64; 2]>,
 }
@@ -83,7 +94,7 @@ impl LogWriter {
         let (stderr_length, stderr) = open(Stream::Stderr)?;
         lengths.send_replace([stdout_length, stderr_length]);
         Ok(LogWriter {
-            files: [stdout, stderr],
+            files: Arc::new([stdout, stderr]),
             spool: spool.into(),
             lengths,
         })
@@ -92,6 +103,28 @@ impl LogWriter {
     /// Bytes held of a stream.
     pub fn length(&self, stream: Stream) -> u64 {
         self.lengths.borrow()[stream.index()]
+    }
+
+    /// What was added is on the disk when this returns.
+    pub async fn sync(&self) -> Result<(), LogError> {
+        if *self.lengths.borrow() == [0, 0] {
+            return Ok(());
+        }
+        let (files, spool) = (self.files.clone(), self.spool.clone());
+        let sync = move || -> std::io::Result<()> {
+            files.iter().try_for_each(File::sync_all)?;
+            // And the files' names.
+            for directory in spool.ancestors().take(2) {
+                File::open(directory)?.sync_all()?;
+            }
+            Ok(())
+        };
+        let synced = tokio::task::spawn_blocking(sync).await;
+        let synced = synced.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
+        synced.map_err(|source| LogError::Io {
+            path: self.spool.clone(),
+            source,
+        })
     }
 
     /// Adds bytes that begin at `offset` of the stream; what is known already is passed over.
@@ -112,14 +145,23 @@ impl LogWriter {
         let Some(new) = data.get(known..).filter(|new| !new.is_empty()) else {
             return Ok(have);
         };
-        self.files[stream.index()]
-            .write_all(new)
-            .map_err(|source| LogError::Io {
-                path: stream.path(&self.spool),
-                source,
-            })?;
+        fault::point("log");
+        let mut file = &self.files[stream.index()];
+        let written = file.write_all(new);
+        // A part may have been written.
+        let length = match written {
+            Ok(()) => Ok(end),
+            Err(_) => file.metadata().map(|meta| meta.len()),
+        };
+        let failed = |source| LogError::Io {
+            path: stream.path(&self.spool),
+            source,
+        };
+        let length = length.map_err(failed)?;
         self.lengths
-            .send_modify(|lengths| lengths[stream.index()] = end);
+            .send_modify(|lengths| lengths[stream.index()] = length);
+        written.map_err(failed)?;
+        fault::point("logged");
         Ok(end)
     }
 }

@@ -9,12 +9,15 @@ mod command;
 mod config;
 mod exec;
 mod export;
+mod fault;
 mod host;
 mod http;
 mod images;
 mod logs;
 mod plan;
 mod session;
+#[cfg(test)]
+mod soak;
 mod ssh;
 mod steps;
 mod store;

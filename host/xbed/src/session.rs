@@ -14,12 +14,15 @@ use xbee_api::{PublishedPort, chain};
 use xbee_engine::Failure;
 use xbee_hypervisor::Error as HypervisorError;
 
+use crate::fault;
 use crate::host::Host;
 use crate::logs::{LogError, LogWriter, Stream};
 use crate::task::TaskHandle;
 
 /// How long a domain that runs may go without a connection to its agent.
 const CONTACT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long to wait for room on the disk before output is written again.
+const ROOM_RETRY: Duration = Duration::from_secs(1);
 /// Connections through published ports at a time, for each port.
 const MAX_CONNECTIONS: usize = 256;
 /// Lines of the console that are quoted when a domain is lost.
@@ -181,11 +184,26 @@ async fn take(
                 OutputStream::Stdout => Stream::Stdout,
                 OutputStream::Stderr => Stream::Stderr,
             };
-            let held = log.append(to, offset, &data).map_err(log_failure)?;
+            // On a full disk the task waits, once its agent holds as much as it may.
+            let mut told = false;
+            let held = loop {
+                match log.append(to, offset, &data) {
+                    Ok(held) => break held,
+                    Err(error) if error.is_full() => {
+                        if !std::mem::replace(&mut told, true) {
+                            warn!(task = %conversation, error = chain(&error), "output not kept; trying again");
+                        }
+                        tokio::time::sleep(ROOM_RETRY).await;
+                    }
+                    Err(error) => return Err(log_failure(error)),
+                }
+            };
             // A lost connection is reported by its own event, and the bytes are asked for again.
             let _ = agent.ack_output(conversation, stream, held);
         }
         Event::Exited { exited, .. } => {
+            log.sync().await.map_err(log_failure)?;
+            fault::point("exited");
             progress.send_replace(Progress::Exited(exited));
         }
         Event::Failed { failure, .. } => {

@@ -15,6 +15,8 @@ const PORT: u16 = 22;
 const USER_KEY: &str = "ssh_user_key";
 const HOST_KEY: &str = "ssh_host_key";
 const USER: &str = "ssh_user";
+/// Files that are not complete yet.
+pub const DRAFTS: [&str; 3] = ["ssh_user_key.new", "ssh_host_key.new", "ssh_user.new"];
 
 /// Why there are no keys.
 #[derive(Debug, thiserror::Error)]
@@ -52,8 +54,9 @@ pub fn prepare(spool: &Path, user: &str, name: &str) -> Result<GuestKeys, SshErr
 }
 
 fn key(path: &Path, comment: &str) -> Result<PrivateKey, SshError> {
-    if path.exists() {
-        return Ok(PrivateKey::read_openssh_file(path)?);
+    // One that a power cut has damaged is in no domain: that one ended with it.
+    if let Ok(key) = PrivateKey::read_openssh_file(path) {
+        return Ok(key);
     }
     let mut key = PrivateKey::random(&mut OsRng, Algorithm::Ed25519)?;
     key.set_comment(comment);

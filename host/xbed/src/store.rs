@@ -14,6 +14,7 @@ use uuid::Uuid;
 use xbee_api::SubmitRequest;
 use xbee_engine::Task;
 
+use crate::fault;
 use crate::plan::Plan;
 
 /// Version of the tables below.
@@ -89,6 +90,17 @@ pub enum StoreError {
         #[source]
         source: rusqlite::Error,
     },
+    /// No room.
+    #[error(
+        "the disk of the task store {path} is full: make room there; accepted tasks wait for it and lose nothing"
+    )]
+    Full {
+        /// The data base.
+        path: PathBuf,
+        /// SQLite's word.
+        #[source]
+        source: rusqlite::Error,
+    },
     /// The file system's word.
     #[error("cannot open the task store {path}")]
     File {
@@ -121,6 +133,24 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    fn sqlite(path: &Path, source: rusqlite::Error) -> Self {
+        let path = path.into();
+        match source.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::DiskFull) => StoreError::Full { path, source },
+            _ => StoreError::Sqlite { path, source },
+        }
+    }
+
+    /// Stable code for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            StoreError::Full { .. } => "disk-full",
+            _ => "store-failed",
+        }
+    }
+}
+
 /// The data base.
 #[derive(Debug)]
 pub struct Store {
@@ -131,10 +161,7 @@ pub struct Store {
 impl Store {
     /// Opens or makes the data base.
     pub fn open(path: &Path) -> Result<Store, StoreError> {
-        let failed = |source| StoreError::Sqlite {
-            path: path.into(),
-            source,
-        };
+        let failed = |source| StoreError::sqlite(path, source);
         // Holds the secrets of boots and the credentials in documents' URIs. SQLite gives its
         // other files the same mode.
         let private = std::fs::OpenOptions::new()
@@ -183,10 +210,7 @@ impl Store {
     }
 
     fn failed(&self, source: rusqlite::Error) -> StoreError {
-        StoreError::Sqlite {
-            path: self.path.clone(),
-            source,
-        }
+        StoreError::sqlite(&self.path, source)
     }
 
     fn damaged(&self, task: impl ToString, source: serde_json::Error) -> StoreError {
@@ -201,6 +225,7 @@ impl Store {
     pub fn insert(&self, record: &TaskRecord, first: &Entry) -> Result<i64, StoreError> {
         let text = serde_json::to_string(record).map_err(|e| self.damaged(record.id, e))?;
         let state = serde_json::to_string(&first.state).map_err(|e| self.damaged(record.id, e))?;
+        fault::point("accept");
         let mut connection = self.lock();
         let insert = |connection: &mut Connection| {
             let transaction = connection.transaction()?;
@@ -216,12 +241,15 @@ impl Store {
             transaction.commit()?;
             Ok(number)
         };
-        insert(&mut connection).map_err(|e| self.failed(e))
+        let number = insert(&mut connection).map_err(|e| self.failed(e))?;
+        fault::point("accepted");
+        Ok(number)
     }
 
     /// Adds entry `seq` to a task's journal. Durable on return.
     pub fn append(&self, number: i64, seq: usize, entry: &Entry) -> Result<(), StoreError> {
         let state = serde_json::to_string(&entry.state).map_err(|e| self.damaged(number, e))?;
+        fault::point("journal");
         self.lock()
             .execute(
                 "INSERT INTO journal (task, seq, at_ms, state) VALUES (?1, ?2, ?3, ?4)",
@@ -233,14 +261,17 @@ impl Store {
                 ],
             )
             .map_err(|e| self.failed(e))?;
+        fault::point("journaled");
         Ok(())
     }
 
     /// Forgets a task.
     pub fn remove(&self, id: Uuid) -> Result<(), StoreError> {
+        fault::point("forget");
         self.lock()
             .execute("DELETE FROM task WHERE id = ?1", [id.to_string()])
             .map_err(|e| self.failed(e))?;
+        fault::point("forgotten");
         Ok(())
     }
 
@@ -344,6 +375,62 @@ mod tests {
         store.remove(one.id).unwrap();
         let second = store.insert(&record(), &entry).unwrap();
         assert!(second > first);
+    }
+
+    /// What a power cut may leave of the last writes: none, a part, or other bytes than were written.
+    #[test]
+    fn a_log_that_breaks_off_anywhere_gives_what_was_written_before() {
+        // https://www.sqlite.org/fileformat2.html#the_write_ahead_log
+        const HEADER_BYTES: usize = 32;
+        const FRAME_BYTES: usize = 24 + 4096;
+        let dir = tempfile::tempdir().unwrap();
+        let (path, copy) = (dir.path().join("t"), dir.path().join("copy"));
+        let wal_of = |path: &Path| PathBuf::from(format!("{}-wal", path.display()));
+        let store = Store::open(&path).unwrap();
+        let mut accepted = vec![];
+        for at_ms in 0..8 {
+            let record = record();
+            let mut state = Task::default();
+            let entry = |state: &Task| Entry {
+                at_ms,
+                state: state.clone(),
+            };
+            let number = store.insert(&record, &entry(&state)).unwrap();
+            state.apply(Input::Admitted).unwrap();
+            store.append(number, 1, &entry(&state)).unwrap();
+            accepted.push(record.id);
+        }
+        let (data, wal) = (
+            std::fs::read(&path).unwrap(),
+            std::fs::read(wal_of(&path)).unwrap(),
+        );
+        let frames = (wal.len() - HEADER_BYTES) / FRAME_BYTES;
+        assert!(frames > 16, "{frames} frames");
+        let mut most = 0;
+        for frame in 0..=frames {
+            let whole = HEADER_BYTES + frame * FRAME_BYTES;
+            let mut garbled = wal.clone();
+            garbled[whole..].iter_mut().for_each(|byte| *byte ^= 0x5a);
+            let part = wal.len().min(whole + FRAME_BYTES / 2);
+            for left in [&wal[..whole], &wal[..part], &garbled] {
+                std::fs::write(&copy, &data).unwrap();
+                std::fs::write(wal_of(&copy), left).unwrap();
+                let tasks = Store::open(&copy).unwrap().load().unwrap();
+                let ids: Vec<_> = tasks.iter().map(|task| task.record.id).collect();
+                assert!(accepted.starts_with(&ids), "frame {frame}: {ids:?}");
+                assert!(tasks.iter().all(|task| !task.journal.is_empty()));
+                assert!(
+                    ids.len() >= most,
+                    "frame {frame}: fewer than with less of the log"
+                );
+                most = ids.len();
+                for file in [copy.clone(), wal_of(&copy), dir.path().join("copy-shm")] {
+                    // SQLite removes some of them itself.
+                    let _ = std::fs::remove_file(file);
+                }
+            }
+        }
+        assert_eq!(most, accepted.len());
     }
 
     #[test]

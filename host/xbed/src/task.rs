@@ -82,12 +82,12 @@ impl TaskHandle {
     }
 
     /// Entries so far.
-    pub fn journal_len(&self) -> usize {
+    fn journal_len(&self) -> usize {
         self.journal.borrow().len()
     }
 
     /// Takes an entry that has been written down.
-    pub fn push(&self, entry: Entry) {
+    fn push(&self, entry: Entry) {
         self.journal.send_modify(|journal| journal.push(entry));
     }
 
@@ -99,6 +99,18 @@ impl TaskHandle {
     /// Gives it its capacity.
     pub fn admit(&self) {
         self.wishes.send_modify(|wishes| wishes.admitted = true);
+    }
+
+    /// Waits until a wish for its end is written down, or its end is decided without.
+    pub async fn ending(&self) {
+        let mut journal = self.watch();
+        let decided = |journal: &Vec<Entry>| {
+            journal.last().is_some_and(|entry| {
+                !matches!(entry.state.phase, Phase::Queued | Phase::Working { .. })
+            })
+        };
+        // The handle keeps the sender.
+        let _ = journal.wait_for(decided).await;
     }
 
     /// Wants its end.
@@ -178,8 +190,17 @@ pub struct StepContext {
     pub cancel: CancellationToken,
 }
 
+/// What an actor begins with.
+#[derive(Debug, Default)]
+pub struct Begin {
+    /// A state to enter first.
+    pub entry: Option<Entry>,
+    /// What is to be done then.
+    pub actions: Vec<Action>,
+}
+
 /// The actor: lives until the task is final.
-pub async fn run(host: Arc<Host>, task: Arc<TaskHandle>, recovered: Vec<Action>) {
+pub async fn run(host: Arc<Host>, task: Arc<TaskHandle>, begin: Begin) {
     let mut actor = Actor {
         wishes: task.wishes.subscribe(),
         session: Arc::default(),
@@ -189,7 +210,10 @@ pub async fn run(host: Arc<Host>, task: Arc<TaskHandle>, recovered: Vec<Action>)
         host,
         task,
     };
-    actor.carry_out(recovered);
+    if let Some(entry) = begin.entry {
+        actor.enter(entry).await;
+    }
+    actor.carry_out(begin.actions);
     while !actor.task.is_final() {
         let input = actor.next_input().await;
         actor.take(input).await;
@@ -255,12 +279,16 @@ impl Actor {
                 at_ms: view::now_ms(),
                 state,
             };
-            self.write(&entry).await;
-            info!(task = %self.task.record.id, state = ?view::bes(&entry.state), "state");
-            self.task.progress.send_replace(None);
-            self.task.push(entry);
+            self.enter(entry).await;
         }
         self.carry_out(actions);
+    }
+
+    async fn enter(&mut self, entry: Entry) {
+        self.write(&entry).await;
+        info!(task = %self.task.record.id, state = ?view::bes(&entry.state), "state");
+        self.task.progress.send_replace(None);
+        self.task.push(entry);
     }
 
     /// A full disk stops the task where it is until there is room; it loses nothing.

@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::{OnceCell, broadcast};
+use tokio::task::JoinSet;
 use xbee_protocol::{AGENT_VSOCK_PORT, Transport};
 
 pub use config::{Accelerator, QemuConfig};
@@ -73,11 +74,22 @@ impl QemuHypervisor {
         let mut domains = HashMap::new();
         let domains_dir = config.domains_dir.clone();
         let found = blocking(move || RunDir::scan(&domains_dir)).await?;
+        // All at once: those that do not answer are waited for.
+        let mut adopted = JoinSet::new();
         for (dir, record) in found {
-            let id = record.spec.id;
-            let domain = domain::adopt(dir, record, &boot_id, &config, events.clone()).await?;
-            tracing::info!(domain = %id, state = %domain.life.get(), "domain found");
-            domains.insert(id, domain);
+            let (boot_id, config, events) = (boot_id.clone(), config.clone(), events.clone());
+            adopted
+                .spawn(async move { domain::adopt(dir, record, &boot_id, &config, events).await });
+        }
+        while let Some(domain) = adopted.join_next().await {
+            let domain = domain.unwrap_or_else(|error| match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(error) => Err(Error::HypervisorBroken {
+                    detail: error.to_string(),
+                }),
+            })?;
+            tracing::info!(domain = %domain.spec.id, state = %domain.life.get(), "domain found");
+            domains.insert(domain.spec.id, domain);
         }
         let vswitch = config::companion(config.vswitch_program.as_deref(), "vswitch")?;
         let switch = Switch::new(vswitch, &config.domains_dir);

@@ -66,9 +66,23 @@ pub struct SimHost {
 }
 
 impl SimHost {
-    /// A host without domains.
+    /// A host without domains. Removes what those of an earlier one have left, which ended with its process.
     #[must_use]
     pub fn new(config: SimConfig) -> Arc<Self> {
+        for entry in fs::read_dir(&config.domains_dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let name = entry.file_name();
+            // Only what a domain's directory is named like is ours.
+            let is_domain = name
+                .to_str()
+                .is_some_and(|name| name.parse::<DomainId>().is_ok());
+            if is_domain && let Err(error) = fs::remove_dir_all(entry.path()) {
+                tracing::warn!(directory = %entry.path().display(), %error, "a simulated domain's directory is left");
+            }
+        }
         let (events, _) = broadcast::channel(EVENTS_MAX);
         Arc::new(Self {
             config,

@@ -8,6 +8,7 @@ use xbee_engine::Failure;
 
 use super::{agent, agent_failure, fail, session};
 use crate::exec::exit_code;
+use crate::fault;
 use crate::plan::{Command, Work};
 use crate::session::Progress;
 use crate::task::StepContext;
@@ -46,8 +47,12 @@ async fn run(context: &StepContext, command: &Command) -> Result<i32, Failure> {
     // A connection lost in between is waited for; the session says when to give up.
     loop {
         let agent = agent(context).await?;
+        fault::point("execute");
         match agent.execute(request(id, command)).await {
-            Ok(_) => break,
+            Ok(_) => {
+                fault::point("executing");
+                break;
+            }
             Err(error) if error.is_lost() => drop_contact(context, agent).await?,
             Err(error) => return Err(agent_failure("the task could not be started", &error)),
         }
@@ -102,6 +107,7 @@ async fn terminate(context: &StepContext) {
         return;
     };
     let grace = context.host.config.terminate_grace;
+    fault::point("terminate task");
     let ended = agent.terminate_task(context.task.record.id, grace);
     match tokio::time::timeout(grace + KILL_MARGIN, ended).await {
         Ok(Ok(())) => {}

@@ -15,7 +15,14 @@ use crate::plan::{Creation, StageIn, StageOut};
 use crate::task::StepContext;
 
 /// What a spool holds only while its task is under way.
-pub const TEMPORARY: [&str; 5] = ["in", "out", "boot", "scripts", "boot.json"];
+pub const TEMPORARY: [&str; 6] = [
+    "in",
+    "out",
+    "boot",
+    "scripts",
+    "boot.json",
+    super::stage_in::BOOT_DRAFT,
+];
 /// Largest file that comes out of a domain, bytes.
 const MAX_RESULT_BYTES: u64 = 1 << 40;
 /// Deepest directory of an unpacked archive.
@@ -29,6 +36,38 @@ pub fn staged(spool: &Path, index: usize) -> PathBuf {
 /// Where a result is kept on its way out.
 pub fn result(spool: &Path, index: usize) -> PathBuf {
     spool.join("out").join(index.to_string())
+}
+
+/// Says that all results are in the spool, and on the disk.
+const RESULTS_MARK: &str = "out/complete";
+
+/// Whether all results were taken out of the domain.
+pub fn has_results(spool: &Path) -> bool {
+    spool.join(RESULTS_MARK).exists()
+}
+
+/// Makes the results in the spool durable, and notes that these are all.
+pub async fn results_taken(spool: &Path) -> Result<(), Failure> {
+    let spool = spool.to_path_buf();
+    let sync = {
+        let spool = spool.clone();
+        move || -> std::io::Result<()> {
+            use std::fs::{File, create_dir_all, read_dir};
+            let out = spool.join("out");
+            create_dir_all(&out)?;
+            for entry in read_dir(&out)? {
+                File::open(entry?.path())?.sync_all()?;
+            }
+            File::open(&out)?.sync_all()?;
+            File::open(&spool)?.sync_all()?;
+            // Only now: after a power cut it must not be there without the others.
+            File::create(spool.join(RESULTS_MARK))?;
+            File::open(&out)?.sync_all()
+        }
+    };
+    let synced = tokio::task::spawn_blocking(sync).await;
+    let synced = synced.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
+    synced.map_err(|error| io_failure(spool.display(), &error))
 }
 
 /// Where a script is kept.
@@ -125,7 +164,10 @@ pub async fn stage_into_guest(
         Creation::Overwrite => {}
         Creation::DontOverwrite if exists(agent, &file.path).await? => return Ok(()),
         Creation::DontOverwrite => {}
-        Creation::Append => prepend_guests_own(agent, &file.path, &from).await?,
+        Creation::Append => {
+            let joined = after_guests_own(agent, &file.path, &from).await?;
+            return put(agent, &joined, &file.path, file.mode).await;
+        }
     }
     put(agent, &from, &file.path, file.mode).await
 }
@@ -145,14 +187,15 @@ async fn exists(agent: &Agent, path: &str) -> Result<bool, Failure> {
     }
 }
 
-/// Makes the staged file what the guest's file becomes by appending.
-async fn prepend_guests_own(agent: &Agent, path: &str, staged: &Path) -> Result<(), Failure> {
+/// What the guest's file becomes by appending, as a file beside the staged one, which stays as it is: this may be
+/// done again.
+async fn after_guests_own(agent: &Agent, path: &str, staged: &Path) -> Result<PathBuf, Failure> {
     let failed = |error| io_failure(staged.display(), &error);
     let joined = staged.with_extension("joined");
     let mut own = fs::File::create(&joined).await.map_err(failed)?;
     match agent.get_file(path, &mut own, MAX_RESULT_BYTES).await {
         Ok(_) => {}
-        Err(AgentError::Failed { code, .. }) if code == code::FILE_NOT_FOUND => return Ok(()),
+        Err(AgentError::Failed { code, .. }) if code == code::FILE_NOT_FOUND => {}
         Err(error) => {
             return Err(agent_failure(
                 &format!("{path} could not be read in the domain"),
@@ -163,7 +206,7 @@ async fn prepend_guests_own(agent: &Agent, path: &str, staged: &Path) -> Result<
     let mut new = fs::File::open(staged).await.map_err(failed)?;
     tokio::io::copy(&mut new, &mut own).await.map_err(failed)?;
     own.flush().await.map_err(failed)?;
-    fs::rename(&joined, staged).await.map_err(failed)
+    Ok(joined)
 }
 
 /// Puts a directory of the host with all that is in it.

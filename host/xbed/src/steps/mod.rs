@@ -21,6 +21,7 @@ use crate::plan::When;
 use crate::session::{Progress, Session};
 use crate::task::StepContext;
 
+pub use files::has_results;
 pub use release::release;
 pub use stage_in::BootFiles;
 pub use start::{Identity, domain};
@@ -36,7 +37,10 @@ const SCRIPT_TIMEOUT: Duration = Duration::from_secs(600);
 pub async fn perform(step: Step, context: &StepContext) -> Result<Option<i32>, Failure> {
     match step {
         Step::StageIn => stage_in::perform(context).await?,
-        Step::Start => until_cancelled(context, start::perform(context)).await?,
+        Step::Start => {
+            stage_in::renew(context).await?;
+            until_cancelled(context, start::perform(context)).await?;
+        }
         Step::Execute => return execute::perform(context).await,
         Step::Stop => until_cancelled(context, stop::perform(context)).await?,
         Step::StageOut => stage_out::perform(context).await?,
@@ -72,7 +76,12 @@ fn agent_failure(what: &str, error: &xbee_agent::Error) -> Failure {
 }
 
 fn io_failure(what: impl std::fmt::Display, error: &std::io::Error) -> Failure {
-    fail("host-io", format!("{what}: {error}"))
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    let code = match error.kind() {
+        StorageFull | QuotaExceeded => "disk-full",
+        _ => "host-io",
+    };
+    fail(code, format!("{what}: {error}"))
 }
 
 /// The session of the task's domain; opened if this is the first step that needs it.

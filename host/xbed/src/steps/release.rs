@@ -5,6 +5,7 @@ use std::path::Path;
 
 use tokio::fs;
 
+use crate::fault;
 use crate::host::log_teardown;
 use crate::task::{StepContext, TaskHandle, kept_console};
 
@@ -18,16 +19,22 @@ const RETRY: std::time::Duration = std::time::Duration::from_secs(1);
 pub async fn release(context: &StepContext) {
     let task = &context.task;
     keep_console(task).await;
+    fault::point("release domain");
     while let Err(error) = context.host.hypervisor.destroy(task.record.id).await {
         log_teardown("domain not destroyed; trying again", &error);
         tokio::time::sleep(RETRY).await;
     }
+    fault::point("domain released");
     if let Some(session) = context.session.get() {
         session.close().await;
     }
     task.console.send_replace(None);
     task.agent.send_replace(None);
-    for name in super::files::TEMPORARY {
+    for name in super::files::TEMPORARY
+        .into_iter()
+        .chain(crate::ssh::DRAFTS)
+    {
+        fault::point("remove temporary");
         let path = task.spool.join(name);
         let removed = match fs::symlink_metadata(&path).await {
             Ok(meta) if meta.is_dir() => fs::remove_dir_all(&path).await,
@@ -39,6 +46,7 @@ pub async fn release(context: &StepContext) {
             log_teardown("temporary files not removed", &error);
         }
     }
+    fault::point("temporary removed");
 }
 
 /// Keeps the end of the console, if the domain is still there with it.

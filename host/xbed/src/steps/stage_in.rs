@@ -14,10 +14,13 @@ use xbee_hypervisor::{Disk, DiskFormat};
 use xbee_staging::{Compression, Destination, Digest, FetchRequest, Identity, Uri};
 
 use super::{fail, files, io_failure};
+use crate::fault;
 use crate::images::{DEFAULT_IMAGE, Image};
 use crate::plan::{Boot, Source, redacted};
 use crate::task::StepContext;
 
+/// Name of the file for the next step, until it is complete.
+pub const BOOT_DRAFT: &str = "boot.new";
 /// First bytes of a qcow2 image.
 const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
 /// Name of a root file system, kernel and initial RAM file system in an XSDL package.
@@ -40,6 +43,25 @@ pub struct BootFiles {
     pub ssh_user: String,
 }
 
+/// What stage-in leaves for the next step.
+#[derive(Debug, Serialize, Deserialize)]
+struct StagedIn {
+    /// The host's boot in which it was done. What it wrote is not forced to the disk, which may be many times
+    /// more than all else: after a power cut it is done again.
+    host_boot: String,
+    files: BootFiles,
+}
+
+/// Identifies this boot of the host (Linux, Documentation/admin-guide/sysctl/kernel.rst, `random`).
+fn host_boot() -> Result<String, Failure> {
+    const PATH: &str = "/proc/sys/kernel/random/boot_id";
+    if let Some(pretended) = fault::host_boot() {
+        return Ok(pretended);
+    }
+    let text = std::fs::read_to_string(PATH).map_err(|error| io_failure(PATH, &error))?;
+    Ok(text.trim().to_owned())
+}
+
 impl BootFiles {
     fn path(spool: &Path) -> PathBuf {
         spool.join("boot.json")
@@ -49,18 +71,39 @@ impl BootFiles {
     pub fn load(spool: &Path) -> Result<BootFiles, Failure> {
         let path = Self::path(spool);
         let text = std::fs::read(&path).map_err(|error| io_failure(path.display(), &error))?;
-        serde_json::from_slice(&text)
-            .map_err(|error| fail("spool-damaged", format!("{}: {error}", path.display())))
+        let damaged = |why| fail("spool-damaged", format!("{}: {why}", path.display()));
+        let staged: StagedIn =
+            serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
+        if staged.host_boot != host_boot()? {
+            return Err(damaged("made before the host was booted".into()));
+        }
+        Ok(staged.files)
     }
 
-    fn save(&self, spool: &Path) -> Result<(), Failure> {
+    fn save(self, spool: &Path) -> Result<(), Failure> {
         let path = Self::path(spool);
-        let draft = path.with_extension("new");
-        let saved = serde_json::to_vec(self)
+        let draft = spool.join(BOOT_DRAFT);
+        let staged = StagedIn {
+            host_boot: host_boot()?,
+            files: self,
+        };
+        let saved = serde_json::to_vec(&staged)
             .map_err(io::Error::other)
             .and_then(|text| std::fs::write(&draft, text))
+            .inspect(|()| fault::point("staged in"))
             .and_then(|()| std::fs::rename(&draft, &path));
         saved.map_err(|error| io_failure(path.display(), &error))
+    }
+}
+
+/// Stages in again what a power cut may have damaged since.
+pub async fn renew(context: &StepContext) -> Result<(), Failure> {
+    match BootFiles::load(&context.task.spool) {
+        Ok(_) => Ok(()),
+        Err(failure) => {
+            tracing::warn!(task = %context.task.record.id, reason = failure.reason, "staged in again");
+            perform(context).await
+        }
     }
 }
 
@@ -68,6 +111,7 @@ impl BootFiles {
 pub async fn perform(context: &StepContext) -> Result<(), Failure> {
     let spool = &context.task.spool;
     for directory in ["in", "boot", "scripts"] {
+        fault::point("stage in");
         let path = spool.join(directory);
         let cleared = match fs::remove_dir_all(&path).await {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -76,16 +120,19 @@ pub async fn perform(context: &StepContext) -> Result<(), Failure> {
         cleared.map_err(|error| io_failure(path.display(), &error))?;
     }
     let plan = &context.task.record.plan;
-    boot_files(context, &plan.boot).await?.save(spool)?;
+    let found = resolve(context, &plan.boot).await?;
     for (index, script) in plan.scripts.iter().enumerate() {
         let to = files::script(spool, index);
         fetch(context, &script.source, Destination::File(to)).await?;
     }
     for (index, file) in plan.stage_in.iter().enumerate() {
         let to = files::staged(spool, index);
+        fault::point("fetch");
         fetch(context, &file.source, destination(&file.source, to)?).await?;
+        fault::point("fetched");
     }
-    Ok(())
+    // Last: who finds it, finds all.
+    found.save(spool)
 }
 
 fn destination(source: &Source, to: PathBuf) -> Result<Destination, Failure> {
@@ -97,7 +144,7 @@ fn destination(source: &Source, to: PathBuf) -> Result<Destination, Failure> {
     })
 }
 
-async fn boot_files(context: &StepContext, boot: &Boot) -> Result<BootFiles, Failure> {
+async fn resolve(context: &StepContext, boot: &Boot) -> Result<BootFiles, Failure> {
     let store = |name: &str| {
         let image = context.host.images.get(name);
         image.map_err(|error| fail("image-unusable", chain(&error)))

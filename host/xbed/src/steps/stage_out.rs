@@ -7,6 +7,7 @@ use xbee_staging::{Creation as Put, PutRequest};
 
 use super::stage_in::{identity, parse_uri, with_progress};
 use super::{fail, files};
+use crate::fault;
 use crate::plan::Creation;
 use crate::task::StepContext;
 
@@ -23,10 +24,12 @@ pub async fn perform(context: &StepContext) -> Result<(), Failure> {
             },
             identity: identity(context),
         };
+        fault::point("put");
         let (progress, seen) = watch::channel(xbee_staging::Progress::default());
         let transfer = context.host.stager.put(request, progress, &context.cancel);
         let sent = with_progress(context, &file.uri, seen, transfer).await;
         sent.map_err(|error| fail(error.code(), chain(&error)))?;
+        fault::point("sent");
     }
     Ok(())
 }

@@ -10,6 +10,7 @@ use xbee_hypervisor::{DomainSpec, Interface};
 use super::stage_in::BootFiles;
 use super::{agent, agent_failure, fail, files, hypervisor_failure, run_scripts, session};
 use crate::config::{Backend, Config, Prefix, SameOwner};
+use crate::fault;
 use crate::host::Host;
 use crate::plan::{Plan, When};
 use crate::ssh;
@@ -29,13 +30,17 @@ pub async fn perform(context: &StepContext) -> Result<(), Failure> {
     // After an interruption half a domain may be there.
     let failed = |error| hypervisor_failure(&error);
     hypervisor.destroy(id).await.map_err(failed)?;
+    fault::point("create");
     let spec = spec(context, &boot);
     hypervisor.create(&spec).await.map_err(failed)?;
+    fault::point("created");
     let console = hypervisor.console(id).await.map_err(failed)?;
     context.task.console.send_replace(Some(console));
     hypervisor.start(id).await.map_err(failed)?;
+    fault::point("started");
     session(context).await?;
     let agent = agent(context).await?;
+    fault::point("agent came");
     furnish(context, &agent, &boot).await
 }
 
@@ -66,6 +71,7 @@ async fn furnish(
         files::stage_into_guest(context, agent, index, file).await?;
     }
     run_scripts(context, agent, When::Setup).await?;
+    fault::point("furnished");
     agent
         .start(StartMode::Auto)
         .await

@@ -7,6 +7,7 @@ use xbee_hypervisor::DomainState;
 
 use super::release::keep_console;
 use super::{agent, agent_failure, files, hypervisor_failure, run_scripts};
+use crate::fault;
 use crate::plan::When;
 use crate::task::StepContext;
 
@@ -15,23 +16,31 @@ const PROCESS_GRACE: Duration = Duration::from_secs(2);
 
 /// Takes the results and ends the domain, gracefully if there is reason to and the guest plays along.
 pub async fn perform(context: &StepContext) -> Result<(), Failure> {
-    let agent = agent(context).await?;
-    let plan = &context.task.record.plan;
-    run_scripts(context, &agent, When::Cleanup).await?;
-    for (index, file) in plan.stage_out.iter().enumerate() {
-        files::take_from_guest(context, &agent, index, file).await?;
-    }
-    run_scripts(context, &agent, When::PostCleanup).await?;
-    if has_disks(context).await? {
-        shut_down(context, &agent).await?;
+    // Whether the domain still is there no longer matters then.
+    if !files::has_results(&context.task.spool) {
+        let agent = agent(context).await?;
+        let plan = &context.task.record.plan;
+        run_scripts(context, &agent, When::Cleanup).await?;
+        for (index, file) in plan.stage_out.iter().enumerate() {
+            fault::point("take");
+            files::take_from_guest(context, &agent, index, file).await?;
+        }
+        run_scripts(context, &agent, When::PostCleanup).await?;
+        files::results_taken(&context.task.spool).await?;
+        fault::point("results taken");
+        if has_disks(context).await? {
+            shut_down(context, &agent).await?;
+        }
     }
     keep_console(&context.task).await;
-    context
+    fault::point("destroy");
+    let destroyed = context
         .host
         .hypervisor
         .destroy(context.task.record.id)
-        .await
-        .map_err(|error| hypervisor_failure(&error))
+        .await;
+    fault::point("destroyed");
+    destroyed.map_err(|error| hypervisor_failure(&error))
 }
 
 /// Whether the guest has more than memory: a system of its own, which may have others to say farewell to. What
@@ -51,6 +60,7 @@ async fn shut_down(context: &StepContext, agent: &xbee_agent::Agent) -> Result<(
     let hypervisor = &context.host.hypervisor;
     // Subscribed before the guest is asked: its end cannot be missed.
     let mut events = hypervisor.events();
+    fault::point("shut down");
     match agent.shutdown(PROCESS_GRACE).await {
         Ok(()) => {}
         Err(error) if error.is_lost() => {}
