@@ -540,7 +540,8 @@ pub struct Limits {
     /// Open files (`RLIMIT_NOFILE`).
     #[n(5)]
     pub open_files: Option<u64>,
-    /// Processes of the user (`RLIMIT_NPROC`).
+    /// Processes and threads of the whole task; where the guest has no control groups, of the user
+    /// (`RLIMIT_NPROC`).
     #[n(6)]
     pub processes: Option<u64>,
     /// Address space in bytes (`RLIMIT_AS`).
@@ -552,6 +553,10 @@ pub struct Limits {
     /// Time from start to end of the whole task, in milliseconds; it is terminated then.
     #[n(9)]
     pub wall_clock_ms: Option<u64>,
+    /// Memory of the whole task, in bytes; it is ended where it wants more. Where the guest has no control
+    /// groups, of the data segment of each process.
+    #[n(10)]
+    pub memory_bytes: Option<u64>,
 }
 
 /// A command beside the task.
@@ -789,4 +794,11 @@ pub enum EndCause {
     /// Its wall-clock time was over.
     #[n(1)]
     WallClockLimit,
+    /// It wanted more memory than its limit or, without one, than the machine has.
+    #[n(2)]
+    MemoryLimit,
+    /// It failed by itself, after it was refused a process or thread beyond its limit or, without one, beyond
+    /// what the machine has memory for.
+    #[n(3)]
+    ProcessLimit,
 }

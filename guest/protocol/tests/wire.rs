@@ -61,17 +61,20 @@ fn environment() -> impl Strategy<Value = Vec<Variable>> {
 }
 
 fn limits() -> impl Strategy<Value = Limits> {
-    prop::array::uniform10(any::<Option<u64>>()).prop_map(|[a, b, c, d, e, f, g, h, i, j]| Limits {
-        cpu_seconds: a,
-        file_size_bytes: b,
-        core_bytes: c,
-        data_bytes: d,
-        stack_bytes: e,
-        open_files: f,
-        processes: g,
-        address_space_bytes: h,
-        locked_memory_bytes: i,
-        wall_clock_ms: j,
+    prop::array::uniform11(any::<Option<u64>>()).prop_map(|[a, b, c, d, e, f, g, h, i, j, k]| {
+        Limits {
+            cpu_seconds: a,
+            file_size_bytes: b,
+            core_bytes: c,
+            data_bytes: d,
+            stack_bytes: e,
+            open_files: f,
+            processes: g,
+            address_space_bytes: h,
+            locked_memory_bytes: i,
+            wall_clock_ms: j,
+            memory_bytes: k,
+        }
     })
 }
 
@@ -262,7 +265,9 @@ fn task_event() -> impl Strategy<Value = TaskEvent> {
     let cause = prop_oneof![
         Just(None),
         Just(Some(EndCause::Terminated)),
-        Just(Some(EndCause::WallClockLimit))
+        Just(Some(EndCause::WallClockLimit)),
+        Just(Some(EndCause::MemoryLimit)),
+        Just(Some(EndCause::ProcessLimit))
     ];
     prop_oneof![
         (output_stream(), any::<u64>(), bytes()).prop_map(|(stream, offset, data)| {

@@ -76,7 +76,7 @@ impl Process {
                 own = ends;
             }
         }
-        let mut tree = Tree::new("", false, None);
+        let mut tree = Tree::new("", false, None, &Limits::default());
         let pid = spawn(
             root,
             &Command {

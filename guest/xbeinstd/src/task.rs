@@ -12,8 +12,8 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
 use xbee_protocol::{
-    EndCause, Execute, Exited, Failure, MAX_DATA_BYTES, OUTPUT_WINDOW_BYTES, OutputStream,
-    TaskEvent, Uuid, Variable, code,
+    EndCause, Execute, ExitStatus, Exited, Failure, MAX_DATA_BYTES, OUTPUT_WINDOW_BYTES,
+    OutputStream, TaskEvent, Uuid, Variable, code,
 };
 
 use crate::console;
@@ -198,7 +198,12 @@ impl Task {
                 Output::new(OutputStream::Stdout),
                 Output::new(OutputStream::Stderr),
             ],
-            tree: Tree::new(&name, owns_machine, Some(request.conversation.to_string())),
+            tree: Tree::new(
+                &name,
+                owns_machine,
+                Some(request.conversation.to_string()),
+                &request.limits,
+            ),
             pid: None,
             started: now,
             deadline: request
@@ -251,6 +256,11 @@ impl Task {
         }
         let (stdout_read, stdout_write) = output_pipe()?;
         let (stderr_read, stderr_write) = output_pipe()?;
+        if !self.tree.bounds_memory() {
+            // The next best: private writable memory of each process.
+            let data = request.limits.data_bytes.into_iter();
+            request.limits.data_bytes = data.chain(request.limits.memory_bytes).min();
+        }
         request.environment.push(Variable {
             name: MARK.into(),
             value: request.conversation.to_string(),
@@ -379,10 +389,13 @@ impl Task {
         }
         let [stdout, stderr] = &self.outputs;
         if stdout.complete && stderr.complete {
+            // One that goes well all the same is left its success.
+            let failed = ended.status != ExitStatus::Code(0);
+            let bound_hit = self.tree.bound_hit().filter(|_| failed);
             self.tree.release();
             self.result = Some(TaskEvent::Exited(Exited {
                 status: ended.status,
-                cause: self.cause,
+                cause: self.cause.or(bound_hit),
                 stdout_bytes: stdout.total(),
                 stderr_bytes: stderr.total(),
                 cpu_ms: ended.cpu_ms,

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, getpid, kill_process, kill_process_group};
+use xbee_protocol::{EndCause, Limits};
 
 /// In the environment of every process that a task starts, unless it takes care to remove it.
 pub(crate) const MARK: &str = "XBEE_CONVERSATION";
@@ -37,6 +38,15 @@ struct Cgroup {
     procs: File,
 }
 
+/// What is left to the agent and the kernel when a task takes all memory that is there when it starts: 1 part in so
+/// many.
+const RESERVE_PART: u64 = 8;
+/// But so much at least, in bytes.
+const RESERVE_MIN_BYTES: u64 = 24 << 20;
+/// Memory that a process takes in the kernel and for itself at the very least, in bytes (Linux: stack, page tables,
+/// task structure): no more of them than the machine has memory for.
+const PROCESS_MIN_BYTES: u64 = 64 << 10;
+
 impl Cgroup {
     /// A new group, where cgroup v2 is there to be written.
     fn new(name: &str) -> Option<Cgroup> {
@@ -54,6 +64,46 @@ impl Cgroup {
                 let _left = fs::remove_dir(&path);
                 None
             }
+        }
+    }
+
+    /// Bounds the task as a whole. Of what the kernel cannot do the first process's own limits are left.
+    fn bound(&self, limits: &Limits) {
+        let available_bytes = available_bytes().unwrap_or(u64::MAX);
+        let reserve_bytes = (available_bytes / RESERVE_PART).max(RESERVE_MIN_BYTES);
+        let most_bytes = available_bytes.saturating_sub(reserve_bytes);
+        let memory = limits.memory_bytes.unwrap_or(u64::MAX).min(most_bytes);
+        let processes = limits.processes.unwrap_or(most_bytes / PROCESS_MIN_BYTES);
+        // Handed on one by one: a kernel may have one of them only.
+        for controller in ["+memory", "+pids"] {
+            let _lacking = fs::write(
+                Path::new(CGROUPS).join("cgroup.subtree_control"),
+                controller,
+            );
+        }
+        for (file, value) in [
+            ("memory.max", memory),
+            // None of it is worth anything without the others.
+            ("memory.oom.group", 1),
+            ("pids.max", processes),
+        ] {
+            let _lacking = fs::write(self.path.join(file), value.to_string());
+        }
+    }
+
+    /// The bound that the task ran into, if it did.
+    fn hit(&self) -> Option<EndCause> {
+        let counted = |file: &str, name: &str| {
+            let text = fs::read_to_string(self.path.join(file)).unwrap_or_default();
+            let mut words = text.split_whitespace();
+            words.any(|word| word == name) && words.next().is_some_and(|count| count != "0")
+        };
+        if counted("memory.events", "oom_kill") {
+            Some(EndCause::MemoryLimit)
+        } else if counted("pids.events", "max") {
+            Some(EndCause::ProcessLimit)
+        } else {
+            None
         }
     }
 
@@ -83,13 +133,21 @@ impl Drop for Cgroup {
 }
 
 impl Tree {
-    /// A tree with nothing in it; with control groups only where the agent owns the machine.
-    pub(crate) fn new(name: &str, owns_machine: bool, mark: Option<String>) -> Tree {
+    /// A tree with nothing in it; with control groups only where the agent owns the machine, and there bounded.
+    pub(crate) fn new(
+        name: &str,
+        owns_machine: bool,
+        mark: Option<String>,
+        limits: &Limits,
+    ) -> Tree {
         let cgroup = if owns_machine {
             Cgroup::new(name)
         } else {
             None
         };
+        if let Some(cgroup) = &cgroup {
+            cgroup.bound(limits);
+        }
         Tree {
             cgroup,
             leader: None,
@@ -111,6 +169,17 @@ impl Tree {
     /// The first process is reaped: its number may be another's soon.
     pub(crate) fn leader_reaped(&mut self) {
         self.leader = None;
+    }
+
+    /// The bound of all of it together that it ran into, if it did.
+    pub(crate) fn bound_hit(&self) -> Option<EndCause> {
+        self.cgroup.as_ref().and_then(Cgroup::hit)
+    }
+
+    /// Whether memory is bounded for all of it together.
+    pub(crate) fn bounds_memory(&self) -> bool {
+        let bounded = |cgroup: &Cgroup| cgroup.path.join("memory.max").exists();
+        self.cgroup.as_ref().is_some_and(bounded)
     }
 
     /// The task is over: its control group goes, unless somebody was left behind in it.
@@ -223,6 +292,14 @@ impl Tree {
     }
 }
 
+/// Memory that is there to be taken; `None`: the kernel does not say.
+fn available_bytes() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let mut words = text.split_whitespace();
+    words.find(|word| *word == "MemAvailable:")?;
+    words.next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
 /// What `/proc` says of a process.
 #[derive(Debug)]
 struct Process {
@@ -282,7 +359,7 @@ mod tests {
             session,
             zombie: false,
         };
-        let mut tree = Tree::new("t", false, None);
+        let mut tree = Tree::new("t", false, None, &Limits::default());
         tree.started(Pid::from_raw(100).unwrap());
         let processes = HashMap::from([
             (100, process(1, 100)),

@@ -81,12 +81,15 @@ pub struct Limits {
     pub stack_bytes: Option<u64>,
     /// OpenDescriptorsLimit.
     pub open_files: Option<u64>,
-    /// ProcessCountLimit.
+    /// The lesser of ProcessCountLimit and ThreadCountLimit: to Linux a thread is a process.
     pub processes: Option<u64>,
     /// VirtualMemoryLimit, bytes.
     pub address_space_bytes: Option<u64>,
     /// LockedMemoryLimit, bytes.
     pub locked_memory_bytes: Option<u64>,
+    /// MemoryLimit, bytes.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
 }
 
 /// What the domain boots.

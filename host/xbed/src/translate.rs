@@ -456,15 +456,14 @@ fn limits(limits: &xbee_jsdl::Limits) -> Result<Limits, PlanError> {
         cpu_seconds: limits.cpu_time_s,
         file_size_bytes: limits.file_size_bytes,
         core_bytes: limits.core_dump_bytes,
-        // Linux no longer bounds resident memory; private writable memory, which RLIMIT_DATA bounds
-        // since Linux 4.7, is what a process can make resident.
-        data_bytes: least(limits.data_segment_bytes, limits.memory_bytes),
+        data_bytes: limits.data_segment_bytes,
         stack_bytes: limits.stack_size_bytes,
         open_files: limits.open_descriptors,
         // To Linux a thread is a process of the user.
         processes: least(limits.process_count, limits.thread_count),
         address_space_bytes: limits.virtual_memory_bytes,
         locked_memory_bytes: limits.locked_memory_bytes,
+        memory_bytes: limits.memory_bytes,
     })
 }
 

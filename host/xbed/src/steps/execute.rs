@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use xbee_agent::Agent;
-use xbee_agent::protocol::{EndCause, Execute, Exited, Limits, Variable};
+use xbee_agent::protocol::{EndCause, Execute, ExitStatus, Exited, Limits, Variable};
 use xbee_engine::Failure;
 
 use super::{agent, agent_failure, fail, session};
@@ -90,17 +90,65 @@ async fn lost(progress: &mut tokio::sync::watch::Receiver<Progress>) -> Failure 
 
 /// A task that a limit ended has failed; any other end is its own affair.
 fn ended(command: &Command, exited: &Exited) -> Result<i32, Failure> {
-    match exited.cause {
-        Some(EndCause::WallClockLimit) => {
-            let limit = command.limits.wall_seconds.unwrap_or_default();
-            Err(fail(
-                "wall-time-limit",
-                format!("the task was ended after its WallTimeLimit of {limit} s"),
-            ))
+    let limits = &command.limits;
+    let (code, text) = match (exited.cause, exited.status) {
+        (Some(EndCause::WallClockLimit), _) => {
+            let limit = limits.wall_seconds.unwrap_or_default();
+            let text = format!("the task was ended after its WallTimeLimit of {limit} s");
+            ("wall-time-limit", text)
         }
-        _ => Ok(exit_code(exited.status)),
-    }
+        (Some(EndCause::MemoryLimit), _) => {
+            let text = match limits.memory_bytes {
+                Some(limit) => format!(
+                    "the task was ended when it wanted more than its MemoryLimit of {limit} bytes"
+                ),
+                None => "the task was ended when it wanted more memory than its machine has: ask for more \
+                         (TotalPhysicalMemory, or `xbe run --memory`)"
+                    .to_owned(),
+            };
+            ("memory-limit", text)
+        }
+        (Some(EndCause::ProcessLimit), status) => {
+            let code = exit_code(status);
+            let limit = match limits.processes {
+                Some(limit) => format!("its ProcessCountLimit of {limit}"),
+                None => "what the memory of its machine allows".to_owned(),
+            };
+            let text = format!(
+                "the task failed with exit code {code} after it was refused a process or thread beyond {limit}"
+            );
+            ("process-count-limit", text)
+        }
+        (
+            None,
+            ExitStatus::Signal {
+                signal: SIGXCPU, ..
+            },
+        ) if limits.cpu_seconds.is_some() => {
+            let limit = limits.cpu_seconds.unwrap_or_default();
+            let text = format!("the task was ended after its CPUTimeLimit of {limit} s");
+            ("cpu-time-limit", text)
+        }
+        (
+            None,
+            ExitStatus::Signal {
+                signal: SIGXFSZ, ..
+            },
+        ) if limits.file_size_bytes.is_some() => {
+            let limit = limits.file_size_bytes.unwrap_or_default();
+            let text = format!(
+                "the task was ended when it wrote a file beyond its FileSizeLimit of {limit} bytes"
+            );
+            ("file-size-limit", text)
+        }
+        (_, status) => return Ok(exit_code(status)),
+    };
+    Err(fail(code, text))
 }
+
+/// Signals with which Linux ends a process at its limit (signal(7)).
+const SIGXCPU: i32 = 24;
+const SIGXFSZ: i32 = 25;
 
 async fn terminate(context: &StepContext) {
     let Some(agent) = context.task.agent() else {
@@ -147,6 +195,7 @@ fn request(conversation: uuid::Uuid, command: &Command) -> Execute {
             processes: limits.processes,
             address_space_bytes: limits.address_space_bytes,
             locked_memory_bytes: limits.locked_memory_bytes,
+            memory_bytes: limits.memory_bytes,
             wall_clock_ms: limits.wall_seconds.map(|s| s.saturating_mul(1000)),
         },
     }
