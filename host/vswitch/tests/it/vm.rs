@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use xbee_vswitch::control::{Client, ClientError};
+use xbee_vswitch::ether::CardSpec;
 use xbee_vswitch::switch::{DomainSpec, DomainStatus};
 
 /// Modules the guest needs, in the order they are loaded.
@@ -229,6 +230,16 @@ impl Switch {
         self.runtime.block_on(client.remove(cid))
     }
 
+    pub fn attach(&mut self, card: CardSpec) -> Result<(), ClientError> {
+        let client = self.client.as_mut().unwrap();
+        self.runtime.block_on(client.attach_interface(card))
+    }
+
+    pub fn detach(&mut self, cid: u32, mac: [u8; 6]) -> Result<(), ClientError> {
+        let client = self.client.as_mut().unwrap();
+        self.runtime.block_on(client.detach_interface(cid, mac))
+    }
+
     pub fn list(&mut self) -> Vec<DomainStatus> {
         let client = self.client.as_mut().unwrap();
         self.runtime.block_on(client.list()).unwrap()
@@ -284,7 +295,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    fn start(boot: &Boot, spec: &DomainSpec) -> Self {
+    pub fn start(boot: &Boot, spec: &DomainSpec) -> Self {
         let qemu = std::env::var_os("XBEE_QEMU").unwrap_or("qemu-system-x86_64".into());
         let mut qemu = Command::new(qemu)
             .args(["-M", "q35,memory-backend=mem", "-m", "256"])
@@ -432,9 +443,14 @@ impl Pattern {
     }
 
     /// Writes `len` bytes and ends the direction.
-    pub fn send(mut self, stream: &UnixStream, len: u64) {
+    pub fn send(self, stream: &UnixStream, len: u64) {
+        self.send_in(stream, len, 1 << 20);
+    }
+
+    /// The same in writes of `chunk` bytes.
+    pub fn send_in(mut self, stream: &UnixStream, len: u64, chunk: usize) {
         let mut stream = stream;
-        let mut buffer = vec![0; 1 << 20];
+        let mut buffer = vec![0; chunk];
         let mut left = len;
         while left > 0 {
             let n = left.min(buffer.len() as u64) as usize;
