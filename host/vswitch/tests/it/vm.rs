@@ -295,7 +295,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn start(boot: &Boot, spec: &DomainSpec) -> Self {
+    fn start(boot: &Boot, spec: &DomainSpec) -> Self {
         let qemu = std::env::var_os("XBEE_QEMU").unwrap_or("qemu-system-x86_64".into());
         let mut qemu = Command::new(qemu)
             .args(["-M", "q35,memory-backend=mem", "-m", "256"])
@@ -443,14 +443,9 @@ impl Pattern {
     }
 
     /// Writes `len` bytes and ends the direction.
-    pub fn send(self, stream: &UnixStream, len: u64) {
-        self.send_in(stream, len, 1 << 20);
-    }
-
-    /// The same in writes of `chunk` bytes.
-    pub fn send_in(mut self, stream: &UnixStream, len: u64, chunk: usize) {
+    pub fn send(mut self, stream: &UnixStream, len: u64) {
         let mut stream = stream;
-        let mut buffer = vec![0; chunk];
+        let mut buffer = vec![0; 1 << 20];
         let mut left = len;
         while left > 0 {
             let n = left.min(buffer.len() as u64) as usize;
