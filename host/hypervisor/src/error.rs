@@ -156,12 +156,12 @@ pub enum Error {
         /// What is wrong.
         detail: String,
     },
-    /// The vsock switch did not do its part.
-    #[error("domain {id} could not be {action} the vsock switch")]
+    /// The switch of guests' streams and networks did not do its part.
+    #[error("domain {id} could not be {action} the switch vswitch")]
     Switch {
         /// Which.
         id: DomainId,
-        /// `added to` or `removed from`.
+        /// `added to`, `removed from` and so on.
         action: &'static str,
         /// Why.
         #[source]

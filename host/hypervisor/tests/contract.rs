@@ -5,6 +5,7 @@
 //! xen-test` makes one).
 #![allow(clippy::unwrap_used)]
 
+mod network;
 mod peers;
 mod qemu_only;
 mod sim_only;

@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::ether::CardSpec;
 use crate::switch::{DomainSpec, DomainStatus};
 
 mod client;
@@ -26,6 +27,15 @@ pub enum Request {
     Remove {
         /// Its context identifier.
         cid: u32,
+    },
+    /// Gives a domain a network card. Answered when the connection can be made that becomes QEMU's.
+    AttachInterface(CardSpec),
+    /// Takes a domain's network card away. One that is not there is fine.
+    DetachInterface {
+        /// The domain's context identifier.
+        cid: u32,
+        /// The card's hardware address.
+        mac: [u8; 6],
     },
     /// Shows all domains.
     List,

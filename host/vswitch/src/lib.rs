@@ -1,4 +1,5 @@
-//! The vsock switch for QEMU guests, as a vhost-user back end (virtio 1.2, section 5.10).
+//! The switch for QEMU guests: of their vsock streams, as a vhost-user back end (virtio 1.2, section 5.10),
+//! and of their Ethernet ([`ether`]).
 //!
 //! One process serves every domain of a host. Each domain is a thread with a guest's two rings on
 //! one side and unix sockets on the other:
@@ -13,6 +14,7 @@
 
 pub mod conn;
 pub mod control;
+pub mod ether;
 pub mod packet;
 pub mod switch;
 

@@ -1,4 +1,4 @@
-//! `vswitch --control PATH`: serves the vsock devices of all domains of a host.
+//! `vswitch --control PATH`: serves the vsock devices and network cards of all domains of a host.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use clap::Parser;
 use tracing_subscriber::EnvFilter;
 use xbee_vswitch::control::Server;
 
-/// Connects QEMU guests' vsock devices with unix sockets of the host and with each other
+/// Connects QEMU guests' vsock devices with unix sockets of the host and with each other, and their networks
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {

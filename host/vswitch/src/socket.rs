@@ -1,6 +1,7 @@
 //! Listening unix sockets with the right owner and mode, taking over the names dead processes left.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -90,16 +91,21 @@ pub fn unlink(path: &Path) {
 
 /// Listens on `path`, mode 0600, non-blocking; the name belongs to `uid` if given.
 pub fn listen(path: &Path, uid: Option<u32>) -> Result<UnixListener, SocketError> {
+    listen_as(SocketType::STREAM, path, uid).map(UnixListener::from)
+}
+
+/// The same for another kind of connection.
+pub fn listen_as(kind: SocketType, path: &Path, uid: Option<u32>) -> Result<OwnedFd, SocketError> {
     check_length(path, PATH_MAX)?;
     let listen_error = |source: io::Error| SocketError::Listen {
         path: path.to_owned(),
         source,
     };
-    remove_stale(path)?;
-    let bind = || -> io::Result<UnixListener> {
+    remove_stale(kind, path)?;
+    let bind = || -> io::Result<OwnedFd> {
         let socket = rustix::net::socket_with(
             AddressFamily::UNIX,
-            SocketType::STREAM,
+            kind,
             SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
             None,
         )?;
@@ -116,13 +122,13 @@ pub fn listen(path: &Path, uid: Option<u32>) -> Result<UnixListener, SocketError
             unlink(path);
             return Err(e);
         }
-        Ok(UnixListener::from(socket))
+        Ok(socket)
     };
     bind().map_err(listen_error)
 }
 
 /// Removes the name of a socket nobody listens on.
-fn remove_stale(path: &Path) -> Result<(), SocketError> {
+fn remove_stale(kind: SocketType, path: &Path) -> Result<(), SocketError> {
     let listen_error = |source: io::Error| SocketError::Listen {
         path: path.to_owned(),
         source,
@@ -131,7 +137,7 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(e) => Err(listen_error(e)),
         Ok(meta) if !meta.file_type().is_socket() => Err(SocketError::NotASocket(path.to_owned())),
-        Ok(_) => match connect(path) {
+        Ok(_) => match connect_as(kind, path) {
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
                 std::fs::remove_file(path).map_err(listen_error)
             }
@@ -147,12 +153,16 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
 
 /// Connects without ever waiting.
 pub fn connect(path: &Path) -> io::Result<UnixStream> {
+    connect_as(SocketType::STREAM, path).map(UnixStream::from)
+}
+
+fn connect_as(kind: SocketType, path: &Path) -> io::Result<OwnedFd> {
     let socket = rustix::net::socket_with(
         AddressFamily::UNIX,
-        SocketType::STREAM,
+        kind,
         SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
         None,
     )?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(UnixStream::from(socket))
+    Ok(socket)
 }

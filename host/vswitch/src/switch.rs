@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::ether::{CardSpec, CardStatus, Ether, EtherError};
 use crate::port::{Port, PortError};
 use crate::socket::{self, SocketError};
 
@@ -52,6 +53,9 @@ pub struct DomainStatus {
     pub connected: bool,
     /// Open connections of the guest.
     pub connections: usize,
+    /// Its network cards.
+    #[serde(default)]
+    pub interfaces: Vec<CardStatus>,
 }
 
 /// Why a domain could not be added or removed.
@@ -89,6 +93,9 @@ pub enum SwitchError {
     /// The domain's event loop could not be set up.
     #[error(transparent)]
     Port(#[from] PortError),
+    /// A network card could not be attached.
+    #[error(transparent)]
+    Ether(#[from] EtherError),
 }
 
 impl SwitchError {
@@ -104,6 +111,7 @@ impl SwitchError {
             Self::NotStopped(_) => "not-stopped",
             Self::Socket(e) => e.code(),
             Self::Port(_) => "no-resources",
+            Self::Ether(e) => e.code(),
         }
     }
 }
@@ -190,6 +198,7 @@ pub struct Switch {
     domains: Mutex<HashMap<u32, Arc<Shared>>>,
     /// A domain has left.
     left: Condvar,
+    ether: Arc<Ether>,
 }
 
 impl Switch {
@@ -302,6 +311,21 @@ impl Switch {
         Ok(())
     }
 
+    /// Gives a domain a network card.
+    pub fn attach(&self, card: CardSpec) -> Result<(), SwitchError> {
+        // Held until it is done: a domain that leaves meanwhile takes its cards along.
+        let domains = lock(&self.domains);
+        let domain = domains
+            .get(&card.cid)
+            .ok_or(SwitchError::UnknownCid(card.cid))?;
+        Ok(self.ether.attach(card, &domain.spec.owner)?)
+    }
+
+    /// Takes a domain's network card away. One that is not there is fine.
+    pub fn detach(&self, cid: u32, mac: [u8; 6]) {
+        self.ether.detach(cid, mac);
+    }
+
     /// Removes all domains.
     pub fn remove_all(&self) -> Result<(), SwitchError> {
         let cids: Vec<u32> = lock(&self.domains).keys().copied().collect();
@@ -323,6 +347,7 @@ impl Switch {
                 spec: d.spec.clone(),
                 connected: lock(&d.front_end).is_some(),
                 connections: d.connections.load(Ordering::Relaxed),
+                interfaces: self.ether.list(d.spec.cid),
             })
             .collect();
         all.sort_by_key(|d| d.spec.cid);
@@ -363,6 +388,7 @@ impl Switch {
             .is_some_and(|d| Arc::ptr_eq(d, shared))
         {
             unlink_both(&shared.spec.vhost_socket, &shared.spec.uds);
+            self.ether.remove_domain(shared.spec.cid);
             domains.remove(&shared.spec.cid);
             self.left.notify_all();
         }

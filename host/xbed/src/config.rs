@@ -53,7 +53,8 @@ struct File {
     socket: Option<PathBuf>,
     backend: Option<Backend>,
     images: Option<PathBuf>,
-    qemu: Option<PathBuf>,
+    #[serde(default, deserialize_with = "program_or_table")]
+    qemu: QemuFile,
     vcpus: Option<u32>,
     memory_mib: Option<u64>,
     domains: Option<u32>,
@@ -64,6 +65,39 @@ struct File {
     ca_file: Option<PathBuf>,
     #[serde(default)]
     xen: XenFile,
+}
+
+/// The table `[qemu]`, or the program's path alone.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct QemuFile {
+    program: Option<PathBuf>,
+    prefix: Option<Prefix>,
+    same_owner: Option<SameOwner>,
+}
+
+/// Reads `qemu = "PROGRAM"` or `[qemu]`.
+fn program_or_table<'de, D: serde::Deserializer<'de>>(from: D) -> Result<QemuFile, D::Error> {
+    struct Visitor;
+    impl<'de> serde::de::Visitor<'de> for Visitor {
+        type Value = QemuFile;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("the path of QEMU's program or a table")
+        }
+
+        fn visit_str<E: serde::de::Error>(self, program: &str) -> Result<QemuFile, E> {
+            Ok(QemuFile {
+                program: Some(program.into()),
+                ..QemuFile::default()
+            })
+        }
+
+        fn visit_map<A: serde::de::MapAccess<'de>>(self, table: A) -> Result<QemuFile, A::Error> {
+            QemuFile::deserialize(serde::de::value::MapAccessDeserializer::new(table))
+        }
+    }
+    from.deserialize_any(Visitor)
 }
 
 /// The table `[xen]`.
@@ -97,7 +131,7 @@ pub enum Firewall {
     Off,
 }
 
-/// What domains of one owner may do on the bridge.
+/// What domains of one owner may do on their network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SameOwner {
@@ -182,7 +216,7 @@ pub struct Config {
         expect(dead_code, reason = "only that back end has bridges")
     )]
     pub firewall: Firewall,
-    /// What domains of one owner may do on the bridge.
+    /// What domains of one owner may do on their network.
     pub same_owner: SameOwner,
 }
 
@@ -219,18 +253,24 @@ impl Config {
             Some(path) => read(path)?,
             None => File::default(),
         };
+        let backend = options.backend.or(file.backend).unwrap_or(Backend::Qemu);
+        let (prefix, same_owner) = match backend {
+            Backend::Qemu => (file.qemu.prefix, file.qemu.same_owner),
+            Backend::Xen => (file.xen.prefix, file.xen.same_owner),
+            Backend::Sim => (None, None),
+        };
         Ok(Config {
             data: options.data.or(file.data).unwrap_or_else(default_data),
             socket: options
                 .socket
                 .or(file.socket)
                 .unwrap_or_else(xbee_api::default_socket),
-            backend: options.backend.or(file.backend).unwrap_or(Backend::Qemu),
+            backend,
             images: options
                 .images
                 .or(file.images)
                 .unwrap_or_else(crate::images::default_directory),
-            qemu: file.qemu,
+            qemu: file.qemu.program,
             vcpus: file.vcpus,
             memory_mib: file.memory_mib,
             domains: file.domains.unwrap_or(64),
@@ -240,10 +280,10 @@ impl Config {
             terminate_grace: Duration::from_secs(file.terminate_grace_s.unwrap_or(5)),
             ca_file: file.ca_file,
             bridge: file.xen.bridge.unwrap_or_else(|| "xenbr0".to_owned()),
-            prefix: file.xen.prefix,
+            prefix,
             guests: file.xen.guests.unwrap_or(Guests::Pvh),
             firewall: file.xen.firewall.unwrap_or(Firewall::Required),
-            same_owner: file.xen.same_owner.unwrap_or(SameOwner::Isolated),
+            same_owner: same_owner.unwrap_or(SameOwner::Isolated),
         })
     }
 
@@ -301,6 +341,49 @@ mod tests {
         assert_eq!(config.data, Path::new("/b"));
         let capacity = config.capacity(2, 1 << 40);
         assert_eq!((capacity.vcpus, capacity.memory_bytes), (8, 5 << 20));
+    }
+
+    #[test]
+    fn each_back_end_has_a_network_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("xbed.toml");
+        let load = |text: &str, backend| {
+            std::fs::write(&path, text).unwrap();
+            let path = path.to_str().unwrap();
+            Config::load(Options::parse_from([
+                "xbed",
+                "--config",
+                path,
+                "--backend",
+                backend,
+            ]))
+        };
+        let both = "[qemu]\nprogram = \"/q\"\nprefix = \"fd00:1::/64\"\nsame-owner = \"connected\"\n\
+                    [xen]\nprefix = \"fd00:2::/64\"\n";
+        let place = |config: Config| {
+            (
+                config.prefix.map(|p| p.address(3).to_string()),
+                config.same_owner,
+            )
+        };
+        let qemu = load(both, "qemu").unwrap();
+        assert_eq!(qemu.qemu.as_deref(), Some(Path::new("/q")));
+        assert_eq!(
+            place(qemu),
+            (Some("fd00:1::3".into()), SameOwner::Connected)
+        );
+        let xen = place(load(both, "xen").unwrap());
+        assert_eq!(xen, (Some("fd00:2::3".into()), SameOwner::Isolated));
+        assert_eq!(
+            place(load(both, "sim").unwrap()),
+            (None, SameOwner::Isolated)
+        );
+        let old = load("qemu = \"/q\"\n", "qemu").unwrap();
+        assert_eq!(old.qemu.as_deref(), Some(Path::new("/q")));
+        assert_eq!(place(old), (None, SameOwner::Isolated));
+        let error = load("[qemu]\nbridge = \"b\"\n", "qemu").unwrap_err();
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("bridge"), "{cause}");
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::os::fd::RawFd;
 
 use serde_json::{Value, json};
 
-use super::files;
 use super::host::Host;
+use super::{card, files};
 use crate::domain::{Disk, DiskFormat, DomainSpec};
 use crate::error::Error;
 use crate::rundir;
@@ -28,6 +28,8 @@ pub(crate) struct Descriptors {
     pub(crate) kernel: Option<RawFd>,
     /// In the order of the domain's disks.
     pub(crate) disks: Vec<DiskDescriptors>,
+    /// Connection of its network card, if it has one.
+    pub(crate) card: Option<RawFd>,
 }
 
 /// The files of a disk.
@@ -148,6 +150,11 @@ pub(crate) fn args(
             "-device",
             &json!({ "driver": "virtio-balloon-pci", "id": "balloon" }),
         );
+    }
+
+    if let (Some(interface), Some(fd)) = (&spec.interface, fds.card) {
+        args.json("-netdev", &card::backend(interface.mac, &fd.to_string()));
+        args.json("-device", &card::device(interface.mac));
     }
 
     for (index, (disk, files)) in spec.disks.iter().zip(&fds.disks).enumerate() {

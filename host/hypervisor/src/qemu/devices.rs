@@ -1,27 +1,35 @@
-//! What is added to a domain and taken from it while it runs: disks, processors, memory.
+//! What is added to a domain and taken from it while it runs: disks, interfaces, processors, memory.
 //!
-//! The record has a disk before QEMU has it, and until QEMU has it no more: so a restart of this process
+//! The record has a device before QEMU has it, and until QEMU has it no more: so a restart of this process
 //! finds what was under way.
 
 use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
+use super::card;
 use super::command::{self, PLUG_BUS, base_set, overlay_set};
 use super::domain::Domain;
 use super::qmp::{Qmp, QmpError};
-use crate::domain::{Disk, DomainState, Hardware};
+use super::switch::Switch;
+use crate::domain::{Disk, DomainState, Hardware, Interface};
 use crate::error::Error;
 use crate::spec;
 use crate::work::blocking;
+
+/// Slots of a bus (PCI Local Bus Specification 3.0, section 3.2.2.3.1).
+const SLOTS: usize = 32;
 
 /// How long a guest may take to let a device go.
 const LET_GO_LIMIT: Duration = Duration::from_secs(30);
 
 const COLD_DISK: &str = "it was started with this disk, on a bus that nothing is taken from";
+const COLD_INTERFACE: &str =
+    "it was started with this interface, on a bus that nothing is taken from";
 const COLD_VCPU: &str = "a machine keeps the processors that it was started with";
 const TCG_VCPU: &str =
     "QEMU's TCG ends (7.2) when a processor is added in the place of one that was taken";
@@ -144,6 +152,118 @@ impl Domain {
         blocking(move || dir.remove_overlay(index)).await
     }
 
+    /// Has the switch serve a card, and connects to it for QEMU.
+    pub(crate) async fn connect_card(
+        &self,
+        interface: &Interface,
+        switch: &Switch,
+    ) -> Result<OwnedFd, Error> {
+        let socket = self.dir.card_socket(interface.mac);
+        let card = card::spec(self.spec.cid, &socket, interface);
+        switch.attach(self.spec.id, card).await?;
+        card::connect(&socket).map_err(Error::io("connect to", socket))
+    }
+
+    /// Attaches an interface. The caller holds `operation`.
+    pub(crate) async fn attach_interface(
+        self: &Arc<Self>,
+        interface: Interface,
+        switch: &Switch,
+    ) -> Result<(), Error> {
+        let qmp = self.control("attach an interface to")?;
+        let hardware = self.hardware();
+        if !spec::check_new_interface(&hardware, &interface)? {
+            return Ok(());
+        }
+        let slot = self.free_slot(&qmp, &hardware).await?;
+        let mac = interface.mac;
+        self.kept
+            .change_hardware(move |hardware| hardware.interfaces.push(interface))
+            .await?;
+        let connection = match self.connect_card(&interface, switch).await {
+            Ok(connection) => connection,
+            Err(error) => {
+                self.drop_interface(&qmp, mac).await?;
+                return Err(error);
+            }
+        };
+        let plugged = async {
+            let name = card::id(mac);
+            let fd = json!({ "fdname": name });
+            qmp.give("getfd", fd, Some(connection)).await?;
+            qmp.give("netdev_add", card::backend(mac, &name), None)
+                .await?;
+            let mut device = card::device(mac);
+            device["bus"] = PLUG_BUS.into();
+            device["addr"] = format!("{slot:x}").into();
+            qmp.give("device_add", device, None).await
+        };
+        if let Err(error) = plugged.await {
+            let error = self.failed("attach the interface", error);
+            switch.detach(self.spec.id, self.spec.cid, mac).await?;
+            self.drop_interface(&qmp, mac).await?;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Detaches an interface. The caller holds `operation`.
+    pub(crate) async fn detach_interface(
+        self: &Arc<Self>,
+        mac: [u8; 6],
+        switch: &Switch,
+    ) -> Result<(), Error> {
+        let qmp = self.control("detach an interface from")?;
+        let hardware = self.hardware();
+        if !hardware.interfaces.iter().any(|known| known.mac == mac) {
+            return Ok(());
+        }
+        if self.spec.interface.is_some_and(|first| first.mac == mac) {
+            return Err(self.cannot("detach an interface from", COLD_INTERFACE));
+        }
+        self.unplug(&qmp, &card::id(mac))
+            .await
+            .map_err(|error| self.failed("detach the interface", error))?;
+        // Not only QEMU is told: it may be its guest's by now.
+        switch.detach(self.spec.id, self.spec.cid, mac).await?;
+        self.drop_interface(&qmp, mac).await
+    }
+
+    /// A place on the bus for what is added, from the end: disks have theirs from the beginning.
+    async fn free_slot(&self, qmp: &Qmp, hardware: &Hardware) -> Result<usize, Error> {
+        let mut taken = HashSet::new();
+        for interface in &hardware.interfaces {
+            let path = format!("/machine/peripheral/{}", card::id(interface.mac));
+            let place = json!({ "path": path, "property": "addr" });
+            let answer = qmp.give("qom-get", place, None).await;
+            let answer = answer.map_err(|error| self.failed("look for a free slot", error))?;
+            // Slots have eight functions each.
+            taken.extend(answer.as_u64().map(|place| place / 8));
+        }
+        (spec::DISKS_MAX + 1..SLOTS)
+            .rev()
+            .find(|slot| !taken.contains(&(*slot as u64)))
+            .ok_or(Error::InvalidSpec {
+                field: "interface",
+                detail: format!(
+                    "more than {} on a running domain",
+                    SLOTS - spec::DISKS_MAX - 1
+                ),
+            })
+    }
+
+    /// Removes what is behind an interface that no guest has.
+    async fn drop_interface(self: &Arc<Self>, qmp: &Qmp, mac: [u8; 6]) -> Result<(), Error> {
+        let socket = json!({ "id": card::backend(mac, "")["id"] });
+        if let Err(error) = qmp.give("netdev_del", socket, None).await {
+            // It may never have been made.
+            tracing::debug!(domain = %self.spec.id, %error, "netdev_del");
+        }
+        self.kept
+            .change_hardware(move |hardware| hardware.interfaces.retain(|known| known.mac != mac))
+            .await
+    }
+
     /// Has the guest let a device go. One that is not there is fine.
     async fn unplug(&self, qmp: &Qmp, device: &str) -> Result<(), QmpError> {
         let mut removed = qmp.removed();
@@ -251,6 +371,11 @@ impl Domain {
         for (index, disk) in later {
             if !there.contains(command::disk_id(*index).as_str()) {
                 self.drop_disk(&qmp, *index, disk).await?;
+            }
+        }
+        for interface in &hardware.interfaces {
+            if !there.contains(card::id(interface.mac).as_str()) {
+                self.drop_interface(&qmp, interface.mac).await?;
             }
         }
         if hardware.vcpus != self.spec.vcpus {

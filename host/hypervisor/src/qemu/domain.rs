@@ -1,7 +1,7 @@
 //! One domain: its process, what watches it, and the operations on it.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -132,10 +132,14 @@ impl Domain {
             uid: None,
         };
         switch.add(self.spec.id, port).await?;
+        let card = match &self.spec.interface {
+            Some(interface) => Some(self.connect_card(interface, switch).await?),
+            None => None,
+        };
         let (process, logs) = {
             let (domain, host, config) = (Arc::clone(self), host.clone(), config.clone());
             // Opens files and forks.
-            work::blocking(move || domain.launch(&host, &config)).await?
+            work::blocking(move || domain.launch(&host, &config, card)).await?
         };
         tracing::info!(domain = %self.spec.id, pid = process.pid(), "QEMU started");
         self.attend(Arc::new(process), logs, config).await?;
@@ -223,7 +227,12 @@ impl Domain {
     }
 
     /// Blocking part of the start.
-    fn launch(&self, host: &Host, config: &QemuConfig) -> Result<(Process, Logs), Error> {
+    fn launch(
+        &self,
+        host: &Host,
+        config: &QemuConfig,
+        card: Option<OwnedFd>,
+    ) -> Result<(Process, Logs), Error> {
         let logs = Logs::open(&self.dir, config)?;
         let identity = identity(&self.spec, config).map(|id| Identity {
             uid: id,
@@ -271,6 +280,7 @@ impl Domain {
                     overlay: disk.overlay.as_ref().map(AsRawFd::as_raw_fd),
                 })
                 .collect(),
+            card: card.as_ref().map(AsRawFd::as_raw_fd),
         };
         let has_boot_file = self.dir.boot_file().is_some();
         let args = command::args(&self.spec, host, &fds, has_boot_file)?;
@@ -289,6 +299,7 @@ impl Domain {
                 .into_iter()
                 .chain(fds.kernel)
                 .chain(of_disks.flatten())
+                .chain(fds.card)
                 .collect(),
             cage: &host.cage,
             plan,

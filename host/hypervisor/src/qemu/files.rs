@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use rustix::fs::{CWD, FileType, Mode};
 use xbee_protocol::AGENT_VSOCK_PORT;
 
+use super::card;
 use crate::domain::{Disk, DomainSpec};
 use crate::error::Error;
 use crate::image;
@@ -139,6 +140,11 @@ impl RunDir {
 
     pub(crate) fn vhost_socket(&self) -> PathBuf {
         self.path(VHOST_SOCKET)
+    }
+
+    /// Where the connection is made that becomes a network card.
+    pub(crate) fn card_socket(&self, mac: [u8; 6]) -> PathBuf {
+        self.path(&card::id(mac))
     }
 
     /// Where the vsock switch delivers connections to the agent's port.

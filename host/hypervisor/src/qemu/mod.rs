@@ -4,6 +4,7 @@
 //! directory; [`QemuHypervisor::new`] adopts what it finds there.
 
 mod agent_port;
+mod card;
 mod command;
 mod config;
 mod devices;
@@ -46,8 +47,6 @@ const EVENTS_MAX: usize = 4096;
 /// As QEMU itself says when asked to (7.2, docs of `query-migrate`: "non-migratable device").
 const NO_SAVE: &str =
     "QEMU does not save a domain with a vhost-user-vsock device, over which its agent is reached";
-
-const NO_INTERFACES: &str = "domains of QEMU have no network interfaces";
 
 /// Domains as QEMU processes.
 #[derive(Debug)]
@@ -296,16 +295,22 @@ impl Hypervisor for QemuHypervisor {
         .await
     }
 
-    async fn attach_interface(&self, id: DomainId, _interface: Interface) -> Result<(), Error> {
-        Err(self
-            .domain(id)?
-            .cannot("attach an interface to", NO_INTERFACES))
+    async fn attach_interface(&self, id: DomainId, interface: Interface) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        self.complete(|inner| async move {
+            let _operation = domain.operation.lock().await;
+            domain.attach_interface(interface, &inner.switch).await
+        })
+        .await
     }
 
-    async fn detach_interface(&self, id: DomainId, _mac: [u8; 6]) -> Result<(), Error> {
-        Err(self
-            .domain(id)?
-            .cannot("detach an interface from", NO_INTERFACES))
+    async fn detach_interface(&self, id: DomainId, mac: [u8; 6]) -> Result<(), Error> {
+        let domain = self.domain(id)?;
+        self.complete(|inner| async move {
+            let _operation = domain.operation.lock().await;
+            domain.detach_interface(mac, &inner.switch).await
+        })
+        .await
     }
 
     async fn set_memory(&self, id: DomainId, bytes: u64) -> Result<(), Error> {

@@ -1,4 +1,4 @@
-//! The vsock switch: one process for all domains, started on demand, which like them outlives this
+//! The switch of guests' streams and networks: one process for all domains, started on demand, which like them outlives this
 //! one.
 
 use std::fs::OpenOptions;
@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::Mutex;
 use xbee_vswitch::control::{Client, ClientError};
+use xbee_vswitch::ether::CardSpec;
 use xbee_vswitch::switch::DomainSpec as Port;
 
 use crate::domain::DomainId;
@@ -30,6 +31,21 @@ pub(crate) struct Switch {
     control: PathBuf,
     log: PathBuf,
     client: Mutex<Option<Client>>,
+}
+
+/// Of a domain's network cards.
+enum Change {
+    Attach(CardSpec),
+    Detach { cid: u32, mac: [u8; 6] },
+}
+
+impl Change {
+    async fn ask(&self, client: &mut Client) -> Result<(), ClientError> {
+        match self {
+            Self::Attach(card) => client.attach_interface(card.clone()).await,
+            Self::Detach { cid, mac } => client.detach_interface(*cid, *mac).await,
+        }
+    }
 }
 
 impl Switch {
@@ -107,6 +123,46 @@ impl Switch {
                 Ok(())
             }
         }
+    }
+
+    /// Gives a domain that was added a network card. When this returns, the connection can be made.
+    pub(crate) async fn attach(&self, id: DomainId, card: CardSpec) -> Result<(), Error> {
+        self.change(id, "given an interface of", &Change::Attach(card))
+            .await
+    }
+
+    /// Takes a network card from a domain; one that is not there is fine.
+    pub(crate) async fn detach(&self, id: DomainId, cid: u32, mac: [u8; 6]) -> Result<(), Error> {
+        self.change(id, "taken an interface of", &Change::Detach { cid, mac })
+            .await
+    }
+
+    /// Asks the switch that runs, once more where the connection to it was an old one.
+    async fn change(
+        &self,
+        id: DomainId,
+        action: &'static str,
+        change: &Change,
+    ) -> Result<(), Error> {
+        let failed = |source| Error::Switch {
+            id,
+            action,
+            source: Box::new(source),
+        };
+        let mut slot = self.client.lock().await;
+        if let Some(mut client) = slot.take() {
+            let answer = change.ask(&mut client).await;
+            if matches!(answer, Ok(()) | Err(ClientError::Refused { .. })) {
+                *slot = Some(client);
+                return answer.map_err(failed);
+            }
+        }
+        let mut client = Client::connect(&self.control).await.map_err(failed)?;
+        let answer = change.ask(&mut client).await;
+        if matches!(answer, Ok(()) | Err(ClientError::Refused { .. })) {
+            *slot = Some(client);
+        }
+        answer.map_err(failed)
     }
 
     async fn spawn(&self) -> Result<Client, Error> {

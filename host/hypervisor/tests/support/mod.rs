@@ -311,7 +311,6 @@ impl Fixture {
             Backend::Sim(_) => &[],
             Backend::Qemu { .. } => &[
                 "save",
-                "attach an interface to",
                 // With TCG, that is.
                 "take processors from",
             ],

@@ -11,6 +11,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::timeout;
 
 use super::{LINE_MAX, Request, Response};
+use crate::ether::CardSpec;
 use crate::switch::{DomainSpec, DomainStatus};
 
 /// How long an answer may take. The longest, `remove`, waits 5 s itself.
@@ -191,6 +192,17 @@ impl Client {
     /// Removes a domain.
     pub async fn remove(&mut self, cid: u32) -> Result<(), ClientError> {
         self.ask(&Request::Remove { cid }).await.map(|_| ())
+    }
+
+    /// Gives a domain a network card. When this returns, the connection can be made.
+    pub async fn attach_interface(&mut self, card: CardSpec) -> Result<(), ClientError> {
+        self.ask(&Request::AttachInterface(card)).await.map(|_| ())
+    }
+
+    /// Takes a domain's network card away.
+    pub async fn detach_interface(&mut self, cid: u32, mac: [u8; 6]) -> Result<(), ClientError> {
+        let request = Request::DetachInterface { cid, mac };
+        self.ask(&request).await.map(|_| ())
     }
 
     /// All domains by CID.

@@ -221,6 +221,11 @@ fn handle(switch: &Arc<Switch>, request: Request) -> Response {
     match request {
         Request::Add(spec) => done(switch.add(spec)),
         Request::Remove { cid } => done(switch.remove(cid)),
+        Request::AttachInterface(card) => done(switch.attach(card)),
+        Request::DetachInterface { cid, mac } => {
+            switch.detach(cid, mac);
+            ok
+        }
         Request::Stop => done(switch.remove_all()),
         Request::Ping => Response {
             version: Some(env!("CARGO_PKG_VERSION").to_owned()),

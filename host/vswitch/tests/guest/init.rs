@@ -12,8 +12,8 @@
 //! - `zeros LEN`: writes LEN zeros in large writes, then closes.
 //! - `dial CID PORT COMMAND...`: connects, reports `connected MS` or `errno N MS`, runs COMMAND on
 //!   the new connection and reports how that went.
-//! - `copy LEN SEED COMMAND...`: behind `dial`, to another guest: sends COMMAND and LEN pattern
-//!   bytes, ends its direction and reports the answer.
+//! - `copy LEN SEED CHUNK COMMAND...`: behind `dial`, to another guest: sends COMMAND and LEN pattern
+//!   bytes in writes of CHUNK bytes, ends its direction and reports the answer.
 //! - `poweroff LEN SEED`: writes LEN pattern bytes and turns the machine off as soon as the kernel has
 //!   had time to hand them to the device.
 
@@ -214,11 +214,10 @@ fn run(words: &[&str], stream: &mut File) -> io::Result<String> {
             Ok("done".into())
         }
         Some("copy") => {
-            // A client of another guest: `copy LEN SEED COMMAND...` sends COMMAND, then the pattern,
-            // ends its direction, and reports the answer.
-            let (mut left, seed) = (number(words, 1)?, number(words, 2)?);
-            writeln!(stream, "{}", words[3..].join(" "))?;
+            let (mut left, seed, chunk) = (number(words, 1)?, number(words, 2)?, number(words, 3)?);
+            writeln!(stream, "{}", words[4..].join(" "))?;
             let mut pattern = Pattern(seed);
+            buffer.resize(chunk as usize, 0);
             while left > 0 {
                 let n = left.min(buffer.len() as u64) as usize;
                 pattern.fill(&mut buffer[..n]);

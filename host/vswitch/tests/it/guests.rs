@@ -243,10 +243,18 @@ fn guests_of_one_owner_talk_and_others_do_not() {
 
     // With each other, both ways.
     for (from, to) in [(&three, 4), (&four, 3)] {
-        let mut report = from.command(&format!("dial {to} 1000 copy {MIB} 21 sink {MIB} 21"));
+        let mut report = from.command(&format!("dial {to} 1000 copy {MIB} 21 65536 sink {MIB} 21"));
         assert!(read_line(&mut report).starts_with("connected "));
         assert_eq!(read_all(&mut report), "ok\n");
-        let mut report = from.command(&format!("dial {to} 1000 copy 5000 22 half"));
+        let copy = format!(
+            "dial {to} 1000 copy {} 23 {MIB} sink {} 23",
+            8 * MIB,
+            8 * MIB
+        );
+        let mut report = from.command(&copy);
+        assert!(read_line(&mut report).starts_with("connected "));
+        assert_eq!(read_all(&mut report), "ok\n");
+        let mut report = from.command(&format!("dial {to} 1000 copy 5000 22 4096 half"));
         assert!(read_line(&mut report).starts_with("connected "));
         assert_eq!(read_all(&mut report), "5000\n");
         let report = read_all(&mut from.command(&format!("dial {to} 999 echo")));
@@ -254,7 +262,7 @@ fn guests_of_one_owner_talk_and_others_do_not() {
     }
 
     // The other end vanishes.
-    let mut report = three.command("dial 4 1000 copy 0 1 echo");
+    let mut report = three.command("dial 4 1000 copy 0 1 1 echo");
     assert!(read_line(&mut report).starts_with("connected "));
     drop(four);
     eventually("the domain leaves", || switch.list().len() == 1);
@@ -264,4 +272,39 @@ fn guests_of_one_owner_talk_and_others_do_not() {
     let report = read_all(&mut three.command("dial 4 1000 echo"));
     assert!(report.starts_with("errno 104 "), "{report}");
     echoes(&mut three.command("echo"));
+}
+
+#[test]
+fn domains_come_and_go_while_others_talk() {
+    let mut switch = Switch::start();
+    let Some(boot) = Boot::new(switch.dir.path()) else {
+        return;
+    };
+    let three = switch.boot(&boot, 3, "alice");
+    let four = switch.boot(&boot, 4, "alice");
+    let mut guest = Some(switch.boot(&boot, 6, "bob"));
+    let len = 48 * MIB;
+    let copy = format!("dial 4 1000 copy {len} 31 {MIB} sink {len} 31");
+    let mut between = three.command(&copy);
+    assert!(read_line(&mut between).starts_with("connected "));
+    let out = four.command(&format!("source {len} 32 {MIB}"));
+    let talking = thread::spawn(move || {
+        Pattern(32).expect(&out, len);
+        read_all(&mut between)
+    });
+    let mut rounds = 0;
+    while !talking.is_finished() {
+        // One that nobody connects to, and one whose QEMU is killed.
+        switch.add(5, "alice").unwrap();
+        switch.remove(5).unwrap();
+        rounds += 1;
+        if rounds == 5
+            && let Some(mut guest) = guest.take()
+        {
+            guest.kill();
+        }
+    }
+    assert_eq!(talking.join().unwrap(), "ok\n");
+    println!("{rounds} rounds");
+    assert!(guest.is_none(), "nobody came and went");
 }

@@ -3,6 +3,7 @@
 
 mod control;
 mod driver;
+mod ether;
 mod guests;
 mod rings;
 mod vm;

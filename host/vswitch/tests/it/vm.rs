@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use xbee_vswitch::control::{Client, ClientError};
+use xbee_vswitch::ether::CardSpec;
 use xbee_vswitch::switch::{DomainSpec, DomainStatus};
 
 /// Modules the guest needs, in the order they are loaded.
@@ -227,6 +228,16 @@ impl Switch {
     pub fn remove(&mut self, cid: u32) -> Result<(), ClientError> {
         let client = self.client.as_mut().unwrap();
         self.runtime.block_on(client.remove(cid))
+    }
+
+    pub fn attach(&mut self, card: CardSpec) -> Result<(), ClientError> {
+        let client = self.client.as_mut().unwrap();
+        self.runtime.block_on(client.attach_interface(card))
+    }
+
+    pub fn detach(&mut self, cid: u32, mac: [u8; 6]) -> Result<(), ClientError> {
+        let client = self.client.as_mut().unwrap();
+        self.runtime.block_on(client.detach_interface(cid, mac))
     }
 
     pub fn list(&mut self) -> Vec<DomainStatus> {

@@ -9,7 +9,7 @@ use xbee_hypervisor::{DomainSpec, Interface};
 
 use super::stage_in::BootFiles;
 use super::{agent, agent_failure, fail, files, hypervisor_failure, run_scripts, session};
-use crate::config::{Backend, Config, Prefix, SameOwner};
+use crate::config::{Config, Prefix, SameOwner};
 use crate::fault;
 use crate::host::Host;
 use crate::plan::{Plan, When};
@@ -150,7 +150,7 @@ fn spec(context: &StepContext, boot: &BootFiles) -> DomainSpec {
 /// The domain's place on the network, where domains have one: like the context identifier, from a
 /// number that no other task has. The first two numbers of a network are the host's own.
 fn interface(config: &Config, number: u32) -> Option<Interface> {
-    let prefix = config.prefix.filter(|_| config.backend == Backend::Xen)?;
+    let prefix = config.prefix?;
     let [a, b, c, d] = number.to_be_bytes();
     Some(Interface {
         // Locally administered, and of one card (IEEE 802, clause 8).

@@ -1,0 +1,171 @@
+//! The network between guests of QEMU: real guests, whose agent sets up what the host has chosen. What frames may
+//! pass is tried frame by frame in the tests of `xbee-vswitch`.
+
+use std::time::Instant;
+
+use tokio::io::AsyncReadExt;
+use tokio::time::timeout;
+use xbee_agent::protocol::{BootConfig, ExitStatus, GENERATION, Network, StartMode};
+use xbee_agent::{Agent, Event, ExecSpec, Resume};
+use xbee_hypervisor::{DomainSpec, Hypervisor, Interface};
+
+use super::support::{Fixture, Guest, LIMIT, SECRET};
+
+/// A guest with its agent and its address.
+struct Host {
+    spec: DomainSpec,
+    agent: Agent,
+    /// The agent's connection goes with its receiver.
+    _events: tokio::sync::mpsc::Receiver<Event>,
+}
+
+impl Host {
+    async fn boot(fixture: &Fixture, hypervisor: &dyn Hypervisor, number: u8, owner: &str) -> Host {
+        let mut spec = fixture.spec(Guest::Agent);
+        spec.owner = owner.to_owned();
+        spec.memory_bytes = 128 << 20;
+        let interface = Interface {
+            mac: [0x02, 0xbe, 0, 0, 0, number],
+            address: format!("fd58:454e::{number:x}").parse().unwrap(),
+            peers: true,
+        };
+        spec.interface = Some(interface);
+        spec.boot_config = BootConfig {
+            generation: GENERATION,
+            domain: spec.id,
+            hostname: format!("guest{number}"),
+            secret: SECRET,
+            transport: hypervisor.transport(),
+            network: Some(Network {
+                mac: interface.mac,
+                address: interface.address,
+                prefix_length: 64,
+                gateway: None,
+            }),
+        }
+        .encode();
+        hypervisor.create(&spec).await.unwrap();
+        hypervisor.start(spec.id).await.unwrap();
+        let (agent, events) = connect(hypervisor, &spec).await;
+        agent.start(StartMode::Agent).await.unwrap();
+        Host {
+            spec,
+            agent,
+            _events: events,
+        }
+    }
+
+    fn address(&self) -> String {
+        self.spec.interface.unwrap().address.to_string()
+    }
+
+    /// Runs a command of the shell; what it prints, and whether it succeeds.
+    async fn sh(&self, script: &str) -> (String, bool) {
+        let spec = ExecSpec {
+            argv: ["/bin/sh", "-c", &format!("{{ {script}; }} 2>&1")]
+                .map(str::to_owned)
+                .into(),
+            ..ExecSpec::default()
+        };
+        let mut process = self.agent.exec(spec).await.unwrap();
+        let mut text = String::new();
+        let mut stdout = process.stdout.take().unwrap();
+        let read = timeout(LIMIT, stdout.read_to_string(&mut text)).await;
+        read.expect("it does not end").unwrap();
+        let status = process.wait().await.unwrap();
+        (text, status == ExitStatus::Code(0))
+    }
+
+    async fn reaches(&self, address: &str) -> bool {
+        let (text, reached) = self.sh(&format!("ping6 -c 2 -W 2 {address}")).await;
+        println!("{}: {text}", self.address());
+        reached
+    }
+}
+
+async fn connect(
+    hypervisor: &dyn Hypervisor,
+    spec: &DomainSpec,
+) -> (Agent, tokio::sync::mpsc::Receiver<Event>) {
+    let stream = timeout(LIMIT, hypervisor.channel(spec.id)).await;
+    let stream = stream.expect("no agent").unwrap();
+    Agent::connect(stream, &SECRET, Resume::default())
+        .await
+        .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn guests_of_one_owner_have_a_network_and_cannot_be_others() {
+    let Some(fixture) = Fixture::qemu() else {
+        return;
+    };
+    let mut hypervisor = fixture.open().await;
+    let (one, two, other) = tokio::join!(
+        Host::boot(&fixture, &*hypervisor, 3, "one"),
+        Host::boot(&fixture, &*hypervisor, 4, "one"),
+        Host::boot(&fixture, &*hypervisor, 5, "two"),
+    );
+    assert!(one.reaches(&two.address()).await);
+    assert!(two.reaches(&one.address()).await);
+    let local = "fe80::be:ff:fe00:4%eth0";
+    assert!(one.reaches(local).await);
+    assert!(!one.reaches(&other.address()).await);
+    assert!(!other.reaches(&one.address()).await);
+    let (seen, _) = one
+        .sh("cat /sys/class/net/eth0/mtu; ip -6 addr show eth0")
+        .await;
+    assert!(seen.starts_with("65535\n"), "{seen}");
+    // By router advertisement, for guests that nobody gave another.
+    let made = seen
+        .lines()
+        .find(|line| line.contains("fd58:454e::be:ff:fe00:3/64"));
+    assert!(made.is_some_and(|line| line.contains("dynamic")), "{seen}");
+
+    // TCP, both ways, bit-exact.
+    for host in [&one, &two] {
+        let (said, made) = host
+            .sh("head -c 20000000 /dev/urandom >/file; setsid nc -ll -p 80 -e cat /file </dev/null >/dev/null & md5sum </file")
+            .await;
+        assert!(made, "{said}");
+        let client = if std::ptr::eq(host, &one) { &two } else { &one };
+        let begun = Instant::now();
+        let fetch = format!("nc {} 80 </dev/null | md5sum", host.address());
+        assert_eq!(client.sh(&fetch).await.0, said);
+        println!("20 MB by TCP in {:?}", begun.elapsed());
+    }
+    let fetch = format!("nc -w 3 {} 80 </dev/null", one.address());
+    assert!(!other.sh(&fetch).await.1);
+
+    // Another's address, another's card; then as before.
+    let from = format!("ping6 -c 2 -W 2 -I fd58:454e::66 {}", two.address());
+    let (said, _) = one.sh("ip -6 addr add fd58:454e::66/64 dev eth0").await;
+    let (answer, reached) = one.sh(&from).await;
+    assert!(
+        !reached && answer.contains("0 packets received"),
+        "{said} {answer}"
+    );
+    one.sh("ip -6 addr del fd58:454e::66/64 dev eth0").await;
+    let card = |mac| format!("ip link set eth0 address 02:be:00:00:00:{mac}");
+    let (said, done) = one.sh(&card("05")).await;
+    assert!(done, "{said}");
+    assert!(!one.reaches(&two.address()).await);
+    one.sh(&card("03")).await;
+    assert!(one.reaches(&two.address()).await);
+
+    // Without the manager, and with a new one.
+    drop((one.agent, other.agent));
+    drop(hypervisor);
+    assert!(
+        two.reaches(&one.spec.interface.unwrap().address.to_string())
+            .await
+    );
+    hypervisor = fixture.open().await;
+    hypervisor.destroy(one.spec.id).await.unwrap();
+    assert!(
+        !two.reaches(&one.spec.interface.unwrap().address.to_string())
+            .await
+    );
+    for spec in [two.spec, other.spec] {
+        hypervisor.destroy(spec.id).await.unwrap();
+    }
+}
