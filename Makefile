@@ -1,5 +1,5 @@
 # The work is done by the scripts in ci/ and images/, which can be called directly too.
-.PHONY: help images kernel run test xen-test soak lint bench xen-bench clean
+.PHONY: help images kernel run test xen-test soak fuzz lint bench xen-bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,6 +21,10 @@ test: ## images, lint, and all tests, on real virtual machines and on Xen
 
 xen-test: ## tests on a real Xen, which runs in QEMU
 	@ci/xen/test
+
+fuzz: ## fuzz for SECONDS (60) each what reads strangers' bytes
+	@ci/install fuzz
+	@ci/fuzz $(or $(SECONDS),60)
 
 soak: ## the longer tests: 100,000 simulated tasks, all those on Xen
 	@ci/soak
