@@ -1,9 +1,9 @@
 # The work is done by the scripts in ci/ and images/, which can be called directly too.
-.PHONY: help images kernel run test xen-test soak fuzz lint bench xen-bench clean
+.PHONY: help images kernel run test xen-test soak fuzz lint bench bench-staging xen-bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 15
 
 images: ## build the VM images (kernel, base, povray, server) into the cache
 	@ci/install run images
@@ -37,6 +37,10 @@ bench: ## measure, into bench/results.md
 	@ci/install run
 	@images/build base
 	@cargo run --release -p xbee-tests --bin bench
+
+bench-staging: ## stage-in of a packed image against lbzip2, pigz and zstd; into bench/results.md
+	@ci/install bench
+	@cargo run --release -p xbee-staging --example bench all bench/results.md
 
 xen-bench: ## the experiments on a real Xen, which runs in QEMU; into bench/results.md
 	@ci/xen/bench

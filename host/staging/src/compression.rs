@@ -82,9 +82,7 @@ pub(crate) fn decoder<'a>(
 ) -> io::Result<Box<dyn Read + 'a>> {
     Ok(match compression {
         None | Some(Compression::Tar) => Box::new(input),
-        Some(Compression::Bzip2 | Compression::Tbz) => {
-            Box::new(bzip2::bufread::MultiBzDecoder::new(input))
-        }
+        Some(Compression::Bzip2 | Compression::Tbz) => Box::new(crate::bzip2::Decoder::new(input)?),
         Some(Compression::Gzip | Compression::Tgz) => {
             Box::new(flate2::bufread::MultiGzDecoder::new(input))
         }

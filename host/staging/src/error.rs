@@ -171,6 +171,9 @@ pub enum ErrorKind {
         #[source]
         source: Cause,
     },
+    /// The connection broke, and the file is another one since then.
+    #[error("the transfer broke off, and the file has changed since")]
+    Changed,
     /// The FTP server answered with a failure.
     #[error("the FTP server answered: {reply}")]
     Ftp {
@@ -230,6 +233,7 @@ impl ErrorKind {
             Self::Redirect { .. } => "redirect",
             Self::Connect { .. } => "connect",
             Self::Transfer { .. } => "transfer",
+            Self::Changed => "changed",
             Self::Ftp { .. } => "ftp",
             Self::Unsupported { .. } => "unsupported",
             Self::Local { source, .. }

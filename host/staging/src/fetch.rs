@@ -145,7 +145,7 @@ impl Stager {
                 Scheme::File => local::read(&uri, identity, feed.clone()).await?,
                 Scheme::Ftp => ftp::get(&uri, &self.limits, &feed).await?,
                 Scheme::Http | Scheme::Https => {
-                    http::get(&self.fetch_client()?, &uri, &feed).await?;
+                    http::get(&self.fetch_client()?, &uri, &self.limits, &feed).await?;
                 }
             }
             feed.end().await
@@ -311,13 +311,11 @@ impl Worker {
         let partial = match &self.destination {
             Destination::File(path) => {
                 let (partial, file) = Partial::file(path, 0o600)?;
-                sparse::copy(decoded, &file, &mut sparse::buffer(), &mut budget).map_err(
-                    |error| match error {
-                        CopyError::Read(source) => corrupt(source),
-                        CopyError::Write(source) => ErrorKind::local("cannot write", path, source),
-                        CopyError::Refused(kind) => kind,
-                    },
-                )?;
+                sparse::copy_apart(decoded, &file, &mut budget).map_err(|error| match error {
+                    CopyError::Read(source) => corrupt(source),
+                    CopyError::Write(source) => ErrorKind::local("cannot write", path, source),
+                    CopyError::Refused(kind) => kind,
+                })?;
                 Some(partial)
             }
             Destination::Unpack(path) => {

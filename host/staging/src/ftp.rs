@@ -16,6 +16,7 @@ use crate::inflow::{Feed, Halt, Piece};
 use crate::limits::Limits;
 use crate::meter::Meter;
 use crate::put::Creation;
+use crate::resume::{Resume, changed};
 use crate::uri::Uri;
 
 /// Bytes read at once.
@@ -24,22 +25,58 @@ const CHUNK_BYTES: usize = 128 << 10;
 /// How long to say goodbye to a server, or to remove a half file from it.
 const FAREWELL: Duration = Duration::from_millis(600);
 
-/// Downloads `uri` into `feed`.
+/// Downloads `uri` into `feed`. Goes on with further connections if one breaks (REST, RFC 3659).
 pub(crate) async fn get(uri: &Uri, limits: &Limits, feed: &Feed) -> Result<(), Halt> {
+    let mut resume = Resume::new(limits);
+    let mut version = None;
+    loop {
+        let halt = match get_once(uri, limits, feed, &mut resume, &mut version).await {
+            Ok(()) => return Ok(()),
+            Err(halt) => halt,
+        };
+        // Without both the file cannot be recognised.
+        let same = matches!(version, Some((Some(size), Some(_))) if resume.received_bytes() < size);
+        resume.again(same, halt, &feed.meter).await?;
+    }
+}
+
+/// Length and time of last modification, as far as the server tells.
+type Version = (Option<u64>, Option<String>);
+
+/// One connection's part of a download. Notes the version that the first connection brings.
+async fn get_once(
+    uri: &Uri,
+    limits: &Limits,
+    feed: &Feed,
+    resume: &mut Resume,
+    version: &mut Option<Version>,
+) -> Result<(), Halt> {
     let path = uri.ftp_path()?;
     let mut ftp = login(uri, limits, &feed.meter).await?;
     // Not every server knows SIZE; without it the length is only not known in advance.
     let size = ftp.size(&path).await.ok().map(|size| size as u64);
-    if let Some(size) = size {
-        feed.meter.expect(size)?;
+    feed.meter.peer_turn();
+    let modified = match size {
+        Some(_) => ftp.mdtm(&path).await.ok().map(|time| time.to_string()),
+        None => None,
+    };
+    let now = (size, modified);
+    match version {
+        Some(before) if *before != now => return Err(changed()),
+        Some(_) => {}
+        None => {
+            if let Some(size) = size {
+                feed.meter.expect(size)?;
+            }
+            *version = Some(now);
+        }
     }
     feed.meter.peer_turn();
-    let opened = match ftp.retr_as_stream(&path).await {
-        Err(error) if fall_back(&mut ftp, &error) => ftp.retr_as_stream(&path).await,
+    let opened = match open_download(&mut ftp, &path, resume).await {
+        Err(error) if fall_back(&mut ftp, &error) => open_download(&mut ftp, &path, resume).await,
         opened => opened,
     };
     let mut data = opened.map_err(|error| failed(error, Access::Read))?;
-    let mut received: u64 = 0;
     let mut chunk = BytesMut::new();
     loop {
         chunk.reserve(CHUNK_BYTES);
@@ -49,20 +86,33 @@ pub(crate) async fn get(uri: &Uri, limits: &Limits, feed: &Feed) -> Result<(), H
         if amount == 0 {
             break;
         }
-        received += amount as u64;
-        feed.push(chunk.split().freeze()).await?;
+        resume.push(feed, chunk.split().freeze()).await?;
     }
     // Only the final reply tells a complete file from a lost connection.
-    data.finish()
-        .await
-        .map_err(|error| failed(error, Access::Read))?;
+    let ended = data.finish().await;
+    let received = resume.received_bytes();
     if let Some(size) = size.filter(|size| received < *size) {
+        let said = ended
+            .err()
+            .map_or_else(String::new, |error| format!("; {error}"));
         return Err(Halt::Failed(ErrorKind::Transfer {
-            source: format!("the server sent {received} of {size} bytes").into(),
+            source: format!("the server sent {received} of {size} bytes{}", tame(&said)).into(),
         }));
     }
+    ended.map_err(|error| failed(error, Access::Read))?;
     farewell(ftp).await;
     Ok(())
+}
+
+async fn open_download(
+    ftp: &mut AsyncFtpStream,
+    path: &str,
+    resume: &Resume,
+) -> Result<suppaftp::tokio::TransferStream<suppaftp::tokio::AsyncNoTlsStream>, FtpError> {
+    // It holds for the next command only, and there may be two.
+    let offset = usize::try_from(resume.received_bytes()).unwrap_or(usize::MAX);
+    ftp.resume_transfer(offset).await?;
+    ftp.retr_as_stream(path).await
 }
 
 /// Uploads `pieces` to `uri`, until `interrupted` resolves. What was sent by then is removed; a file that

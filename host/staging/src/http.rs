@@ -3,7 +3,10 @@
 use std::convert::Infallible;
 
 use bytes::Bytes;
-use reqwest::header::{CONTENT_LENGTH, IF_NONE_MATCH, LOCATION};
+use reqwest::header::{
+    CONTENT_LENGTH, CONTENT_RANGE, DATE, ETAG, HeaderValue, IF_NONE_MATCH, IF_RANGE, LAST_MODIFIED,
+    LOCATION, RANGE,
+};
 use reqwest::redirect::{Attempt, Policy};
 use reqwest::{Client, Response, StatusCode};
 use tokio::sync::mpsc;
@@ -14,6 +17,7 @@ use crate::inflow::{Feed, Halt, Piece};
 use crate::limits::Limits;
 use crate::meter::Meter;
 use crate::put::Creation;
+use crate::resume::{Resume, changed};
 use crate::uri::{Uri, redact, redact_url};
 
 /// A redirect that the policy refuses. Travels through the HTTP client's error.
@@ -78,16 +82,103 @@ fn follow(attempt: Attempt<'_>, limit: usize) -> reqwest::redirect::Action {
     }
 }
 
-/// Downloads `uri` into `feed`.
-pub(crate) async fn get(client: &Client, uri: &Uri, feed: &Feed) -> Result<(), Halt> {
-    let response = client.get(uri.secret().clone()).send().await;
-    let mut response = accept(response.map_err(failed)?)?;
-    if let Some(total) = response.content_length() {
-        feed.meter.expect(total)?;
+/// Downloads `uri` into `feed`. Goes on with further connections if one breaks (RFC 9110 section 14).
+pub(crate) async fn get(
+    client: &Client,
+    uri: &Uri,
+    limits: &Limits,
+    feed: &Feed,
+) -> Result<(), Halt> {
+    let mut resume = Resume::new(limits);
+    let mut version = None;
+    loop {
+        let halt = match get_once(client, uri, feed, &mut resume, &mut version).await {
+            Ok(()) => return Ok(()),
+            Err(halt) => halt,
+        };
+        resume.again(version.is_some(), halt, &feed.meter).await?;
+    }
+}
+
+/// A representation that can be recognised.
+#[derive(PartialEq, Eq)]
+struct Version {
+    /// A strong validator: it goes into If-Range.
+    validator: HeaderValue,
+    total_bytes: u64,
+}
+
+impl Version {
+    fn of(response: &Response, total_bytes: Option<u64>) -> Option<Self> {
+        let header = |name| response.headers().get(name);
+        let validator = match (header(ETAG), header(LAST_MODIFIED), header(DATE)) {
+            (Some(tag), _, _) if tag.as_bytes().starts_with(b"\"") => tag,
+            // A date is strong if the answer was made in a later second (RFC 9110 section 8.8.2.2).
+            (None, Some(modified), Some(now)) if modified != now => modified,
+            _ => return None,
+        };
+        Some(Self {
+            validator: validator.clone(),
+            total_bytes: total_bytes?,
+        })
+    }
+}
+
+/// One connection's part of a download. Notes the version that the first connection brings.
+async fn get_once(
+    client: &Client,
+    uri: &Uri,
+    feed: &Feed,
+    resume: &mut Resume,
+    version: &mut Option<Version>,
+) -> Result<(), Halt> {
+    let mut request = client.get(uri.secret().clone());
+    if let Some(version) = version {
+        request = request
+            .header(RANGE, format!("bytes={}-", resume.received_bytes()))
+            .header(IF_RANGE, &version.validator);
+    }
+    let mut response = accept(request.send().await.map_err(failed)?)?;
+    let partial = response.status() == StatusCode::PARTIAL_CONTENT;
+    match version {
+        Some(version) if partial => {
+            let range = response.headers().get(CONTENT_RANGE);
+            let expected = format!(
+                "bytes {}-{}/{}",
+                resume.received_bytes(),
+                version.total_bytes.saturating_sub(1),
+                version.total_bytes
+            );
+            if range.is_none_or(|range| range.as_bytes() != expected.as_bytes())
+                || Version::of(&response, Some(version.total_bytes))
+                    .is_some_and(|now| now.validator != version.validator)
+            {
+                return Err(changed());
+            }
+            resume.goes_on();
+        }
+        // All of it once more: the server knows no ranges, or another file.
+        Some(version) => {
+            if Version::of(&response, response.content_length()).as_ref() != Some(&*version) {
+                return Err(changed());
+            }
+            resume.begins_anew();
+        }
+        None if partial => {
+            return Err(Halt::Failed(ErrorKind::HttpStatus {
+                status: response.status().as_u16(),
+            }));
+        }
+        None => {
+            if let Some(total) = response.content_length() {
+                feed.meter.expect(total)?;
+            }
+            *version = Version::of(&response, response.content_length());
+        }
     }
     feed.meter.peer_turn();
     while let Some(chunk) = response.chunk().await.map_err(failed)? {
-        feed.push(chunk).await?;
+        resume.push(feed, chunk).await?;
     }
     Ok(())
 }

@@ -12,6 +12,8 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod bzip2;
+mod bzip2_block;
 mod compression;
 mod error;
 mod fetch;
@@ -25,6 +27,7 @@ mod local;
 mod meter;
 mod output;
 mod put;
+mod resume;
 mod sparse;
 mod tls;
 mod unpack;

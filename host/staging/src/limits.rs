@@ -18,6 +18,8 @@ pub struct Limits {
     pub entries: u64,
     /// HTTP redirects followed.
     pub redirects: usize,
+    /// Times that one download goes on after its connection broke.
+    pub resumes: u32,
     /// Time to establish one connection.
     pub connect: Duration,
     /// Time a remote peer may stay silent while it is its turn.
@@ -35,6 +37,7 @@ impl Default for Limits {
             ratio_floor_bytes: 256 << 20,
             entries: 500_000,
             redirects: 5,
+            resumes: 10,
             connect: Duration::from_secs(30),
             idle: Duration::from_secs(60),
             total: Duration::from_secs(24 * 3600),

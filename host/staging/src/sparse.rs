@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
+use std::sync::mpsc::sync_channel;
 
 use crate::error::ErrorKind;
 use crate::limits::Limits;
@@ -85,6 +86,62 @@ pub(crate) fn copy(
             return Ok(offset);
         }
     }
+}
+
+/// Buffers of [`copy_apart`].
+const BUFFERS: usize = 4;
+
+/// Like [`copy`], but writes on a second thread, so that decoding need not wait for it.
+pub(crate) fn copy_apart(
+    data: &mut dyn Read,
+    file: &File,
+    budget: &mut StoreBudget<'_>,
+) -> Result<u64, CopyError> {
+    let (full, to_write) = sync_channel::<(Vec<u8>, usize)>(BUFFERS);
+    let (empty, to_fill) = sync_channel(BUFFERS);
+    for _ in 0..BUFFERS {
+        // There is room for all.
+        let _ = empty.try_send(buffer());
+    }
+    std::thread::scope(|scope| {
+        let writer = std::thread::Builder::new().name("stage-holes".into());
+        let writer = writer.spawn_scoped(scope, move || {
+            let mut offset = 0;
+            for (buffer, filled) in to_write {
+                write_blocks(file, &buffer[..filled], offset, budget)?;
+                offset += filled as u64;
+                // At the end nobody fills it again.
+                let _ = empty.try_send(buffer);
+            }
+            file.set_len(offset).map_err(CopyError::Write)?;
+            Ok(offset)
+        });
+        let writer = writer.map_err(CopyError::Write)?;
+        let mut read = Ok(());
+        // Ends when the writer has failed, too.
+        for mut buffer in to_fill {
+            match fill(data, &mut buffer) {
+                Ok(filled) => {
+                    let last = filled < buffer.len();
+                    if full.send((buffer, filled)).is_err() || last {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    read = Err(CopyError::Read(error));
+                    break;
+                }
+            }
+        }
+        drop(full);
+        let written = writer.join().unwrap_or_else(|_| {
+            Err(CopyError::Write(io::Error::other(
+                "a writing thread ended unexpectedly",
+            )))
+        });
+        let written = written?;
+        read.map(|()| written)
+    })
 }
 
 /// Reads until `buffer` is full or the data ends, so that the next write is aligned.

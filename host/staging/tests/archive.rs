@@ -380,6 +380,52 @@ async fn bombs_do_not_go_off() {
     }
 }
 
+/// With the limits that jobs have.
+#[tokio::test]
+async fn a_million_entries_in_a_small_archive() {
+    let entries = Tar::default().dir("d").0.repeat(10_000);
+    let packed = pack(Compression::Tzst, &entries).repeat(100);
+    assert!(packed.len() < 1 << 20, "{}", packed.len());
+    let error = refused_with(Limits::default(), &packed, Compression::Tzst).await;
+    assert!(
+        error
+            .to_string()
+            .ends_with("too large: more than 500000 entries in the archive"),
+        "{error}"
+    );
+}
+
+/// 10 GiB in 13 KiB: of zeros it costs no space; of anything else it is refused with the limits that jobs have.
+#[tokio::test]
+async fn ten_gibibytes_in_thirteen_kibibytes() {
+    for (byte, refused) in [(0, false), (b'A', true)] {
+        let mut encoder = bzip2::write::BzEncoder::new(Vec::new(), bzip2::Compression::best());
+        // One block holds as much.
+        std::io::Write::write_all(&mut encoder, &vec![byte; 40 << 20]).unwrap();
+        let bomb = encoder.finish().unwrap().repeat(256);
+        assert!(bomb.len() <= 13 << 10, "{}", bomb.len());
+        let bench = Bench::new();
+        let source = bench.write("bomb", &bomb);
+        let done = bench
+            .fetch_as(&file_uri(&source), None, Some(Compression::Bzip2))
+            .await;
+        if refused {
+            let error = done.unwrap_err();
+            assert!(
+                error
+                    .to_string()
+                    .ends_with("more than 2000 bytes stored for each byte transferred"),
+                "{error}"
+            );
+            assert_eq!(bench.names(), ["bomb"]);
+        } else {
+            assert_eq!(done.unwrap().bytes_stored, 0);
+            let out = std::fs::metadata(bench.path("out")).unwrap();
+            assert_eq!((out.len(), out.blocks()), (10 << 30, 0));
+        }
+    }
+}
+
 #[tokio::test]
 async fn damaged_archives_are_refused() {
     let good = Tar::default()

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use common::{Bench, ftp};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use xbee_staging::{Creation, Identity, Limits, Progress, PutRequest};
@@ -24,6 +24,8 @@ struct Script {
     data: Vec<u8>,
     /// The reply after the transfer.
     end: &'static str,
+    /// Bytes after which RETR breaks off, and the control connection with it.
+    cut: Option<usize>,
 }
 
 /// A server for what a real one does not do. Returns its address and the commands it gets.
@@ -33,46 +35,112 @@ async fn scripted(script: Script) -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
     let commands = Arc::new(Mutex::new(Vec::new()));
     let log = commands.clone();
     tokio::spawn(async move {
-        let (control, _) = listener.accept().await.unwrap();
-        let mut control = BufReader::new(control);
-        let data = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = data.local_addr().unwrap().port();
-        let _ = control.write_all(b"220 hello\r\n").await;
-        let mut line = String::new();
-        while matches!(control.read_line(&mut line).await, Ok(n) if n > 0) {
-            let command = std::mem::take(&mut line).trim_end().to_owned();
-            let word = command.split(' ').next().unwrap_or_default().to_owned();
-            log.lock().unwrap().push(command);
-            let scripted = script.replies.iter().find(|(name, _)| *name == word);
-            let reply = match (scripted, word.as_str()) {
-                (Some((_, reply)), _) => (*reply).to_owned(),
-                (None, "USER") => "331 password".to_owned(),
-                (None, "PASS") => "230 welcome".to_owned(),
-                (None, "TYPE") => "200 binary".to_owned(),
-                (None, "EPSV") => format!("229 Entering Extended Passive Mode (|||{port}|)"),
-                // Another host's address, which the client must not follow.
-                (None, "PASV") => format!("227 ok (192,0,2,1,{},{})", port >> 8, port & 255),
-                (None, "RETR" | "STOR") => "150 here it is".to_owned(),
-                (None, "DELE") => "250 gone".to_owned(),
-                (None, _) => "502 no".to_owned(),
-            };
-            let opened = reply.starts_with("150");
-            let _ = control.write_all(format!("{reply}\r\n").as_bytes()).await;
-            if opened {
-                let (mut stream, _) = data.accept().await.unwrap();
-                if word == "RETR" {
-                    let _ = stream.write_all(&script.data).await;
-                } else {
-                    let mut received = Vec::new();
-                    let _ = stream.read_to_end(&mut received).await;
-                }
-                drop(stream);
-                let end = format!("{}\r\n", script.end);
-                let _ = control.write_all(end.as_bytes()).await;
-            }
+        loop {
+            let (control, _) = listener.accept().await.unwrap();
+            converse(control, &script, &log).await;
         }
     });
     (address, commands)
+}
+
+async fn converse(control: TcpStream, script: &Script, log: &Mutex<Vec<String>>) {
+    let mut control = BufReader::new(control);
+    let mut offset = 0;
+    let data = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = data.local_addr().unwrap().port();
+    let _ = control.write_all(b"220 hello\r\n").await;
+    let mut line = String::new();
+    while matches!(control.read_line(&mut line).await, Ok(n) if n > 0) {
+        let command = std::mem::take(&mut line).trim_end().to_owned();
+        let word = command.split(' ').next().unwrap_or_default().to_owned();
+        if let Some(rest) = command.strip_prefix("REST ") {
+            offset = rest.parse().unwrap();
+        }
+        log.lock().unwrap().push(command);
+        let scripted = script.replies.iter().find(|(name, _)| *name == word);
+        let reply = match (scripted, word.as_str()) {
+            (Some((_, reply)), _) => (*reply).to_owned(),
+            (None, "USER") => "331 password".to_owned(),
+            (None, "PASS") => "230 welcome".to_owned(),
+            (None, "TYPE") => "200 binary".to_owned(),
+            (None, "EPSV") => format!("229 Entering Extended Passive Mode (|||{port}|)"),
+            // Another host's address, which the client must not follow.
+            (None, "PASV") => format!("227 ok (192,0,2,1,{},{})", port >> 8, port & 255),
+            (None, "RETR" | "STOR") => "150 here it is".to_owned(),
+            (None, "DELE") => "250 gone".to_owned(),
+            (None, _) => "502 no".to_owned(),
+        };
+        let opened = reply.starts_with("150");
+        let _ = control.write_all(format!("{reply}\r\n").as_bytes()).await;
+        if opened {
+            let (mut stream, _) = data.accept().await.unwrap();
+            if word == "RETR" {
+                let data = &script.data[offset..];
+                let sent = script.cut.unwrap_or(data.len()).min(data.len());
+                let _ = stream.write_all(&data[..sent]).await;
+                if sent < data.len() {
+                    return;
+                }
+            } else {
+                let mut received = Vec::new();
+                let _ = stream.read_to_end(&mut received).await;
+            }
+            drop(stream);
+            let end = format!("{}\r\n", script.end);
+            let _ = control.write_all(end.as_bytes()).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn goes_on_where_the_connection_broke() {
+    let modified = ("MDTM", "213 20261102100000");
+    for (replies, code) in [
+        (
+            vec![("SIZE", "213 700000"), modified, ("REST", "350 go on")],
+            "ok",
+        ),
+        (
+            vec![
+                ("EPSV", "500 what?"),
+                ("SIZE", "213 700000"),
+                modified,
+                ("REST", "350 go on"),
+            ],
+            "ok",
+        ),
+        (
+            vec![("SIZE", "213 700000"), modified, ("REST", "502 no")],
+            "ftp",
+        ),
+        // It cannot be told whether it is the same file.
+        (vec![("SIZE", "213 700000")], "transfer"),
+        (vec![modified], "transfer"),
+    ] {
+        let bench = Bench::new();
+        let data = common::noise(700_000, 41);
+        let (server, commands) = scripted(Script {
+            replies,
+            data: data.clone(),
+            end: "226 done",
+            cut: Some(300_000),
+        })
+        .await;
+        let fetched = bench.fetch(&format!("ftp://{server}/a")).await;
+        let got = fetched.as_ref().map_or_else(|error| error.code(), |_| "ok");
+        assert_eq!(got, code, "{fetched:?}");
+        assert!(code != "ok" || bench.out() == data);
+        assert_eq!(bench.names().is_empty(), code != "ok");
+        let commands = commands.lock().unwrap();
+        let asked = |word: &str| commands.iter().filter(|c| c.starts_with(word)).count();
+        let expected = match code {
+            "ok" => (3, 2),
+            // Once more with PASV.
+            "ftp" => (1, 2),
+            _ => (1, 0),
+        };
+        assert_eq!((asked("RETR"), asked("REST")), expected);
+    }
 }
 
 #[tokio::test]
@@ -116,6 +184,7 @@ async fn a_server_without_epsv_and_size() {
         replies: vec![("EPSV", "500 what?")],
         data: b"old but good".to_vec(),
         end: "226 done",
+        ..Script::default()
     })
     .await;
     bench.fetch(&format!("ftp://{server}/a")).await.unwrap();
@@ -151,6 +220,7 @@ async fn a_broken_transfer_is_no_file() {
             replies: vec![("SIZE", size)],
             data: b"abc".to_vec(),
             end,
+            ..Script::default()
         })
         .await;
         let error = bench.fetch(&format!("ftp://{server}/a")).await.unwrap_err();

@@ -24,8 +24,8 @@ const ROUNDS: usize = 9;
 const TASKS: usize = 1000;
 /// Ticks of `/proc/PID/stat` a second: USER_HZ, which Linux fixes at 100 for user space.
 const TICKS_PER_S: f64 = 100.0;
-/// Begins what is not measured here.
-const XEN: &str = "\n## Xen\n";
+/// Begin what is not measured here: by `make bench-staging` and `make xen-bench`.
+const OTHERS: [&str; 2] = ["\n## Staging\n", "\n## Xen\n"];
 
 fn main() {
     let Some(xbed) = qemu() else {
@@ -39,13 +39,9 @@ fn main() {
     scale(&mut report);
     let path = root().join("bench/results.md");
     fs::create_dir_all(path.parent().unwrap()).unwrap();
-    // The section that `make xen-bench` writes.
-    if let Some((_, xen)) = fs::read_to_string(&path)
-        .unwrap_or_default()
-        .split_once(XEN)
-    {
-        report.push_str(XEN);
-        report.push_str(xen);
+    let old = fs::read_to_string(&path).unwrap_or_default();
+    if let Some(at) = OTHERS.iter().filter_map(|begin| old.find(begin)).min() {
+        report.push_str(&old[at..]);
     }
     fs::write(&path, &report).unwrap();
     print!("{report}");
