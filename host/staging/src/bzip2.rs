@@ -641,10 +641,10 @@ mod tests {
         for _ in 0..3 {
             // Three symbols of lengths 1, 2, 2.
             out.bits(1, 5);
-            out.bits(0b0_100_0, 5);
+            out.bits(0b0_1000, 5);
         }
         // A run of three is the digits 1 and 1; then the end.
-        out.bits(0b0_0_11, 4);
+        out.bits(0b0011, 4);
         out.bits(END_MAGIC, 48);
         out.bits(u64::from(sum), 32);
         out.bytes()
