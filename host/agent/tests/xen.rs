@@ -156,19 +156,23 @@ impl Guest {
         let id = self.id();
         let path = format!("/local/domain/{id}/{PATH}");
         let deadline = Instant::now() + LIMIT;
-        let vchan = loop {
-            if let Some(vchan) = Vchan::connect(&mut self.store, id, &path).unwrap() {
-                break vchan;
-            }
+        let agent = loop {
             assert!(Instant::now() < deadline, "no agent:\n{}", self.console());
-            sleep(Duration::from_millis(20)).await;
+            let Some(vchan) = Vchan::connect(&mut self.store, id, &path).unwrap() else {
+                sleep(Duration::from_millis(20)).await;
+                continue;
+            };
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            std::thread::spawn(move || carry(vchan, theirs));
+            ours.set_nonblocking(true).unwrap();
+            let stream = tokio::net::UnixStream::from_std(ours).unwrap();
+            match Agent::connect(stream, &SECRET, Resume::default()).await {
+                Ok(agent) => break agent,
+                // The channel of the connection before, which the agent is about to close.
+                Err(xbee_agent::Error::Closed) => {}
+                Err(error) => panic!("{error:?}:\n{}", self.console()),
+            }
         };
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        std::thread::spawn(move || carry(vchan, theirs));
-        ours.set_nonblocking(true).unwrap();
-        let stream = tokio::net::UnixStream::from_std(ours).unwrap();
-        let connected = Agent::connect(stream, &SECRET, Resume::default()).await;
-        let agent = connected.unwrap();
         println!("  agent there {:.1} s after its start", self.seconds());
         agent
     }
