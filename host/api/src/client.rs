@@ -15,8 +15,9 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::{
-    CheckReport, DomainExport, EXEC_HEADER, ErrorBody, ExecRequest, ExportForm, FollowQuery,
-    HostInfo, SshAccess, SubmitRequest, TaskEvent, TaskStatus, UPGRADE_EXEC, UPGRADE_TCP,
+    CheckReport, ConfirmRequest, DomainExport, EXEC_HEADER, ErrorBody, ExecRequest, ExportForm,
+    FollowQuery, HostInfo, ReserveRequest, Reserved, SshAccess, SubmitRequest, TaskEvent,
+    TaskStatus, TicketRequest, UPGRADE_EXEC, UPGRADE_TCP,
 };
 
 /// Longest wait for the head of an answer, and for the whole of one that is not a stream.
@@ -244,6 +245,26 @@ impl Client {
     /// `POST /v1/tasks`: durable once it returns.
     pub async fn submit(&self, request: &SubmitRequest) -> Result<TaskStatus, Error> {
         self.post("/v1/tasks", request).await
+    }
+
+    /// `POST /v1/reservations`: durable once it returns.
+    pub async fn reserve(&self, request: &ReserveRequest) -> Result<Reserved, Error> {
+        self.post("/v1/reservations", request).await
+    }
+
+    /// `POST /v1/reservations/confirm`: durable once it returns; so for those that follow.
+    pub async fn confirm(&self, request: &ConfirmRequest) -> Result<TaskStatus, Error> {
+        self.post("/v1/reservations/confirm", request).await
+    }
+
+    /// `POST /v1/reservations/start`.
+    pub async fn start(&self, ticket: &TicketRequest) -> Result<TaskStatus, Error> {
+        self.post("/v1/reservations/start", ticket).await
+    }
+
+    /// `POST /v1/reservations/cancel`.
+    pub async fn cancel(&self, ticket: &TicketRequest) -> Result<TaskStatus, Error> {
+        self.post("/v1/reservations/cancel", ticket).await
     }
 
     /// `GET /v1/tasks`.

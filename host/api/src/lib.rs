@@ -8,6 +8,10 @@
 //! | `POST /v1/check` | [`SubmitRequest`] | [`CheckReport`] |
 //! | `POST /v1/export` | [`SubmitRequest`]; `?form=` of [`ExportForm`] | [`DomainExport`]: the domain the job would get |
 //! | `POST /v1/tasks` | [`SubmitRequest`] | 201 [`TaskStatus`] (durable) |
+//! | `POST /v1/reservations` | [`ReserveRequest`] | 201 [`Reserved`] (durable) |
+//! | `POST /v1/reservations/confirm` | [`ConfirmRequest`] | [`TaskStatus`] (durable) |
+//! | `POST /v1/reservations/start` | [`TicketRequest`] | [`TaskStatus`] (durable) |
+//! | `POST /v1/reservations/cancel` | [`TicketRequest`] | 202 [`TaskStatus`] (durable) |
 //! | `GET /v1/tasks` | `?all=true` includes final ones | `[TaskStatus]` |
 //! | `GET /v1/tasks/{id}` | | [`TaskStatus`] |
 //! | `GET /v1/tasks/{id}/events` | [`FollowQuery`] | lines of [`TaskEvent`] JSON |

@@ -11,7 +11,7 @@ pub const UPGRADE_EXEC: &str = "xbee-exec/1";
 pub const UPGRADE_TCP: &str = "xbee-tcp/1";
 
 /// A job to run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SubmitRequest {
     /// The JSDL document.
@@ -22,6 +22,63 @@ pub struct SubmitRequest {
     /// Guest TCP ports to publish on the host's loopback.
     #[serde(default)]
     pub publish: Vec<PublishedPort>,
+    /// Of tasks that wait, those with the higher number come first. More than 0 is the operator's to give.
+    #[serde(default)]
+    pub priority: i8,
+    /// How often it is tried again after a failure that may pass and before anything was executed; the host's choice
+    /// if it is not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retries: Option<u32>,
+}
+
+/// Capacity to hold for a task to come.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReserveRequest {
+    /// A name for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// From when, milliseconds since the Unix epoch; now, if it is not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from_ms: Option<u64>,
+    /// For how long, seconds.
+    pub duration_s: u64,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Disk of the host in bytes.
+    #[serde(default)]
+    pub disk_bytes: u64,
+}
+
+/// A reservation that was made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reserved {
+    /// Who has it may use the reservation, nobody else; it is not told again.
+    pub ticket: String,
+    /// The task, which is public.
+    pub task: TaskStatus,
+}
+
+/// What a reserved task is to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfirmRequest {
+    /// The ticket of the reservation.
+    pub ticket: String,
+    /// The job.
+    pub request: SubmitRequest,
+    /// Start it when the reservation begins; else when it is told to ([`TicketRequest`]).
+    pub start: bool,
+}
+
+/// Starts or cancels a reserved task.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TicketRequest {
+    /// The ticket of the reservation.
+    pub ticket: String,
 }
 
 /// A guest's TCP port made reachable on the host.
@@ -125,10 +182,35 @@ pub struct TaskStatus {
     pub times: Vec<Transition>,
     /// Transfer under way.
     pub progress: Option<Progress>,
-    /// Image the domain boots.
+    /// Image the domain boots; empty while a reservation is not confirmed.
     pub image: String,
+    /// IPv6 address of its domain, while it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// The span of time for which capacity is held for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reservation: Option<ReservationStatus>,
     /// Ports published on the host, with the port that was really taken.
     pub ports: Vec<PublishedPort>,
+}
+
+/// Capacity held for a task.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReservationStatus {
+    /// From when, RFC 3339, UTC.
+    pub from: String,
+    /// Until when.
+    pub until: String,
+    /// From when, milliseconds since the Unix epoch.
+    pub from_ms: u64,
+    /// Until when.
+    pub until_ms: u64,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Disk in bytes.
+    pub disk_bytes: u64,
 }
 
 /// One line of the event stream.

@@ -5,8 +5,10 @@
 //! was given. A crash between any two of these is covered by [`Task::recover`].
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod calendar;
 mod queue;
 mod task;
 
-pub use queue::{Capacity, Demand, Queue, QueueError};
+pub use calendar::NEVER_MS;
+pub use queue::{Capacity, Demand, Due, Policy, Queue, QueueError, Quota, Request};
 pub use task::{Action, DomainFate, Failure, Input, Outcome, Phase, Step, Task, TransitionError};

@@ -1,16 +1,18 @@
 //! The life of one task.
 //!
 //! ```text
-//! Queued -> Stage-In -> Instance-Starting -> Executing -> Instance-Stopping -> Stage-Out
-//!    |          |               |                |                |               |
-//!    +----------+------- failure or terminate ---+----------------+---------------+
-//!                                    |                                            |
-//!                                    v                                            v
-//!                                Releasing ---------------------------------> Final(...)
+//! Reserved -> Held -> Queued -> Stage-In -> Instance-Starting -> Executing -> Instance-Stopping -> Stage-Out
+//!     |        |       |  ^        |               |                |                |               |
+//!     |        |       |  +- Retrying -+-----------+                |                |               |
+//!     +--------+-------+-----------+------- failure or terminate ---+----------------+---------------+
+//!                                                       |                                            |
+//!                                                       v                                            v
+//!                                                   Releasing ---------------------------------> Final(...)
 //! ```
 //!
-//! Every way to the end leads through `Releasing`, in which the domain and the spool are given
-//! back: a task in a final state holds nothing.
+//! A task begins as `Reserved` (capacity is held, what to run is not known yet) or as `Queued`. Every way to the end
+//! leads through `Releasing`, in which the domain and the spool are given back: a task in a final state holds nothing.
+//! What failed before anything was executed may be `Retrying`: all is given back, and it waits again.
 
 use serde::{Deserialize, Serialize};
 
@@ -80,6 +82,10 @@ pub enum Outcome {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "phase")]
 pub enum Phase {
+    /// Capacity is held for it; it has no document yet.
+    Reserved,
+    /// It has a document, and waits to be told to start.
+    Held,
     /// Waiting for capacity.
     Queued,
     /// A step is under way.
@@ -93,6 +99,13 @@ pub enum Phase {
         step: Step,
         /// What the task will be.
         outcome: Outcome,
+    },
+    /// Domain and spool are being given back, to begin anew.
+    Retrying {
+        /// The step that failed.
+        step: Step,
+        /// Why.
+        failure: Failure,
     },
     /// Domain and spool are being given back.
     Releasing {
@@ -111,6 +124,13 @@ pub enum Phase {
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Input {
+    /// There is a document now.
+    Confirmed {
+        /// It may start.
+        start: bool,
+    },
+    /// It may start.
+    Started,
     /// The queue gives the task its capacity.
     Admitted,
     /// The step under way did what it should. `exit_code` is given by [`Step::Execute`].
@@ -126,6 +146,8 @@ pub enum Input {
         step: Step,
         /// Why.
         failure: Failure,
+        /// When to try again, milliseconds of the caller's clock, if it shall be. Nothing that may have executed is.
+        retry_at_ms: Option<u64>,
     },
     /// Someone wants the end of it.
     Terminate {
@@ -164,6 +186,12 @@ pub struct Task {
     pub phase: Phase,
     /// Exit code, once the task in the guest ended.
     pub exit_code: Option<i32>,
+    /// How often it was tried again.
+    #[serde(default)]
+    pub retries: u32,
+    /// It does not begin before, milliseconds of the caller's clock.
+    #[serde(default)]
+    pub not_before_ms: u64,
 }
 
 /// An input that makes no sense in the phase: a bug of the caller, never of a user.
@@ -179,11 +207,26 @@ impl Default for Task {
         Task {
             phase: Phase::Queued,
             exit_code: None,
+            retries: 0,
+            not_before_ms: 0,
         }
     }
 }
 
 impl Task {
+    /// A task that capacity is held for.
+    pub fn reserved() -> Task {
+        Task {
+            phase: Phase::Reserved,
+            ..Task::default()
+        }
+    }
+
+    /// Nothing was begun for it: there is nothing to give back but what is held for it in the queue.
+    pub fn is_pending(&self) -> bool {
+        matches!(self.phase, Phase::Reserved | Phase::Held | Phase::Queued)
+    }
+
     /// The task is over and holds nothing.
     pub fn is_final(&self) -> bool {
         matches!(self.phase, Phase::Final { .. })
@@ -195,6 +238,10 @@ impl Task {
     /// at any time. Where the end is near anyway it has no effect.
     pub fn apply(&mut self, input: Input) -> Result<Vec<Action>, TransitionError> {
         let (phase, actions) = match (&self.phase, &input) {
+            (Phase::Reserved, Input::Confirmed { start: false }) => (Phase::Held, vec![]),
+            (Phase::Reserved, Input::Confirmed { start: true }) | (Phase::Held, Input::Started) => {
+                (Phase::Queued, vec![])
+            }
             (Phase::Queued, Input::Admitted) => (
                 Phase::Working {
                     step: Step::StageIn,
@@ -202,7 +249,7 @@ impl Task {
                 vec![Action::Perform(Step::StageIn)],
             ),
             // Nothing was begun, so there is nothing to give back.
-            (Phase::Queued, Input::Terminate { reason }) => (
+            (Phase::Reserved | Phase::Held | Phase::Queued, Input::Terminate { reason }) => (
                 Phase::Final {
                     outcome: Outcome::Terminated {
                         reason: reason.clone(),
@@ -217,9 +264,23 @@ impl Task {
                     None => releasing(*step, Outcome::Finished),
                 }
             }
-            (Phase::Working { step }, Input::Failed { step: at, failure }) if step == at => {
-                releasing(*step, Outcome::Failed(failure.clone()))
-            }
+            (
+                Phase::Working { step },
+                Input::Failed {
+                    step: at,
+                    failure,
+                    retry_at_ms,
+                },
+            ) if step == at => match retry_at_ms {
+                Some(_) if matches!(step, Step::StageIn | Step::Start) => (
+                    Phase::Retrying {
+                        step: *step,
+                        failure: failure.clone(),
+                    },
+                    vec![Action::Release],
+                ),
+                _ => releasing(*step, Outcome::Failed(failure.clone())),
+            },
             (Phase::Working { step }, Input::Terminate { reason }) => (
                 Phase::Cancelling {
                     step: *step,
@@ -235,6 +296,18 @@ impl Task {
                 Phase::Cancelling { step, outcome },
                 Input::Done { step: at, .. } | Input::Failed { step: at, .. },
             ) if step == at => releasing(*step, outcome.clone()),
+
+            (Phase::Retrying { .. }, Input::Released) => (Phase::Queued, vec![]),
+            // The release is under way, and its end is reported.
+            (Phase::Retrying { step, .. }, Input::Terminate { reason }) => (
+                Phase::Releasing {
+                    step: *step,
+                    outcome: Outcome::Terminated {
+                        reason: reason.clone(),
+                    },
+                },
+                vec![],
+            ),
 
             (Phase::Releasing { outcome, .. }, Input::Released) => (
                 Phase::Final {
@@ -256,12 +329,19 @@ impl Task {
                 });
             }
         };
-        if let Input::Done {
-            step: Step::Execute,
-            exit_code,
-        } = input
-        {
-            self.exit_code = exit_code;
+        match input {
+            Input::Done {
+                step: Step::Execute,
+                exit_code,
+            } => self.exit_code = exit_code,
+            Input::Failed {
+                retry_at_ms: Some(at_ms),
+                ..
+            } if matches!(phase, Phase::Retrying { .. }) => {
+                self.retries += 1;
+                self.not_before_ms = at_ms;
+            }
+            _ => {}
         }
         self.phase = phase;
         Ok(actions)
@@ -279,7 +359,9 @@ impl Task {
             ),
         };
         let (phase, actions) = match (&self.phase, domain) {
-            (Phase::Queued | Phase::Final { .. }, _) => return vec![],
+            (Phase::Reserved | Phase::Held | Phase::Queued | Phase::Final { .. }, _) => {
+                return vec![];
+            }
             (
                 Phase::Working {
                     step: Step::Execute,
@@ -297,7 +379,9 @@ impl Task {
             ),
             (Phase::Working { step }, _) => (self.phase.clone(), vec![Action::Perform(*step)]),
             (Phase::Cancelling { step, outcome }, _) => releasing(*step, outcome.clone()),
-            (Phase::Releasing { .. }, _) => (self.phase.clone(), vec![Action::Release]),
+            (Phase::Releasing { .. } | Phase::Retrying { .. }, _) => {
+                (self.phase.clone(), vec![Action::Release])
+            }
         };
         self.phase = phase;
         actions
@@ -322,6 +406,9 @@ mod tests {
 
     fn every_input() -> Vec<Input> {
         let mut inputs = vec![
+            Input::Confirmed { start: false },
+            Input::Confirmed { start: true },
+            Input::Started,
             Input::Admitted,
             Input::Released,
             Input::Terminate {
@@ -333,10 +420,13 @@ mod tests {
                 step,
                 exit_code: (step == Step::Execute).then_some(3),
             });
-            inputs.push(Input::Failed {
-                step,
-                failure: failure(),
-            });
+            for retry_at_ms in [None, Some(5)] {
+                inputs.push(Input::Failed {
+                    step,
+                    failure: failure(),
+                    retry_at_ms,
+                });
+            }
         }
         inputs
     }
@@ -344,9 +434,10 @@ mod tests {
     /// All states that can be reached, with the edges between them; restarts of `xbed` included.
     fn reachable() -> HashMap<Task, Vec<(Task, Vec<Action>)>> {
         let mut seen: HashMap<Task, Vec<(Task, Vec<Action>)>> = HashMap::new();
-        let mut todo = VecDeque::from([Task::default()]);
+        let mut todo = VecDeque::from([Task::default(), Task::reserved()]);
         while let Some(task) = todo.pop_front() {
-            if seen.contains_key(&task) {
+            // Further tries are as the first.
+            if seen.contains_key(&task) || task.retries > 2 {
                 continue;
             }
             let mut edges = vec![];
@@ -410,7 +501,7 @@ mod tests {
             for (next, _) in edges {
                 if next.is_final() && !task.is_final() {
                     assert!(
-                        matches!(task.phase, Phase::Releasing { .. } | Phase::Queued),
+                        matches!(task.phase, Phase::Releasing { .. }) || task.is_pending(),
                         "{task:?} -> {next:?}"
                     );
                 }
@@ -479,10 +570,37 @@ mod tests {
                 let mut twice = once.clone();
                 assert_eq!(twice.recover(fate), first);
                 assert_eq!(once, twice);
-                let idle = matches!(task.phase, Phase::Queued | Phase::Final { .. });
+                let idle = task.is_pending() || task.is_final();
                 assert_eq!(first.is_empty(), idle, "{task:?}");
             }
         }
+    }
+
+    #[test]
+    fn only_what_has_executed_nothing_is_tried_again() {
+        for (task, edges) in reachable() {
+            for (next, actions) in edges {
+                if next.retries == task.retries {
+                    continue;
+                }
+                let step = match task.phase {
+                    Phase::Working { step } => step,
+                    phase => panic!("tried again out of {phase:?}"),
+                };
+                assert!(matches!(step, Step::StageIn | Step::Start), "{step:?}");
+                assert_eq!(actions, [Action::Release]);
+                assert_eq!(next.not_before_ms, 5);
+                let mut again = next.clone();
+                assert_eq!(again.apply(Input::Released).unwrap(), []);
+                assert_eq!(again.phase, Phase::Queued);
+            }
+        }
+    }
+
+    #[test]
+    fn a_journal_of_before_is_read() {
+        let text = r#"{"phase":{"phase":"queued"},"exit_code":null}"#;
+        assert_eq!(serde_json::from_str::<Task>(text).unwrap(), Task::default());
     }
 
     #[test]

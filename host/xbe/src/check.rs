@@ -122,7 +122,7 @@ async fn ask(
     let request = SubmitRequest {
         jsdl,
         lenient: args.lenient,
-        publish: Vec::new(),
+        ..SubmitRequest::default()
     };
     let answer = client.check(&request).await?;
     for message in answer.reasons {

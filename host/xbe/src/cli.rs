@@ -29,8 +29,16 @@ pub enum Command {
     Run(Run),
     /// Submit a JSDL document; prints the task's id
     Submit(Submit),
+    /// Hold capacity for a task to come; prints a ticket, which is the only way to use it
+    Reserve(Reserve),
+    /// Tell a reserved task what to do
+    Confirm(Confirm),
+    /// Start a task that was confirmed with --no-start
+    Start(Ticket),
+    /// Give a reservation back, and end its task
+    Cancel(Ticket),
     /// Show a task, with the time it spent in each state
-    Status(Task),
+    Status(Status),
     /// Follow a task's states until it has ended; the exit code is the job's
     Watch(Task),
     /// Print what a task wrote
@@ -79,7 +87,11 @@ impl Command {
     pub fn json(&self) -> bool {
         match self {
             Command::Submit(args) => args.json.json,
-            Command::Status(args) | Command::Watch(args) => args.json.json,
+            Command::Reserve(args) => args.json.json,
+            Command::Confirm(args) => args.json.json,
+            Command::Start(args) | Command::Cancel(args) => args.json.json,
+            Command::Status(args) => args.task.json.json,
+            Command::Watch(args) => args.json.json,
             Command::Logs(args) => args.task.json.json,
             Command::Terminate(args) | Command::Rm(args) => args.json.json,
             Command::Ps(args) => args.json.json,
@@ -180,12 +192,101 @@ pub struct Submit {
     /// Publish the guest's TCP port GUEST at port HOST of the host's loopback; 0: any free one
     #[arg(short, long, value_name = "HOST:GUEST", value_parser = units::published_port)]
     pub publish: Vec<PublishedPort>,
-    /// Accept wrong element order and missing optional wrappers, and say so
-    #[arg(long)]
-    pub lenient: bool,
+    /// What else is to be known of the job.
+    #[command(flatten)]
+    pub wishes: Wishes,
     /// Output for programs.
     #[command(flatten)]
     pub json: Json,
+}
+
+/// What is said of a job beside its document.
+#[derive(Debug, Args)]
+pub struct Wishes {
+    /// Accept wrong element order and missing optional wrappers, and say so
+    #[arg(long)]
+    pub lenient: bool,
+    /// Come before those of lower priority that wait; more than 0 is the operator's to give
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        allow_negative_numbers = true
+    )]
+    pub priority: i8,
+    /// Try so often again if it fails before anything was executed, for a reason that may pass [default:
+    /// the host's choice]
+    #[arg(long, value_name = "N")]
+    pub retries: Option<u32>,
+}
+
+/// `reserve`.
+#[derive(Debug, Args)]
+pub struct Reserve {
+    /// From when: RFC 3339 as in 2026-01-31T08:00:00Z, or from now on, as in +90m [default: now]
+    #[arg(long, value_name = "TIME", value_parser = units::moment)]
+    pub from: Option<units::Moment>,
+    /// For how long: seconds, or with units as in 90s, 10m, 1h30m
+    #[arg(long = "for", value_name = "TIME", value_parser = units::seconds)]
+    pub duration: u64,
+    /// Number of CPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub cpus: u32,
+    /// Memory: bytes, or with a unit (K, M, G, T; powers of 1024)
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = units::size)]
+    pub memory: u64,
+    /// Disk of the host: bytes, or with a unit
+    #[arg(long, value_name = "SIZE", value_parser = units::size)]
+    pub disk: Option<u64>,
+    /// A name
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Output for programs.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `confirm`.
+#[derive(Debug, Args)]
+pub struct Confirm {
+    /// The reservation's ticket
+    pub ticket: String,
+    /// The JSDL document; - is standard input
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// Do not start it until `xbe start`
+    #[arg(long)]
+    pub no_start: bool,
+    /// Publish the guest's TCP port GUEST at port HOST of the host's loopback; 0: any free one
+    #[arg(short, long, value_name = "HOST:GUEST", value_parser = units::published_port)]
+    pub publish: Vec<PublishedPort>,
+    /// What else is to be known of the job.
+    #[command(flatten)]
+    pub wishes: Wishes,
+    /// Output for programs.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// A command on a reservation.
+#[derive(Debug, Args)]
+pub struct Ticket {
+    /// The reservation's ticket
+    pub ticket: String,
+    /// Output for programs.
+    #[command(flatten)]
+    pub json: Json,
+}
+
+/// `status`.
+#[derive(Debug, Args)]
+pub struct Status {
+    /// The task.
+    #[command(flatten)]
+    pub task: Task,
+    /// Print the XML of OGSA-BES
+    #[arg(long, conflicts_with = "json")]
+    pub xml: bool,
 }
 
 /// `logs`.

@@ -24,7 +24,7 @@ pub async fn export(client: &Client, args: &cli::Export) -> Result<u8, Error> {
             let request = SubmitRequest {
                 jsdl: run::read_text(&args.what)?,
                 lenient: args.lenient,
-                publish: Vec::new(),
+                ..SubmitRequest::default()
             };
             client.export(&request, form).await?
         }

@@ -13,6 +13,7 @@ mod exit;
 mod export;
 mod follow;
 mod generate;
+mod reserve;
 mod run;
 mod signals;
 mod ssh;
@@ -79,6 +80,10 @@ async fn command(cli: &Cli) -> Result<u8, Error> {
         Command::Run(args) if args.print_jsdl => run::print_jsdl(args),
         Command::Run(args) => run::run(&client()?, args).await,
         Command::Submit(args) => run::submit(&client()?, args).await,
+        Command::Reserve(args) => reserve::reserve(&client()?, args).await,
+        Command::Confirm(args) => reserve::confirm(&client()?, args).await,
+        Command::Start(args) => reserve::start(&client()?, args).await,
+        Command::Cancel(args) => reserve::cancel(&client()?, args).await,
         Command::Status(args) => tasks::status(&client()?, args).await,
         Command::Watch(args) => tasks::watch(&client()?, args).await,
         Command::Logs(args) => tasks::logs(&client()?, args).await,

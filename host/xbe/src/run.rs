@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use xbee_api::client::{Client, Log};
-use xbee_api::{State, SubState, SubmitRequest, TaskStatus, chain};
+use xbee_api::{PublishedPort, State, SubState, SubmitRequest, TaskStatus, chain};
 use xbee_jsdl::limits::MAX_DOCUMENT_BYTES;
 
 use crate::cli;
@@ -19,11 +19,7 @@ use crate::term::{self, Progress, note};
 
 /// `submit`.
 pub async fn submit(client: &Client, args: &cli::Submit) -> Result<u8, Error> {
-    let request = SubmitRequest {
-        jsdl: read_text(&args.file)?,
-        lenient: args.lenient,
-        publish: args.publish.clone(),
-    };
+    let request = request(&args.file, &args.publish, &args.wishes)?;
     let task = client.submit(&request).await?;
     if args.json.json {
         term::json(&task)?
@@ -40,6 +36,21 @@ pub async fn submit(client: &Client, args: &cli::Submit) -> Result<u8, Error> {
     Ok(exit::of_job(&task))
 }
 
+/// The request for a document.
+pub fn request(
+    file: &Path,
+    publish: &[PublishedPort],
+    wishes: &cli::Wishes,
+) -> Result<SubmitRequest, Error> {
+    Ok(SubmitRequest {
+        jsdl: read_text(file)?,
+        lenient: wishes.lenient,
+        publish: publish.to_vec(),
+        priority: wishes.priority,
+        retries: wishes.retries,
+    })
+}
+
 /// `run --print-jsdl`.
 pub fn print_jsdl(args: &cli::Run) -> Result<u8, Error> {
     term::out(document::of(args)?.trim_end())?;
@@ -52,8 +63,8 @@ pub async fn run(client: &Client, args: &cli::Run) -> Result<u8, Error> {
     let mut signals = Signals::catch()?;
     let request = SubmitRequest {
         jsdl,
-        lenient: false,
         publish: args.publish.clone(),
+        ..SubmitRequest::default()
     };
     let task = client.submit(&request).await?;
     if !args.quiet {

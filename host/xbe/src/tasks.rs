@@ -19,9 +19,13 @@ const SHORT_ID_CHARS: usize = 8;
 const MAX_LINE_BYTES: usize = 1024 * 1024;
 
 /// `status`.
-pub async fn status(client: &Client, args: &cli::Task) -> Result<u8, Error> {
-    let task = client.status(&args.task).await?;
-    if args.json.json {
+pub async fn status(client: &Client, args: &cli::Status) -> Result<u8, Error> {
+    let task = client.status(&args.task.task).await?;
+    if args.xml {
+        term::out(xbee_envelope::activity_status(&task).trim_end())?;
+        return Ok(0);
+    }
+    if args.task.json.json {
         term::json(&task)?;
         return Ok(0);
     }
@@ -40,7 +44,21 @@ pub async fn status(client: &Client, args: &cli::Task) -> Result<u8, Error> {
         let reason = term::clean(reason).replace('\n', "\n           ");
         term::out(format_args!("reason     {reason}"))?;
     }
-    term::out(format_args!("image      {}", term::clean_line(&task.image)))?;
+    if let Some(held) = &task.reservation {
+        term::out(format_args!(
+            "reserved   {} to {}: {} CPUs, {} of memory",
+            held.from,
+            held.until,
+            held.cpus,
+            HumanBytes(held.memory_bytes)
+        ))?;
+    }
+    if !task.image.is_empty() {
+        term::out(format_args!("image      {}", term::clean_line(&task.image)))?;
+    }
+    if let Some(address) = &task.address {
+        term::out(format_args!("address    {}", term::clean_line(address)))?;
+    }
     for port in &task.ports {
         term::out(format_args!("port       {}", published(port)))?;
     }
@@ -240,7 +258,8 @@ pub fn published(port: &PublishedPort) -> String {
     format!("127.0.0.1:{} -> {}", port.host, port.guest)
 }
 
-fn now_ms() -> u64 {
+/// Milliseconds since the Unix epoch.
+pub fn now_ms() -> u64 {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();

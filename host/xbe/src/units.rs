@@ -1,5 +1,7 @@
 //! Values of the command line: sizes, times, ports, files.
 
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use xbee_api::PublishedPort;
 
 /// `FILE:PATH`: a file that is copied into the guest.
@@ -88,6 +90,33 @@ pub fn size(text: &str) -> Result<u64, String> {
     parse().ok_or_else(|| "expected a size such as 512M or 2G".to_owned())
 }
 
+/// A moment, as it is written on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moment {
+    /// Milliseconds since the Unix epoch.
+    At(u64),
+    /// Seconds from now.
+    In(u64),
+}
+
+/// Parses a moment: RFC 3339, `now`, or `+` and a time from now.
+pub fn moment(text: &str) -> Result<Moment, String> {
+    if text == "now" {
+        return Ok(Moment::In(0));
+    }
+    if let Some(text) = text.strip_prefix('+') {
+        return seconds(text).map(Moment::In);
+    }
+    OffsetDateTime::parse(text, &Rfc3339)
+        .ok()
+        .and_then(|at| u64::try_from(at.unix_timestamp_nanos() / 1_000_000).ok())
+        .map(Moment::At)
+        .ok_or_else(|| {
+            "expected a moment such as 2026-01-31T08:00:00Z, 2026-01-31T09:00:00+01:00, +90m or now"
+                .to_owned()
+        })
+}
+
 /// Parses a time in seconds: `90`, `90s`, `10m`, `1h30m`, `2d`.
 pub fn seconds(text: &str) -> Result<u64, String> {
     let parse = || {
@@ -145,6 +174,18 @@ mod tests {
         );
         for text in ["80", "80:0", "a:80", "80:65536", "1:2:3", "-1:80"] {
             published_port(text).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn moments() {
+        assert_eq!(moment("now"), Ok(Moment::In(0)));
+        assert_eq!(moment("+90m"), Ok(Moment::In(5400)));
+        let at = Moment::At(1_767_323_045_500);
+        assert_eq!(moment("2026-01-02T03:04:05.5Z"), Ok(at));
+        assert_eq!(moment("2026-01-02T04:04:05.5+01:00"), Ok(at));
+        for text in ["", "+", "tomorrow", "2026-01-02", "1900-01-02T03:04:05Z"] {
+            moment(text).unwrap_err();
         }
     }
 

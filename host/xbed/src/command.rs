@@ -6,20 +6,22 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use sha2::{Digest, Sha256};
 use uuid::Uuid;
 use xbee_agent::Agent;
 use xbee_api::{
-    CheckReport, DomainExport, ExportForm, HostInfo, SshAccess, SubmitRequest, TaskEvent,
-    TaskStatus, chain,
+    CheckReport, ConfirmRequest, DomainExport, ExportForm, HostInfo, ReserveRequest, Reserved,
+    SshAccess, SubmitRequest, TaskEvent, TaskStatus, chain,
 };
-use xbee_engine::QueueError;
+use xbee_engine::{Phase, QueueError};
 
 use crate::export;
-use crate::host::Host;
+use crate::host::{Host, fill_random};
 use crate::plan::Plan;
-use crate::store::{Owner, StoreError};
+use crate::store::{Job, Owner, Reservation, StoreError};
 use crate::task::TaskHandle;
 use crate::translate::PlanError;
+use crate::view;
 
 /// Shortest prefix of an id that names a task.
 const MIN_PREFIX: usize = 4;
@@ -36,8 +38,12 @@ pub struct Caller {
 impl Caller {
     /// Root and the user `xbed` runs as may do everything; others only what is theirs.
     fn may(self, owner: Owner) -> bool {
+        self.is_operator() || self.owner.uid == owner.uid
+    }
+
+    fn is_operator(self) -> bool {
         let uid = self.owner.uid;
-        uid == 0 || uid == owner.uid || uid == rustix::process::geteuid().as_raw()
+        uid == 0 || uid == rustix::process::geteuid().as_raw()
     }
 }
 
@@ -61,6 +67,44 @@ pub enum CommandError {
     /// The queue does not take it.
     #[error(transparent)]
     Queue(#[from] QueueError),
+    /// Nothing is held under this ticket, or not for the caller.
+    #[error(
+        "501 TICKET_INVALID: no reservation of yours has this ticket; it may be over or cancelled, and `xbe ps -a` lists your tasks"
+    )]
+    TicketInvalid,
+    /// The reservation has its document.
+    #[error(
+        "task {0} is confirmed: its document cannot be changed; cancel it, or start it if that is not done"
+    )]
+    AlreadyConfirmed(Uuid),
+    /// The reservation has no document.
+    #[error("task {0} is not confirmed: `xbe confirm` tells it what to do")]
+    NotConfirmed(Uuid),
+    /// The job does not fit into what is held for it.
+    #[error(
+        "the job needs {vcpus} CPUs and {memory_bytes} bytes of memory, which is more than the {held_vcpus} CPUs and {held_memory_bytes} bytes that are reserved for it"
+    )]
+    NotCovered {
+        /// It needs.
+        vcpus: u32,
+        /// It needs.
+        memory_bytes: u64,
+        /// There are.
+        held_vcpus: u32,
+        /// There are.
+        held_memory_bytes: u64,
+    },
+    /// More than others is the operator's to give.
+    #[error("priority {0} is more than 0, which only root and the user of xbed may give")]
+    Priority(i8),
+    /// There are bounds.
+    #[error("{wanted} retries are wanted, this host makes at most {most}")]
+    Retries {
+        /// Asked for.
+        wanted: u32,
+        /// The bound.
+        most: u32,
+    },
     /// The task is not over.
     #[error("task {0} is not over: `xbe terminate` ends it")]
     NotFinal(Uuid),
@@ -86,7 +130,7 @@ pub enum CommandError {
     Store(#[from] StoreError),
     /// A wish is known and not durable.
     #[error(
-        "the end of task {0} is asked for but could not be written down within {limit} s, and is forgotten if xbed ends now: make room on the disk of its data directory if that is full",
+        "what was asked of task {0} could not be written down within {limit} s, and is forgotten if xbed ends now: make room on the disk of its data directory if that is full",
         limit = WRITE_LIMIT.as_secs()
     )]
     NotWritten(Uuid),
@@ -99,8 +143,18 @@ impl CommandError {
             CommandError::NotFound(_) => "task-not-found",
             CommandError::Ambiguous { .. } => "task-ambiguous",
             CommandError::Plan(error) => error.code(),
-            CommandError::Queue(QueueError::Full { .. }) => "queue-full",
-            CommandError::Queue(_) => "no-capacity",
+            CommandError::Queue(error) => match error {
+                QueueError::TooManyCpus { .. }
+                | QueueError::TooMuchMemory { .. }
+                | QueueError::TooMuchDisk { .. } => "no-capacity",
+                error => error.code(),
+            },
+            CommandError::TicketInvalid => "ticket-invalid",
+            CommandError::AlreadyConfirmed(_) => "already-confirmed",
+            CommandError::NotConfirmed(_) => "not-confirmed",
+            CommandError::NotCovered { .. } => "not-covered",
+            CommandError::Priority(_) => "priority",
+            CommandError::Retries { .. } => "too-many-retries",
             CommandError::NotFinal(_) => "task-not-final",
             CommandError::NoDomain(_) => "no-domain",
             CommandError::NoSsh(_) => "no-ssh",
@@ -150,9 +204,119 @@ impl Commands {
         caller: Caller,
         request: SubmitRequest,
     ) -> Result<TaskStatus, CommandError> {
-        let (plan, _) = Plan::from_request(&request, &self.host.images)?;
-        let task = self.host.accept(caller.owner, request, plan).await?;
+        let job = self.job(caller, request)?;
+        let task = self.host.accept(caller.owner, job).await?;
         Ok(task.status())
+    }
+
+    /// What a request means on this host.
+    fn job(&self, caller: Caller, request: SubmitRequest) -> Result<Job, CommandError> {
+        if request.priority > 0 && !caller.is_operator() {
+            return Err(CommandError::Priority(request.priority));
+        }
+        let most = self.host.config.retries_max;
+        if let Some(wanted) = request.retries.filter(|wanted| *wanted > most) {
+            return Err(CommandError::Retries { wanted, most });
+        }
+        let (plan, _) = Plan::from_request(&request, &self.host.images)?;
+        Ok(Job { request, plan })
+    }
+
+    /// Holds capacity. When this returns, the reservation is durable.
+    pub async fn reserve(
+        &self,
+        caller: Caller,
+        request: ReserveRequest,
+    ) -> Result<Reserved, CommandError> {
+        let mut bytes = [0; 16];
+        fill_random(&mut bytes);
+        let ticket = Uuid::from_bytes(bytes).simple().to_string();
+        let from_ms = request.from_ms.unwrap_or_else(view::now_ms);
+        let held = Reservation {
+            ticket: digest(&ticket),
+            name: request.name,
+            vcpus: request.cpus,
+            memory_bytes: request.memory_bytes,
+            disk_bytes: request.disk_bytes,
+            from_ms,
+            until_ms: from_ms.saturating_add(request.duration_s.saturating_mul(1000)),
+        };
+        let task = self.host.reserve(caller.owner, held).await?;
+        Ok(Reserved {
+            ticket,
+            task: task.status(),
+        })
+    }
+
+    /// The task that is reserved under a ticket. Its owner alone may use it; who may do everything else may not.
+    fn by_ticket(&self, caller: Caller, ticket: &str) -> Result<Arc<TaskHandle>, CommandError> {
+        let digest = digest(ticket);
+        let mut tasks = self.host.tasks();
+        tasks.retain(|task| {
+            let held = task.record.reservation.as_ref();
+            held.is_some_and(|held| held.ticket == digest)
+                && task.record.owner.uid == caller.owner.uid
+                && !task.is_final()
+        });
+        tasks.pop().ok_or(CommandError::TicketInvalid)
+    }
+
+    /// Tells a reserved task what to do. When this returns, that is durable.
+    pub async fn confirm(
+        &self,
+        caller: Caller,
+        request: ConfirmRequest,
+    ) -> Result<TaskStatus, CommandError> {
+        let task = self.by_ticket(caller, &request.ticket)?;
+        let id = task.record.id;
+        let job = Arc::new(self.job(caller, request.request)?);
+        if task.job().is_some() {
+            return Err(CommandError::AlreadyConfirmed(id));
+        }
+        let demand = job.plan.demand();
+        if !self.host.covers(&task, demand) {
+            let held = task.demand().unwrap_or(demand);
+            return Err(CommandError::NotCovered {
+                vcpus: demand.vcpus,
+                memory_bytes: demand.memory_bytes,
+                held_vcpus: held.vcpus,
+                held_memory_bytes: held.memory_bytes,
+            });
+        }
+        task.confirm(job.clone(), request.start);
+        self.written(&task, task.left(Phase::Reserved)).await?;
+        match task.job() {
+            Some(taken) if Arc::ptr_eq(taken, &job) => Ok(task.status()),
+            Some(_) => Err(CommandError::AlreadyConfirmed(id)),
+            // It was over meanwhile.
+            None => Err(CommandError::TicketInvalid),
+        }
+    }
+
+    /// Lets a confirmed task start when its reservation begins. When this returns, that is durable.
+    pub async fn start(&self, caller: Caller, ticket: &str) -> Result<TaskStatus, CommandError> {
+        let task = self.by_ticket(caller, ticket)?;
+        if task.job().is_none() {
+            return Err(CommandError::NotConfirmed(task.record.id));
+        }
+        task.start();
+        self.written(&task, task.left(Phase::Held)).await?;
+        Ok(task.status())
+    }
+
+    /// Gives a reservation back, and ends its task if that runs. When this returns, the wish is durable.
+    pub async fn cancel(&self, caller: Caller, ticket: &str) -> Result<TaskStatus, CommandError> {
+        let task = self.by_ticket(caller, ticket)?;
+        self.end(&task, "its reservation was cancelled").await
+    }
+
+    async fn written(
+        &self,
+        task: &TaskHandle,
+        written: impl Future<Output = ()>,
+    ) -> Result<(), CommandError> {
+        let waited = tokio::time::timeout(WRITE_LIMIT, written).await;
+        waited.map_err(|_| CommandError::NotWritten(task.record.id))
     }
 
     /// The domain that a job would get.
@@ -214,11 +378,13 @@ impl Commands {
 
     /// Asks for a task's end. When this returns, the wish is durable.
     pub async fn terminate(&self, task: &TaskHandle) -> Result<TaskStatus, CommandError> {
-        task.terminate("terminated on request");
-        match tokio::time::timeout(WRITE_LIMIT, task.ending()).await {
-            Ok(()) => Ok(task.status()),
-            Err(_) => Err(CommandError::NotWritten(task.record.id)),
-        }
+        self.end(task, "terminated on request").await
+    }
+
+    async fn end(&self, task: &TaskHandle, reason: &str) -> Result<TaskStatus, CommandError> {
+        task.terminate(reason);
+        self.written(task, task.ending()).await?;
+        Ok(task.status())
     }
 
     /// Forgets a task that is over, with its spool.
@@ -239,4 +405,9 @@ impl Commands {
         self.agent(task)?;
         crate::ssh::access(task).ok_or(CommandError::NoSsh(task.record.id))
     }
+}
+
+/// What is kept of a ticket.
+fn digest(ticket: &str) -> [u8; 32] {
+    Sha256::digest(ticket.trim().to_ascii_lowercase()).into()
 }

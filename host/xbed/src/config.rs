@@ -1,12 +1,13 @@
 //! Where `xbed` finds things and how much it may use: command line over file over defaults.
 
+use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use serde::Deserialize;
-use xbee_engine::Capacity;
+use xbee_engine::{Capacity, Policy, Quota};
 
 /// Command line of `xbed`.
 #[derive(Debug, Parser)]
@@ -58,13 +59,57 @@ struct File {
     vcpus: Option<u32>,
     memory_mib: Option<u64>,
     domains: Option<u32>,
+    disk_mib: Option<u64>,
     queue_length: Option<usize>,
+    #[serde(default)]
+    queue: QueueFile,
+    #[serde(default)]
+    quota: QuotaFile,
+    #[serde(default)]
+    quotas: BTreeMap<String, QuotaFile>,
     boot_timeout_s: Option<u64>,
     shutdown_grace_s: Option<u64>,
     terminate_grace_s: Option<u64>,
     ca_file: Option<PathBuf>,
     #[serde(default)]
     xen: XenFile,
+}
+
+/// The table `[queue]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct QueueFile {
+    half_life_h: Option<u64>,
+    reservations: Option<usize>,
+    staging_allowance_s: Option<u64>,
+    retries: Option<u32>,
+    retries_max: Option<u32>,
+    retry_delay_s: Option<u64>,
+}
+
+/// The table `[quota]`, of every user, and those of `[quotas]`, each of a user by user id.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct QuotaFile {
+    vcpus: Option<u64>,
+    memory_mib: Option<u64>,
+    disk_mib: Option<u64>,
+    running: Option<u64>,
+    waiting: Option<usize>,
+}
+
+impl QuotaFile {
+    /// What is not said is as `usual`.
+    fn quota(self, usual: Quota) -> Quota {
+        let bytes = |mib: u64| mib.saturating_mul(1 << 20);
+        Quota {
+            vcpus: self.vcpus.unwrap_or(usual.vcpus),
+            memory_bytes: self.memory_mib.map_or(usual.memory_bytes, bytes),
+            disk_bytes: self.disk_mib.map_or(usual.disk_bytes, bytes),
+            running: self.running.unwrap_or(usual.running),
+            waiting: self.waiting.unwrap_or(usual.waiting),
+        }
+    }
 }
 
 /// The table `[qemu]`, or the program's path alone.
@@ -186,8 +231,19 @@ pub struct Config {
     /// Limits on what domains and the queue take; 0 means "ask the host" until [`Config::capacity`].
     vcpus: Option<u32>,
     memory_mib: Option<u64>,
+    disk_mib: Option<u64>,
     domains: u32,
     queue_length: usize,
+    /// Order and bounds of the queue.
+    pub policy: Policy,
+    /// How much longer than its command a task may hold its place before it stands in the way of reservations.
+    pub staging_allowance: Duration,
+    /// How often a task that does not say so is tried again.
+    pub retries: u32,
+    /// Most that a task may ask for.
+    pub retries_max: u32,
+    /// Wait before the first time; twice as long before each further.
+    pub retry_delay: Duration,
     /// How long a domain's agent may take from the start of the domain to its first word.
     pub boot_timeout: Duration,
     /// How long a domain may take to shut down before it is forced.
@@ -235,6 +291,16 @@ pub enum ConfigError {
         #[source]
         source: std::io::Error,
     },
+    /// A quota is nobody's.
+    #[error(
+        "[quotas.{name}] of the configuration file {path}: {name:?} is no user id, which is a number; `id -u NAME` says it"
+    )]
+    NoUser {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        name: String,
+    },
     /// The file makes no sense.
     #[error("the configuration file {path} is not as expected")]
     Parse {
@@ -259,7 +325,32 @@ impl Config {
             Backend::Xen => (file.xen.prefix, file.xen.same_owner),
             Backend::Sim => (None, None),
         };
+        let quota = file.quota.quota(Quota::UNLIMITED);
+        let mut quotas = HashMap::new();
+        for (name, of_user) in &file.quotas {
+            let uid = name.parse().map_err(|_| ConfigError::NoUser {
+                path: options.config.clone().unwrap_or_default(),
+                name: name.clone(),
+            })?;
+            quotas.insert(uid, of_user.quota(quota));
+        }
+        let usual = Policy::default();
+        let policy = Policy {
+            quota,
+            quotas,
+            half_life_ms: file
+                .queue
+                .half_life_h
+                .map_or(usual.half_life_ms, |hours| hours.saturating_mul(3_600_000)),
+            reservations: file.queue.reservations.unwrap_or(usual.reservations),
+        };
         Ok(Config {
+            policy,
+            staging_allowance: Duration::from_secs(file.queue.staging_allowance_s.unwrap_or(600)),
+            retries: file.queue.retries.unwrap_or(0),
+            retries_max: file.queue.retries_max.unwrap_or(10),
+            retry_delay: Duration::from_secs(file.queue.retry_delay_s.unwrap_or(10)),
+            disk_mib: file.disk_mib,
             data: options.data.or(file.data).unwrap_or_else(default_data),
             socket: options
                 .socket
@@ -292,8 +383,13 @@ impl Config {
         self.data.join("run")
     }
 
-    /// What domains may take of a host with these CPUs and this memory.
-    pub fn capacity(&self, host_cpus: u32, host_memory_bytes: u64) -> Capacity {
+    /// What domains may take of a host with these CPUs, this memory and so much free disk.
+    pub fn capacity(
+        &self,
+        host_cpus: u32,
+        host_memory_bytes: u64,
+        host_disk_bytes: u64,
+    ) -> Capacity {
         Capacity {
             vcpus: self
                 .vcpus
@@ -301,6 +397,9 @@ impl Config {
             memory_bytes: self
                 .memory_mib
                 .map_or(host_memory_bytes, |mib| mib.saturating_mul(1 << 20)),
+            disk_bytes: self
+                .disk_mib
+                .map_or(host_disk_bytes, |mib| mib.saturating_mul(1 << 20)),
             domains: self.domains,
             queue_length: self.queue_length,
         }
@@ -339,7 +438,7 @@ mod tests {
         let config = Config::load(options).unwrap();
         assert_eq!(config.backend, Backend::Sim);
         assert_eq!(config.data, Path::new("/b"));
-        let capacity = config.capacity(2, 1 << 40);
+        let capacity = config.capacity(2, 1 << 40, 7);
         assert_eq!((capacity.vcpus, capacity.memory_bytes), (8, 5 << 20));
     }
 

@@ -28,7 +28,7 @@ pub async fn of_task(
     }
     // A task with a domain has been staged in.
     let boot = BootFiles::load(&task.spool).map_err(|_| CommandError::NoDomain(id))?;
-    let spec = steps::domain(host, Identity::of_task(task), &task.record.plan, &boot);
+    let spec = steps::domain(host, Identity::of_task(task), task.plan(), &boot);
     describe(host, &spec, form)
 }
 

@@ -4,11 +4,15 @@ use std::collections::{BTreeMap, HashSet};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
+use tokio::sync::Notify;
 use tracing::{info, warn};
 use uuid::Uuid;
-use xbee_api::{HostInfo, SubmitRequest, chain};
-use xbee_engine::{Demand, DomainFate, Queue, QueueError, Task};
+use xbee_api::{HostInfo, chain};
+use xbee_engine::{
+    Demand, DomainFate, Due, NEVER_MS, Phase, Queue, QueueError, Request, Step, Task,
+};
 use xbee_hypervisor::{HostCapabilities, Hypervisor};
 use xbee_staging::Stager;
 
@@ -16,11 +20,15 @@ use crate::command::CommandError;
 use crate::config::{Backend, Config};
 use crate::fault;
 use crate::images::ImageStore;
-use crate::plan::Plan;
 use crate::steps;
-use crate::store::{Entry, Owner, Store, StoreError, StoredTask, TaskRecord};
+use crate::store::{Entry, Job, Owner, Reservation, Store, StoreError, StoredTask, TaskRecord};
 use crate::task::{self, Begin, TaskHandle};
 use crate::view;
+
+/// Longest time in which nobody looks at the clock.
+const CLOCK_CHECK: Duration = Duration::from_secs(60);
+/// Shortest.
+const CLOCK_TICK: Duration = Duration::from_millis(1);
 
 /// Everything that tasks share.
 pub struct Host {
@@ -36,6 +44,8 @@ pub struct Host {
     pub stager: Stager,
     capabilities: HostCapabilities,
     queue: Mutex<Queue<Uuid>>,
+    /// Told when the queue has changed.
+    queue_changed: Notify,
     /// Ordered by id, so that prefixes are ranges.
     tasks: RwLock<BTreeMap<Uuid, Arc<TaskHandle>>>,
 }
@@ -87,7 +97,11 @@ impl Host {
         }
         let store = Store::open(&config.data.join("tasks.sqlite"))?;
         let capabilities = hypervisor.probe().await?;
-        let capacity = config.capacity(capabilities.cpus, capabilities.memory_bytes);
+        let capacity = config.capacity(
+            capabilities.cpus,
+            capabilities.memory_bytes,
+            free_bytes(&config.data)?,
+        );
         let images = ImageStore::new(config.images.clone());
         let images = match config.backend {
             Backend::Sim => images.with_simulated_base(),
@@ -95,7 +109,8 @@ impl Host {
         };
         Ok(Arc::new(Host {
             images,
-            queue: Mutex::new(Queue::new(capacity)),
+            queue: Mutex::new(Queue::new(capacity, config.policy.clone())),
+            queue_changed: Notify::new(),
             tasks: RwLock::default(),
             config,
             store,
@@ -117,7 +132,7 @@ impl Host {
                 .last()
                 .map(|entry| entry.state.clone())
                 .unwrap_or_default();
-            let demand = stored.record.plan.demand();
+            self.account(&stored);
             let handle = Arc::new(TaskHandle::new(stored, self.spool(id)));
             self.write_tasks().insert(id, handle.clone());
             if state.is_final() {
@@ -142,11 +157,7 @@ impl Host {
                 at_ms: view::now_ms(),
                 state: state.clone(),
             });
-            if handle.is_queued() {
-                self.lock_queue().push(id, demand);
-            } else {
-                self.lock_queue().adopt(id, demand);
-            }
+            self.take_up(&handle, &state);
             info!(task = %id, ?fate, state = ?view::bes(&state), "taken up again");
             let begin = Begin { entry, actions };
             tokio::spawn(task::run(self.clone(), handle, begin));
@@ -159,30 +170,133 @@ impl Host {
         }
         self.remove_forgotten();
         self.schedule();
+        tokio::spawn(keep_time(self.clone()));
         Ok(())
+    }
+
+    /// Gives a task of an earlier run its place in the queue.
+    fn take_up(&self, task: &TaskHandle, state: &Task) {
+        let (id, owner) = (task.record.id, task.record.owner.uid);
+        let mut queue = self.lock_queue();
+        if let Some(held) = &task.record.reservation {
+            queue.restore(id, owner, held.demand(), (held.from_ms, held.until_ms));
+        }
+        let Some(request) = self.request(task) else {
+            return;
+        };
+        match state.phase {
+            Phase::Reserved | Phase::Held => {}
+            Phase::Queued => queue.push(id, request),
+            _ => {
+                let admitted_ms = admitted_ms(&task.watch().borrow());
+                queue.adopt(id, request, admitted_ms.unwrap_or_else(view::now_ms));
+            }
+        }
+    }
+
+    /// Counts what the owner of a task has had.
+    fn account(&self, stored: &StoredTask) {
+        let Some(job) = &stored.record.job else {
+            return;
+        };
+        let journal = &stored.journal;
+        let is_final = journal.last().is_some_and(|entry| entry.state.is_final());
+        if let (true, Some(admitted_ms), Some(last)) =
+            (is_final, admitted_ms(journal), journal.last())
+        {
+            let held_ms = last.at_ms.saturating_sub(admitted_ms) as f64;
+            let owner = stored.record.owner.uid;
+            self.lock_queue()
+                .account(owner, held_ms * f64::from(job.plan.vcpus), last.at_ms);
+        }
+    }
+
+    /// A task as the queue knows it, once it is known what it is to do.
+    fn request(&self, task: &TaskHandle) -> Option<Request> {
+        let job = task.job()?;
+        let allowance = self.config.staging_allowance.as_millis();
+        let longest_ms = job
+            .plan
+            .longest_run_ms()
+            .and_then(|run_ms| run_ms.checked_add(allowance.try_into().ok()?));
+        Some(Request {
+            demand: task.demand()?,
+            owner: task.record.owner.uid,
+            priority: job.request.priority,
+            longest_ms: longest_ms.unwrap_or(NEVER_MS),
+            not_before_ms: task.state().not_before_ms,
+        })
+    }
+
+    /// Puts a task that may start into the queue; one that had its turn gives its place back.
+    pub fn enqueue(&self, task: &TaskHandle) {
+        if let Some(request) = self.request(task) {
+            self.lock_queue()
+                .requeue(task.record.id, request, view::now_ms());
+        }
+        self.schedule();
     }
 
     /// Makes a request a task. Durable on return.
     pub async fn accept(
         self: &Arc<Self>,
         owner: Owner,
-        request: SubmitRequest,
-        plan: Plan,
+        job: Job,
     ) -> Result<Arc<TaskHandle>, CommandError> {
-        let demand = plan.demand();
-        self.lock_queue().check(demand)?;
-        let mut secret = [0; 32];
-        fill_random(&mut secret);
+        self.lock_queue().check(owner.uid, job.plan.demand(), 1)?;
         let record = TaskRecord {
             id: Uuid::new_v4(),
             owner,
-            request,
-            plan,
-            secret,
+            secret: random(),
+            reservation: None,
+            job: Some(job),
         };
+        let handle = self.insert(record, Task::default()).await?;
+        self.enqueue(&handle);
+        Ok(handle)
+    }
+
+    /// Holds capacity for a task to come. Durable on return.
+    pub async fn reserve(
+        self: &Arc<Self>,
+        owner: Owner,
+        mut held: Reservation,
+    ) -> Result<Arc<TaskHandle>, CommandError> {
+        let id = Uuid::new_v4();
+        let now_ms = view::now_ms();
+        held.from_ms = held.from_ms.max(now_ms);
+        let span_ms = (held.from_ms, held.until_ms);
+        // Held before it is written down: two who ask at a time do not get the same.
+        self.lock_queue()
+            .reserve(id, owner.uid, held.demand(), span_ms, now_ms)?;
+        let record = TaskRecord {
+            id,
+            owner,
+            secret: random(),
+            reservation: Some(held),
+            job: None,
+        };
+        let reserved = self.insert(record, Task::reserved()).await;
+        if reserved.is_err() {
+            self.lock_queue().remove(id, now_ms);
+        }
+        self.schedule();
+        reserved
+    }
+
+    /// Whether a reserved task may do this.
+    pub fn covers(&self, task: &TaskHandle, demand: Demand) -> bool {
+        self.lock_queue().covers(task.record.id, demand) == Some(true)
+    }
+
+    async fn insert(
+        self: &Arc<Self>,
+        record: TaskRecord,
+        state: Task,
+    ) -> Result<Arc<TaskHandle>, CommandError> {
         let entry = Entry {
             at_ms: view::now_ms(),
-            state: Task::default(),
+            state,
         };
         let (host, stored) = (self.clone(), (record.clone(), entry.clone()));
         let number = tokio::task::spawn_blocking(move || host.store.insert(&stored.0, &stored.1))
@@ -196,15 +310,13 @@ impl Host {
         };
         let handle = Arc::new(TaskHandle::new(stored, self.spool(id)));
         self.write_tasks().insert(id, handle.clone());
-        self.lock_queue().push(id, demand);
         tokio::spawn(task::run(self.clone(), handle.clone(), Begin::default()));
-        self.schedule();
         Ok(handle)
     }
 
     /// A task is final: its capacity is free.
     pub fn done(&self, task: &TaskHandle) {
-        self.lock_queue().remove(task.record.id);
+        self.lock_queue().remove(task.record.id, view::now_ms());
         self.schedule();
     }
 
@@ -241,15 +353,39 @@ impl Host {
     }
 
     fn schedule(&self) {
+        self.admit();
+        self.queue_changed.notify_one();
+    }
+
+    fn admit(&self) {
         loop {
-            let Some(id) = self.lock_queue().admit() else {
-                return;
+            let now_ms = view::now_ms();
+            let Some(id) = self.lock_queue().admit(now_ms) else {
+                break;
             };
             match self.task(id) {
                 Some(task) => task.admit(),
-                None => self.lock_queue().remove(id),
+                None => self.lock_queue().remove(id, now_ms),
             }
         }
+    }
+
+    /// Ends what has to end by now, and begins what may; says when to look again.
+    fn look_at_the_clock(&self) -> Option<u64> {
+        self.admit();
+        let now_ms = view::now_ms();
+        let due = self.lock_queue().due(now_ms);
+        for (id, why) in due {
+            if let Some(task) = self.task(id) {
+                task.terminate(match why {
+                    Due::ReservationOver => "its reservation is over",
+                    Due::InTheWay => {
+                        "it ran longer than its WallTimeLimit and what this host allows for staging, and its place is reserved"
+                    }
+                });
+            }
+        }
+        self.lock_queue().wake_ms(now_ms)
     }
 
     /// Whether the host could ever run this.
@@ -309,6 +445,45 @@ impl Host {
     fn write_tasks(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<Uuid, Arc<TaskHandle>>> {
         self.tasks.write().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Bytes that are free where this directory is.
+fn free_bytes(path: &std::path::Path) -> Result<u64, HostError> {
+    let stat = rustix::fs::statvfs(path).map_err(|error| HostError::Directory {
+        path: path.into(),
+        source: error.into(),
+    })?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// When a task was given its capacity the last time.
+fn admitted_ms(journal: &[Entry]) -> Option<u64> {
+    let first = Phase::Working {
+        step: Step::StageIn,
+    };
+    let mut entries = journal.iter().rev();
+    let admitted = entries.find(|entry| entry.state.phase == first)?;
+    Some(admitted.at_ms)
+}
+
+/// Looks at the clock whenever a reservation begins or ends, or a failed task may be tried again.
+async fn keep_time(host: Arc<Host>) {
+    loop {
+        let wake_ms = host.look_at_the_clock();
+        let wait = wake_ms.map(|at_ms| Duration::from_millis(at_ms.saturating_sub(view::now_ms())));
+        // Clocks are set: it is not slept through.
+        let wait = wait.unwrap_or(CLOCK_CHECK).clamp(CLOCK_TICK, CLOCK_CHECK);
+        tokio::select! {
+            () = host.queue_changed.notified() => {}
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    fill_random(&mut bytes);
+    bytes
 }
 
 /// Random bytes of the kernel.

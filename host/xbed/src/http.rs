@@ -25,9 +25,11 @@ use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::net::{UnixListener, unix::UCred};
 use xbee_api::{
-    CheckReport, DomainExport, EXEC_HEADER, ErrorBody, ExecRequest, ExportForm, FollowQuery,
-    HostInfo, SshAccess, SubmitRequest, TaskStatus, UPGRADE_EXEC, UPGRADE_TCP, chain,
+    CheckReport, ConfirmRequest, DomainExport, EXEC_HEADER, ErrorBody, ExecRequest, ExportForm,
+    FollowQuery, HostInfo, ReserveRequest, Reserved, SshAccess, SubmitRequest, TaskStatus,
+    TicketRequest, UPGRADE_EXEC, UPGRADE_TCP, chain,
 };
+use xbee_engine::QueueError;
 
 use crate::command::{Caller, CommandError, Commands};
 use crate::exec;
@@ -50,6 +52,10 @@ pub fn router(commands: Commands) -> Router {
         .route("/v1/export", post(export))
         .route("/v1/tasks", get(list).post(submit))
         .route("/v1/tasks/{id}", get(status).delete(remove))
+        .route("/v1/reservations", post(reserve))
+        .route("/v1/reservations/confirm", post(confirm))
+        .route("/v1/reservations/start", post(start))
+        .route("/v1/reservations/cancel", post(cancel))
         .route("/v1/tasks/{id}/events", get(events))
         .route("/v1/tasks/{id}/logs/{stream}", get(logs))
         .route("/v1/tasks/{id}/terminate", post(terminate))
@@ -134,7 +140,16 @@ impl From<CommandError> for Failure {
             CommandError::Ambiguous { .. } | CommandError::Plan(_) | CommandError::NotFetched => {
                 StatusCode::BAD_REQUEST
             }
+            CommandError::Queue(QueueError::NoSpan { .. }) => StatusCode::BAD_REQUEST,
+            CommandError::Queue(QueueError::NoRoom { .. }) => StatusCode::CONFLICT,
             CommandError::Queue(_) => StatusCode::SERVICE_UNAVAILABLE,
+            CommandError::TicketInvalid | CommandError::Priority(_) => StatusCode::FORBIDDEN,
+            CommandError::AlreadyConfirmed(_) | CommandError::NotConfirmed(_) => {
+                StatusCode::CONFLICT
+            }
+            CommandError::NotCovered { .. } | CommandError::Retries { .. } => {
+                StatusCode::BAD_REQUEST
+            }
             CommandError::NotFinal(_) | CommandError::NoDomain(_) | CommandError::NoSsh(_) => {
                 StatusCode::CONFLICT
             }
@@ -211,6 +226,40 @@ async fn submit(
 ) -> Answer<(StatusCode, Json<TaskStatus>)> {
     let status = commands.submit(caller, body(request)?).await?;
     Ok((StatusCode::CREATED, Json(status)))
+}
+
+async fn reserve(
+    State(commands): State<Commands>,
+    caller: Caller,
+    request: Result<Json<ReserveRequest>, JsonRejection>,
+) -> Answer<(StatusCode, Json<Reserved>)> {
+    let reserved = commands.reserve(caller, body(request)?).await?;
+    Ok((StatusCode::CREATED, Json(reserved)))
+}
+
+async fn confirm(
+    State(commands): State<Commands>,
+    caller: Caller,
+    request: Result<Json<ConfirmRequest>, JsonRejection>,
+) -> Answer<Json<TaskStatus>> {
+    Ok(Json(commands.confirm(caller, body(request)?).await?))
+}
+
+async fn start(
+    State(commands): State<Commands>,
+    caller: Caller,
+    request: Result<Json<TicketRequest>, JsonRejection>,
+) -> Answer<Json<TaskStatus>> {
+    Ok(Json(commands.start(caller, &body(request)?.ticket).await?))
+}
+
+async fn cancel(
+    State(commands): State<Commands>,
+    caller: Caller,
+    request: Result<Json<TicketRequest>, JsonRejection>,
+) -> Answer<(StatusCode, Json<TaskStatus>)> {
+    let status = commands.cancel(caller, &body(request)?.ticket).await?;
+    Ok((StatusCode::ACCEPTED, Json(status)))
 }
 
 #[derive(Deserialize)]

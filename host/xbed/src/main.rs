@@ -15,6 +15,7 @@ mod http;
 mod images;
 mod logs;
 mod plan;
+mod retry;
 mod session;
 #[cfg(test)]
 mod soak;

@@ -17,6 +17,9 @@ pub struct Plan {
     pub vcpus: u32,
     /// Memory in bytes.
     pub memory_bytes: u64,
+    /// Disk in bytes that is held for it.
+    #[serde(default)]
+    pub disk_bytes: u64,
     /// Directories that must exist before files come: the working directory, mount points.
     pub directories: Vec<String>,
     /// Scripts of the image's author.
@@ -222,6 +225,16 @@ impl Plan {
         Demand {
             vcpus: self.vcpus,
             memory_bytes: self.memory_bytes,
+            disk_bytes: self.disk_bytes,
+        }
+    }
+
+    /// How long its command runs at most, if that is bounded, milliseconds.
+    pub fn longest_run_ms(&self) -> Option<u64> {
+        match &self.work {
+            Work::Command(command) => command.limits.wall_seconds?.checked_mul(1000),
+            Work::Continuous => None,
+            Work::Nothing => Some(0),
         }
     }
 
@@ -258,6 +271,7 @@ impl Plan {
             },
             vcpus: 1,
             memory_bytes: 1 << 20,
+            disk_bytes: 0,
             directories: vec![],
             scripts: vec![],
             stage_in: vec![],

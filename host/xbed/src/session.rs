@@ -17,6 +17,7 @@ use xbee_hypervisor::Error as HypervisorError;
 use crate::fault;
 use crate::host::Host;
 use crate::logs::{LogError, LogWriter, Stream};
+use crate::steps::{Identity, address};
 use crate::task::TaskHandle;
 
 /// How long a domain that runs may go without a connection to its agent.
@@ -57,12 +58,15 @@ impl Session {
         let log = LogWriter::open(&task.spool, task.lengths.clone()).map_err(log_failure)?;
         let mut workers = JoinSet::new();
         let mut ports = vec![];
-        for port in &task.record.request.publish {
+        for port in task.publish() {
             let (listener, port) = bind(*port).await?;
             ports.push(port);
             workers.spawn(publish(listener, port, task.clone()));
         }
         task.ports.send_replace(ports);
+        let address = address(&host.config, Identity::of_task(&task).number);
+        task.address
+            .send_replace(address.map(|address| address.to_string()));
         let (sender, progress) = watch::channel(Progress::Open);
         workers.spawn(keep(host, task, log, sender));
         Ok(Session {

@@ -105,19 +105,24 @@ impl Job {
     }
 }
 
-fn place(entry: &Entry) -> usize {
+/// How far it has come: the try, and the place in it.
+fn place(entry: &Entry) -> (u32, usize) {
     let of = |step: Step| Step::ALL.iter().position(|s| *s == step).unwrap();
-    match &entry.state.phase {
-        Phase::Queued => 0,
-        Phase::Working { step } => 1 + of(*step),
-        Phase::Cancelling { .. } => 6,
-        Phase::Releasing { .. } => 7,
-        Phase::Final { .. } => 8,
-    }
+    let place = match &entry.state.phase {
+        Phase::Retrying { .. } => 0,
+        Phase::Reserved => 1,
+        Phase::Held => 2,
+        Phase::Queued => 3,
+        Phase::Working { step } => 4 + of(*step),
+        Phase::Cancelling { .. } => 9,
+        Phase::Releasing { .. } => 10,
+        Phase::Final { .. } => 11,
+    };
+    (entry.state.retries, place)
 }
 
 fn holds_something(state: &Task) -> bool {
-    !matches!(state.phase, Phase::Queued | Phase::Final { .. })
+    !state.is_pending() && !state.is_final()
 }
 
 impl Soak {
@@ -235,7 +240,11 @@ async fn nothing_is_lost_or_left_whatever_goes_wrong() {
     let input = work.path().join("in");
     std::fs::write(&input, "input").unwrap();
     let file = work.path().join("xbed.toml");
-    std::fs::write(&file, format!("domains = {DOMAINS}\n")).unwrap();
+    std::fs::write(
+        &file,
+        format!("domains = {DOMAINS}\n[queue]\nretry-delay-s = 0\n"),
+    )
+    .unwrap();
     let data = work.path().join("data");
     let words = [
         "xbed",
@@ -288,8 +297,8 @@ async fn nothing_is_lost_or_left_whatever_goes_wrong() {
         let job = Job::random(&mut random, number);
         let request = SubmitRequest {
             jsdl: job.document(&input),
-            lenient: false,
-            publish: vec![],
+            retries: Some(random.below(3) as u32),
+            ..SubmitRequest::default()
         };
         let status = commands.submit(caller, request).await.unwrap();
         let task = soak.host.task(status.id).unwrap();

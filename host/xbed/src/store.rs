@@ -12,7 +12,7 @@ use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use xbee_api::SubmitRequest;
-use xbee_engine::Task;
+use xbee_engine::{Demand, Task};
 
 use crate::fault;
 use crate::plan::Plan;
@@ -41,12 +41,53 @@ pub struct TaskRecord {
     pub id: Uuid,
     /// Its owner.
     pub owner: Owner,
+    /// The secret that its domain's agent proves to know.
+    pub secret: [u8; 32],
+    /// What is held for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reservation: Option<Reservation>,
+    /// What it is to do; a reservation that is not confirmed does not say.
+    #[serde(flatten)]
+    pub job: Option<Job>,
+}
+
+/// What a task is to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Job {
     /// The request, word for word.
     pub request: SubmitRequest,
     /// What it means on this host.
     pub plan: Plan,
-    /// The secret that its domain's agent proves to know.
-    pub secret: [u8; 32],
+}
+
+/// Capacity held for a task.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reservation {
+    /// SHA-256 of the ticket, which is its owner's alone.
+    pub ticket: [u8; 32],
+    /// The name it was given.
+    pub name: Option<String>,
+    /// How much.
+    pub vcpus: u32,
+    /// How much, bytes.
+    pub memory_bytes: u64,
+    /// How much, bytes.
+    pub disk_bytes: u64,
+    /// From when, milliseconds since the Unix epoch.
+    pub from_ms: u64,
+    /// Until when.
+    pub until_ms: u64,
+}
+
+impl Reservation {
+    /// What is held.
+    pub fn demand(&self) -> Demand {
+        Demand {
+            vcpus: self.vcpus,
+            memory_bytes: self.memory_bytes,
+            disk_bytes: self.disk_bytes,
+        }
+    }
 }
 
 /// Who a task belongs to, in the kernel's words.
@@ -265,6 +306,40 @@ impl Store {
         Ok(())
     }
 
+    /// Adds entry `seq` to a task's journal, with which it is told what it is to do. Durable on return.
+    pub fn confirm(
+        &self,
+        number: i64,
+        record: &TaskRecord,
+        seq: usize,
+        entry: &Entry,
+    ) -> Result<(), StoreError> {
+        let text = serde_json::to_string(record).map_err(|e| self.damaged(number, e))?;
+        let state = serde_json::to_string(&entry.state).map_err(|e| self.damaged(number, e))?;
+        fault::point("confirm");
+        let mut connection = self.lock();
+        let confirm = |connection: &mut Connection| {
+            let transaction = connection.transaction()?;
+            transaction.execute(
+                "UPDATE task SET record = ?2 WHERE number = ?1",
+                params![number, text],
+            )?;
+            transaction.execute(
+                "INSERT INTO journal (task, seq, at_ms, state) VALUES (?1, ?2, ?3, ?4)",
+                params![
+                    number,
+                    i64::try_from(seq).unwrap_or(i64::MAX),
+                    entry.at_ms.cast_signed(),
+                    state
+                ],
+            )?;
+            transaction.commit()
+        };
+        confirm(&mut connection).map_err(|e| self.failed(e))?;
+        fault::point("confirmed");
+        Ok(())
+    }
+
     /// Forgets a task.
     pub fn remove(&self, id: Uuid) -> Result<(), StoreError> {
         fault::point("forget");
@@ -317,17 +392,23 @@ mod tests {
     use super::*;
     use xbee_engine::Input;
 
+    fn job() -> Job {
+        Job {
+            request: SubmitRequest {
+                jsdl: "<x/>".into(),
+                ..SubmitRequest::default()
+            },
+            plan: Plan::example(),
+        }
+    }
+
     fn record() -> TaskRecord {
         TaskRecord {
             id: Uuid::new_v4(),
             owner: Owner { uid: 1, gid: 2 },
-            request: SubmitRequest {
-                jsdl: "<x/>".into(),
-                lenient: false,
-                publish: vec![],
-            },
-            plan: Plan::example(),
             secret: [7; 32],
+            reservation: None,
+            job: Some(job()),
         }
     }
 
@@ -360,6 +441,43 @@ mod tests {
         assert_eq!(tasks[0].journal, [first, second]);
         store.remove(record.id).unwrap();
         assert!(store.load().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_confirmed_reservation_knows_its_job() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t");
+        let mut record = TaskRecord {
+            job: None,
+            reservation: Some(Reservation {
+                ticket: [1; 32],
+                name: None,
+                vcpus: 1,
+                memory_bytes: 2,
+                disk_bytes: 3,
+                from_ms: 4,
+                until_ms: 5,
+            }),
+            ..record()
+        };
+        let mut state = Task::reserved();
+        let first = Entry {
+            at_ms: 1,
+            state: state.clone(),
+        };
+        let store = Store::open(&path).unwrap();
+        let number = store.insert(&record, &first).unwrap();
+        assert_eq!(store.load().unwrap()[0].record.job, None);
+        record.job = Some(job());
+        state.apply(Input::Confirmed { start: false }).unwrap();
+        let second = Entry { at_ms: 2, state };
+        store.confirm(number, &record, 1, &second).unwrap();
+        assert!(store.confirm(number, &record, 1, &second).is_err());
+        drop(store);
+        let tasks = Store::open(&path).unwrap().load().unwrap();
+        assert_eq!(tasks[0].record.job, record.job);
+        assert_eq!(tasks[0].record.reservation, record.reservation);
+        assert_eq!(tasks[0].journal, [first, second]);
     }
 
     #[test]

@@ -5,18 +5,22 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use std::sync::OnceLock;
+
 use tokio::sync::{OnceCell, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use xbee_agent::Agent;
-use xbee_api::{Progress, PublishedPort, TaskEvent, TaskStatus, chain};
-use xbee_engine::{Action, Failure, Input, Phase, Step, Task};
+use xbee_api::{Progress, PublishedPort, ReservationStatus, TaskEvent, TaskStatus, chain};
+use xbee_engine::{Action, Demand, Failure, Input, Phase, Step, Task};
 
 use crate::host::Host;
+use crate::plan::Plan;
+use crate::retry;
 use crate::session::Session;
 use crate::steps;
-use crate::store::{Entry, StoredTask, TaskRecord};
+use crate::store::{Entry, Job, Reservation, StoreError, StoredTask, TaskRecord};
 use crate::view;
 
 /// How long to wait before a failed write to the store is tried again.
@@ -25,6 +29,9 @@ const STORE_RETRY: Duration = Duration::from_secs(1);
 /// What others want of a task. Bounded by its shape: asking twice is asking once.
 #[derive(Debug, Default, Clone)]
 struct Wishes {
+    /// What to do, and whether to start.
+    confirmed: Option<(Arc<Job>, bool)>,
+    started: bool,
     admitted: bool,
     terminate: Option<String>,
 }
@@ -33,8 +40,9 @@ struct Wishes {
 pub struct TaskHandle {
     /// Its number, which is never used twice.
     pub number: i64,
-    /// What was accepted.
+    /// What was accepted. What it is to do, the task itself knows.
     pub record: TaskRecord,
+    job: OnceLock<Arc<Job>>,
     /// Directory of its files on the host.
     pub spool: PathBuf,
     wishes: watch::Sender<Wishes>,
@@ -45,23 +53,57 @@ pub struct TaskHandle {
     pub(crate) ports: watch::Sender<Vec<PublishedPort>>,
     pub(crate) agent: watch::Sender<Option<Agent>>,
     pub(crate) console: watch::Sender<Option<PathBuf>>,
+    /// IPv6 address of its domain.
+    pub(crate) address: watch::Sender<Option<String>>,
 }
 
 impl TaskHandle {
     /// A handle of a stored task. Its actor is started apart, with [`run`].
-    pub fn new(stored: StoredTask, spool: PathBuf) -> TaskHandle {
+    pub fn new(mut stored: StoredTask, spool: PathBuf) -> TaskHandle {
+        let job = OnceLock::new();
+        if let Some(known) = stored.record.job.take() {
+            let _ = job.set(Arc::new(known));
+        }
         TaskHandle {
+            ports: watch::Sender::new(publish(&job).to_vec()),
+            job,
             number: stored.number,
             lengths: watch::Sender::new([0, 0]),
             progress: watch::Sender::new(None),
-            ports: watch::Sender::new(stored.record.request.publish.clone()),
             agent: watch::Sender::new(None),
             console: watch::Sender::new(None),
+            address: watch::Sender::new(None),
             wishes: watch::Sender::new(Wishes::default()),
             journal: watch::Sender::new(stored.journal),
             record: stored.record,
             spool,
         }
+    }
+
+    /// What it is to do, once that is known.
+    pub fn job(&self) -> Option<&Arc<Job>> {
+        self.job.get()
+    }
+
+    /// What it means on this host. Nothing is begun for a task that has none.
+    pub fn plan(&self) -> &Plan {
+        match self.job.get() {
+            Some(job) => &job.plan,
+            None => unreachable!("task {} was begun without a document", self.record.id),
+        }
+    }
+
+    /// Guest's ports to be published.
+    pub fn publish(&self) -> &[PublishedPort] {
+        publish(&self.job)
+    }
+
+    /// What it needs of the host.
+    pub fn demand(&self) -> Option<Demand> {
+        let reserved = self.record.reservation.as_ref();
+        reserved
+            .map(Reservation::demand)
+            .or_else(|| Some(self.job()?.plan.demand()))
     }
 
     /// The engine's state.
@@ -91,9 +133,28 @@ impl TaskHandle {
         self.journal.send_modify(|journal| journal.push(entry));
     }
 
-    /// It waits for capacity.
-    pub fn is_queued(&self) -> bool {
-        self.state().phase == Phase::Queued
+    /// Tells it what to do. Of two who do so, one is heard: see [`TaskHandle::job`] afterwards.
+    pub fn confirm(&self, job: Arc<Job>, start: bool) {
+        self.wishes.send_modify(|wishes| {
+            wishes.confirmed.get_or_insert((job, start));
+        });
+    }
+
+    /// Lets it start.
+    pub fn start(&self) {
+        self.wishes.send_modify(|wishes| wishes.started = true);
+    }
+
+    /// Waits until it has left this phase, durably.
+    pub async fn left(&self, phase: Phase) {
+        let mut journal = self.watch();
+        let has_left = |journal: &Vec<Entry>| {
+            journal
+                .last()
+                .is_some_and(|entry| entry.state.phase != phase)
+        };
+        // The handle keeps the sender.
+        let _ = journal.wait_for(has_left).await;
     }
 
     /// Gives it its capacity.
@@ -106,7 +167,9 @@ impl TaskHandle {
         let mut journal = self.watch();
         let decided = |journal: &Vec<Entry>| {
             journal.last().is_some_and(|entry| {
-                !matches!(entry.state.phase, Phase::Queued | Phase::Working { .. })
+                let phase = &entry.state.phase;
+                !entry.state.is_pending()
+                    && !matches!(phase, Phase::Working { .. } | Phase::Retrying { .. })
             })
         };
         // The handle keeps the sender.
@@ -157,7 +220,14 @@ impl TaskHandle {
         let events = self.events();
         TaskStatus {
             id: self.record.id,
-            name: self.record.plan.name.clone(),
+            name: match self.job() {
+                Some(job) => job.plan.name.clone(),
+                None => self
+                    .record
+                    .reservation
+                    .as_ref()
+                    .and_then(|r| r.name.clone()),
+            },
             owner: self.record.owner.uid,
             state: bes,
             substate,
@@ -166,10 +236,31 @@ impl TaskHandle {
             reason_code,
             times: events.into_iter().map(|event| event.transition).collect(),
             progress: self.progress.borrow().clone(),
-            image: self.record.plan.boot.label(),
+            image: self
+                .job()
+                .map(|job| job.plan.boot.label())
+                .unwrap_or_default(),
+            address: self.address.borrow().clone(),
+            reservation: self
+                .record
+                .reservation
+                .as_ref()
+                .map(|held| ReservationStatus {
+                    from: view::rfc3339(held.from_ms),
+                    until: view::rfc3339(held.until_ms),
+                    from_ms: held.from_ms,
+                    until_ms: held.until_ms,
+                    cpus: held.vcpus,
+                    memory_bytes: held.memory_bytes,
+                    disk_bytes: held.disk_bytes,
+                }),
             ports: self.ports.borrow().clone(),
         }
     }
+}
+
+fn publish(job: &OnceLock<Arc<Job>>) -> &[PublishedPort] {
+    job.get().map_or(&[], |job| &job.request.publish)
 }
 
 /// Where the end of the console is kept after the domain is gone.
@@ -207,6 +298,7 @@ pub async fn run(host: Arc<Host>, task: Arc<TaskHandle>, begin: Begin) {
         work: None,
         cancel: CancellationToken::new(),
         terminating: false,
+        confirming: None,
         host,
         task,
     };
@@ -229,6 +321,8 @@ struct Actor {
     work: Option<(Step, JoinHandle<Input>)>,
     cancel: CancellationToken,
     terminating: bool,
+    /// What it is to do, until that is written down.
+    confirming: Option<Arc<Job>>,
 }
 
 impl Actor {
@@ -239,8 +333,14 @@ impl Actor {
                 self.terminating = true;
                 return Input::Terminate { reason };
             }
-            if wishes.admitted && self.task.is_queued() {
-                return Input::Admitted;
+            match (self.task.state().phase, wishes.confirmed) {
+                (Phase::Reserved, Some((job, start))) => {
+                    self.confirming = Some(job);
+                    return Input::Confirmed { start };
+                }
+                (Phase::Held, _) if wishes.started => return Input::Started,
+                (Phase::Queued, _) if wishes.admitted => return Input::Admitted,
+                _ => {}
             }
             let Some((step, work)) = &mut self.work else {
                 // The handle keeps the sender: this waits for a wish, and never fails.
@@ -254,10 +354,11 @@ impl Actor {
                     self.work = None;
                     return ended.unwrap_or_else(|panic| {
                         error!(task = %self.task.record.id, ?step, %panic, "step broke");
-                        Input::Failed { step, failure: Failure {
+                        let failure = Failure {
                             code: "internal".into(),
                             reason: format!("xbed broke while working on this task: {panic}"),
-                        }}
+                        };
+                        Input::Failed { step, failure, retry_at_ms: None }
                     });
                 }
             }
@@ -266,7 +367,8 @@ impl Actor {
 
     /// The new state is on the disk before anything is done about it.
     async fn take(&mut self, input: Input) {
-        let mut state = self.task.state();
+        let before = self.task.state();
+        let mut state = before.clone();
         let actions = match state.apply(input) {
             Ok(actions) => actions,
             Err(error) => {
@@ -274,12 +376,21 @@ impl Actor {
                 return;
             }
         };
-        if state != self.task.state() {
+        if state != before {
+            let queued = state.phase == Phase::Queued;
             let entry = Entry {
                 at_ms: view::now_ms(),
                 state,
             };
             self.enter(entry).await;
+            if queued {
+                // Of an earlier try.
+                self.task
+                    .wishes
+                    .send_modify(|wishes| wishes.admitted = false);
+                self.session = Arc::default();
+                self.host.enqueue(&self.task);
+            }
         }
         self.carry_out(actions);
     }
@@ -288,7 +399,25 @@ impl Actor {
         self.write(&entry).await;
         info!(task = %self.task.record.id, state = ?view::bes(&entry.state), "state");
         self.task.progress.send_replace(None);
+        if let Some(job) = self.confirming.take() {
+            self.task.ports.send_replace(job.request.publish.clone());
+            // Only once: in the phase before there is none.
+            let _ = self.task.job.set(job);
+        }
         self.task.push(entry);
+    }
+
+    fn append(
+        host: &Host,
+        number: i64,
+        seq: usize,
+        entry: &Entry,
+        record: Option<&TaskRecord>,
+    ) -> Result<(), StoreError> {
+        match record {
+            Some(record) => host.store.confirm(number, record, seq, entry),
+            None => host.store.append(number, seq, entry),
+        }
     }
 
     /// A full disk stops the task where it is until there is room; it loses nothing.
@@ -296,8 +425,14 @@ impl Actor {
         let seq = self.task.journal_len();
         loop {
             let (host, entry, number) = (self.host.clone(), entry.clone(), self.task.number);
-            let written =
-                tokio::task::spawn_blocking(move || host.store.append(number, seq, &entry)).await;
+            let record = self.confirming.as_ref().map(|job| TaskRecord {
+                job: Some(Job::clone(job)),
+                ..self.task.record.clone()
+            });
+            let written = tokio::task::spawn_blocking(move || {
+                Self::append(&host, number, seq, &entry, record.as_ref())
+            });
+            let written = written.await;
             match written {
                 Ok(Ok(())) => return,
                 Ok(Err(error)) => {
@@ -334,7 +469,14 @@ impl Actor {
         let work = async move {
             match steps::perform(step, &context).await {
                 Ok(exit_code) => Input::Done { step, exit_code },
-                Err(failure) => Input::Failed { step, failure },
+                Err(failure) => {
+                    let retry_at_ms = retry::at_ms(&context, &failure);
+                    Input::Failed {
+                        step,
+                        failure,
+                        retry_at_ms,
+                    }
+                }
             }
         };
         self.work = Some((step, tokio::spawn(work)));

@@ -150,6 +150,7 @@ fn resolve(job: &Job, publish: &[PublishedPort], images: &ImageStore) -> Result<
         boot,
         vcpus,
         memory_bytes,
+        disk_bytes: 0,
         directories,
         scripts,
         stage_in,
@@ -533,8 +534,7 @@ mod tests {
         );
         let request = SubmitRequest {
             jsdl,
-            lenient: false,
-            publish: vec![],
+            ..SubmitRequest::default()
         };
         let (_dir, images) = images();
         Plan::from_request(&request, &images).map(|(plan, _)| plan)

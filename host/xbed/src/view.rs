@@ -10,8 +10,10 @@ use crate::store::Entry;
 /// BES state and XenBEE's sub-state of a phase.
 pub fn bes(task: &Task) -> (State, Option<SubState>) {
     match &task.phase {
-        Phase::Queued => (State::Pending, Some(SubState::Confirmed)),
+        Phase::Reserved => (State::Pending, Some(SubState::Reserved)),
+        Phase::Held | Phase::Queued => (State::Pending, Some(SubState::Confirmed)),
         Phase::Working { step }
+        | Phase::Retrying { step, .. }
         | Phase::Cancelling { step, .. }
         | Phase::Releasing { step, .. } => (State::Running, Some(substate(*step))),
         Phase::Final { outcome } => match outcome {
@@ -40,6 +42,9 @@ pub fn reason(task: &Task) -> (Option<String>, Option<String>) {
             Outcome::Failed(failure) => (Some(failure.reason.clone()), Some(failure.code.clone())),
             Outcome::Terminated { reason } => (Some(reason.clone()), Some("terminated".into())),
         },
+        Phase::Retrying { failure, .. } => {
+            (Some(failure.reason.clone()), Some(failure.code.clone()))
+        }
         _ => (None, None),
     }
 }
@@ -70,7 +75,7 @@ pub fn events(journal: &[Entry]) -> Vec<TaskEvent> {
 }
 
 /// RFC 3339 with milliseconds, UTC.
-fn rfc3339(at_ms: u64) -> String {
+pub fn rfc3339(at_ms: u64) -> String {
     let form =
         format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
     OffsetDateTime::from_unix_timestamp_nanos(i128::from(at_ms) * 1_000_000)

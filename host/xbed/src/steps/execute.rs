@@ -19,7 +19,7 @@ const KILL_MARGIN: Duration = Duration::from_secs(5);
 /// Runs the task to its end, or until the step is cancelled: then the task's processes get TERM
 /// and, after the grace, KILL.
 pub async fn perform(context: &StepContext) -> Result<Option<i32>, Failure> {
-    match &context.task.record.plan.work {
+    match &context.task.plan().work {
         Work::Command(command) => {
             tokio::select! {
                 ended = run(context, command) => ended.map(Some),

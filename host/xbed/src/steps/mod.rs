@@ -24,7 +24,7 @@ use crate::task::StepContext;
 pub use files::has_results;
 pub use release::release;
 pub use stage_in::BootFiles;
-pub use start::{Identity, domain};
+pub use start::{Identity, address, domain};
 
 /// Where scripts are put in the guest.
 const SCRIPT_DIRECTORY: &str = "/tmp/xbee-scripts";
@@ -113,7 +113,7 @@ async fn agent(context: &StepContext) -> Result<Agent, Failure> {
 
 /// Runs the scripts of one occasion in the guest.
 async fn run_scripts(context: &StepContext, agent: &Agent, when: When) -> Result<(), Failure> {
-    for (index, _) in context.task.record.plan.scripts_at(when) {
+    for (index, _) in context.task.plan().scripts_at(when) {
         let path = format!("{SCRIPT_DIRECTORY}/{index}-{}", when.name());
         let spool = files::script(&context.task.spool, index);
         files::put(agent, &spool, &path, 0o755).await?;

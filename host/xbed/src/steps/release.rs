@@ -30,6 +30,7 @@ pub async fn release(context: &StepContext) {
     }
     task.console.send_replace(None);
     task.agent.send_replace(None);
+    task.address.send_replace(None);
     for name in super::files::TEMPORARY
         .into_iter()
         .chain(crate::ssh::DRAFTS)

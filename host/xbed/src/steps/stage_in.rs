@@ -119,7 +119,7 @@ pub async fn perform(context: &StepContext) -> Result<(), Failure> {
         };
         cleared.map_err(|error| io_failure(path.display(), &error))?;
     }
-    let plan = &context.task.record.plan;
+    let plan = context.task.plan();
     let found = resolve(context, &plan.boot).await?;
     for (index, script) in plan.scripts.iter().enumerate() {
         let to = files::script(spool, index);

@@ -13,7 +13,7 @@ use crate::task::StepContext;
 
 /// Sends every result. Repeated after an interruption, it sends all of them again.
 pub async fn perform(context: &StepContext) -> Result<(), Failure> {
-    for (index, file) in context.task.record.plan.stage_out.iter().enumerate() {
+    for (index, file) in context.task.plan().stage_out.iter().enumerate() {
         let request = PutRequest {
             uri: parse_uri(&file.uri)?,
             source: files::result(&context.task.spool, index),

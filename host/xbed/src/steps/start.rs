@@ -1,5 +1,6 @@
 //! Instance-Starting: the domain is made and boots, and gets its files.
 
+use std::net::Ipv6Addr;
 use std::time::SystemTime;
 
 use uuid::Uuid;
@@ -49,7 +50,7 @@ async fn furnish(
     agent: &xbee_agent::Agent,
     boot: &BootFiles,
 ) -> Result<(), Failure> {
-    let plan = &context.task.record.plan;
+    let plan = context.task.plan();
     let said = |what: &'static str| move |error| agent_failure(what, &error);
     agent
         .time_sync(SystemTime::now())
@@ -129,7 +130,7 @@ pub fn domain(host: &Host, identity: Identity, plan: &Plan, boot: &BootFiles) ->
 
 fn spec(context: &StepContext, boot: &BootFiles) -> DomainSpec {
     let (host, task) = (&context.host, &context.task);
-    let mut spec = domain(host, Identity::of_task(task), &task.record.plan, boot);
+    let mut spec = domain(host, Identity::of_task(task), task.plan(), boot);
     let config = BootConfig {
         generation: GENERATION,
         domain: spec.id,
@@ -150,14 +151,18 @@ fn spec(context: &StepContext, boot: &BootFiles) -> DomainSpec {
 /// The domain's place on the network, where domains have one: like the context identifier, from a
 /// number that no other task has. The first two numbers of a network are the host's own.
 fn interface(config: &Config, number: u32) -> Option<Interface> {
-    let prefix = config.prefix?;
     let [a, b, c, d] = number.to_be_bytes();
     Some(Interface {
         // Locally administered, and of one card (IEEE 802, clause 8).
         mac: [0x02, 0xbe, a, b, c, d],
-        address: prefix.address(number),
+        address: address(config, number)?,
         peers: config.same_owner == SameOwner::Connected,
     })
+}
+
+/// The address of the domain with this number, where domains have a network.
+pub fn address(config: &Config, number: u32) -> Option<Ipv6Addr> {
+    Some(config.prefix?.address(number))
 }
 
 /// So that `xbe ssh` finds its key in place and the host key it expects, before any service starts.

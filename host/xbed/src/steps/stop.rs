@@ -19,7 +19,7 @@ pub async fn perform(context: &StepContext) -> Result<(), Failure> {
     // Whether the domain still is there no longer matters then.
     if !files::has_results(&context.task.spool) {
         let agent = agent(context).await?;
-        let plan = &context.task.record.plan;
+        let plan = context.task.plan();
         run_scripts(context, &agent, When::Cleanup).await?;
         for (index, file) in plan.stage_out.iter().enumerate() {
             fault::point("take");
