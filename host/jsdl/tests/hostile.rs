@@ -51,7 +51,15 @@ fn swept() -> String {
         1,
     );
     let sweep = expand(document.as_bytes(), &Options::default(), 20);
-    assert_eq!(sweep.unwrap().unwrap().jobs().flatten().count(), 2);
+    assert_eq!(
+        sweep
+            .expect("a sweep")
+            .expect("a sweep")
+            .jobs()
+            .flatten()
+            .count(),
+        2
+    );
     document
 }
 

@@ -1,4 +1,5 @@
 //! Parameter sweeps: which jobs they make, and what keeps them from it.
+#![allow(clippy::unwrap_used)]
 
 use std::time::Instant;
 
