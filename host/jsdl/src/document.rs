@@ -10,6 +10,8 @@ use crate::namespace;
 pub(crate) struct Element {
     /// Namespace; empty for none.
     pub namespace: Rc<str>,
+    /// As it was written; empty for none.
+    pub prefix: Rc<str>,
     pub local: String,
     pub attributes: Vec<Attribute>,
     pub children: Vec<Node>,
@@ -22,6 +24,8 @@ pub(crate) struct Element {
 pub(crate) struct Attribute {
     /// Namespace; empty for none.
     pub namespace: Rc<str>,
+    /// As it was written; empty for none.
+    pub prefix: Rc<str>,
     pub local: String,
     pub value: String,
     pub position: Position,

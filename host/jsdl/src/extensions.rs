@@ -91,7 +91,15 @@ fn unsupported(parent: &Element, child: &Element, findings: &mut Findings) {
         findings.error(
             child.position,
             "unsupported-sweep",
-            format!("parameter sweeps ({name}) are not supported, expected one job a document"),
+            if parent.is(JSDL, "JobDefinition") {
+                format!("parameter sweeps ({name}) are not supported, expected one job a document")
+            } else {
+                format!(
+                    "a parameter sweep ({name}) in {} is not supported, expected it in \
+                     jsdl:JobDefinition",
+                    parent.display()
+                )
+            },
         );
     } else {
         findings.warning(

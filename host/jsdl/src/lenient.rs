@@ -47,6 +47,7 @@ pub(crate) fn repair(root: &mut Element, forgiven: &mut Vec<Diagnostic>) {
 fn like(place: &Element, ns: &str, local: &str) -> Element {
     Element {
         namespace: Rc::from(ns),
+        prefix: place.prefix.clone(),
         local: local.to_owned(),
         attributes: Vec::new(),
         children: Vec::new(),

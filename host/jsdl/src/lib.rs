@@ -5,6 +5,7 @@
 //!
 //! - [`verdict`]: is the document valid JSDL, as any schema validator would have it?
 //! - [`parse`]: the typed [`Job`], or all that keeps it from being one that XenBEE can run.
+//! - [`sweep::expand`]: the jobs of a document with a parameter sweep (GFD.149).
 //! - [`write()`]: a document for a job.
 //!
 //! Two conventions of ours: a package whose URI is `image:NAME` is the image `NAME` of the host
@@ -19,6 +20,7 @@ mod diagnostic;
 mod document;
 mod encoding;
 mod extensions;
+mod function;
 mod job;
 mod lenient;
 pub mod limits;
@@ -27,10 +29,13 @@ mod prolog;
 mod range;
 mod read;
 mod schema;
+mod serialize;
+pub mod sweep;
 mod tree;
 mod uri;
 mod validate;
 mod write;
+mod xpath;
 
 pub use diagnostic::Diagnostic;
 pub use job::{

@@ -8,8 +8,10 @@ pub const POSIX: &str = "http://schemas.ggf.org/jsdl/2005/11/jsdl-posix";
 pub const HPCP: &str = "http://schemas.ggf.org/jsdl/2006/07/jsdl-hpcpa";
 /// SPMD Application (GFD.115). Recognised, not supported.
 pub const SPMD: &str = "http://schemas.ogf.org/jsdl/2007/02/jsdl-spmd";
-/// Parameter sweep (GFD.149). Recognised, not supported.
+/// Parameter sweep (GFD.149).
 pub const SWEEP: &str = "http://schemas.ogf.org/jsdl/2009/03/sweep";
+/// The functions that give a parameter sweep its values (GFD.149).
+pub const SWEEP_FUNCTIONS: &str = "http://schemas.ogf.org/jsdl/2009/03/sweep/functions";
 /// XSDL, XenBEE's description of the instance to start.
 pub const XSDL: &str = "http://www.example.com/schemas/xbe/2007/01/xsdl";
 /// XBE, XenBEE's own kinds of application.
@@ -32,6 +34,7 @@ pub(crate) const PREFIXES: &[(&str, &str)] = &[
     ("jsdl-hpcpa", HPCP),
     ("jsdl-spmd", SPMD),
     ("jsdl-sweep", SWEEP),
+    ("jsdl-sweepfunc", SWEEP_FUNCTIONS),
     ("xsdl", XSDL),
     ("xbe", XBE),
     ("xsi", XSI),

@@ -476,7 +476,7 @@ fn preserves_space(element: &Element) -> bool {
 }
 
 /// The text of an element, without white space at its ends unless the element wants it kept.
-fn content(element: &Element) -> String {
+pub(crate) fn content(element: &Element) -> String {
     let text = element.text();
     if preserves_space(element) {
         text

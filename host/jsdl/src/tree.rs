@@ -43,7 +43,7 @@ struct Builder<'t> {
     root: Option<Element>,
     elements: usize,
     has_doctype: bool,
-    /// Namespace names seen, each stored once.
+    /// Namespace names and prefixes seen, each stored once.
     names: HashSet<Rc<str>>,
     /// Prefixes whose missing declaration was forgiven.
     undeclared: HashSet<String>,
@@ -281,9 +281,10 @@ impl<'t> Builder<'t> {
         let (name, attributes) = tag.split_at(name_end);
         let raw = self.attributes(start + 1 + name_end, attributes)?;
         let scope = self.scope(&raw)?;
-        let (namespace, local) = self.expand(start + 1, name, scope.as_ref(), true)?;
+        let (namespace, prefix, local) = self.expand(start + 1, name, scope.as_ref(), true)?;
         let mut element = Element {
             namespace,
+            prefix,
             local,
             attributes: Vec::new(),
             children: Vec::new(),
@@ -294,7 +295,8 @@ impl<'t> Builder<'t> {
             if name == "xmlns" || name.starts_with("xmlns:") {
                 continue;
             }
-            let (namespace, local) = self.expand(at, name, element.scope.as_ref(), false)?;
+            let (namespace, prefix, local) =
+                self.expand(at, name, element.scope.as_ref(), false)?;
             if element.qualified_attribute(&namespace, &local).is_some() {
                 return Err(self.ill_formed(at, format!("the attribute {name} is given twice")));
             }
@@ -309,6 +311,7 @@ impl<'t> Builder<'t> {
             }
             element.attributes.push(Attribute {
                 namespace,
+                prefix,
                 local,
                 value,
                 position: self.position(at),
@@ -445,14 +448,14 @@ impl<'t> Builder<'t> {
         new
     }
 
-    /// Namespace and local part of the name of an element or attribute.
+    /// Namespace, prefix and local part of the name of an element or attribute.
     fn expand(
         &mut self,
         at: usize,
         name: &str,
         scope: Option<&Rc<Scope>>,
         is_element: bool,
-    ) -> Result<(Rc<str>, String), Diagnostic> {
+    ) -> Result<(Rc<str>, Rc<str>, String), Diagnostic> {
         let (prefix, local) = split_qname(name)
             .ok_or_else(|| self.ill_formed(at, format!("{} is not a name", quoted(name))))?;
         let namespace = match prefix {
@@ -464,7 +467,8 @@ impl<'t> Builder<'t> {
                 None => self.undeclared(at, prefix, name)?,
             },
         };
-        Ok((namespace, local.to_owned()))
+        let prefix = self.intern(prefix.unwrap_or_default());
+        Ok((namespace, prefix, local.to_owned()))
     }
 
     fn undeclared(&mut self, at: usize, prefix: &str, name: &str) -> Result<Rc<str>, Diagnostic> {

@@ -35,6 +35,17 @@ pub(crate) fn validate(tree: &Tree, schema: &Schema) -> Vec<Diagnostic> {
     validator.findings
 }
 
+/// All that is wrong with a part of a tree whose elements `schema` declares, as [`validate`] does it.
+pub(crate) fn validate_part(element: &Element, schema: &Schema) -> Vec<Diagnostic> {
+    let mut validator = Validator {
+        schema,
+        findings: Vec::new(),
+        ids: HashSet::new(),
+    };
+    validator.lax(element);
+    validator.findings
+}
+
 struct Validator<'s> {
     schema: &'s Schema,
     findings: Vec<Diagnostic>,

@@ -481,7 +481,8 @@ fn number(value: f64) -> String {
     }
 }
 
-fn escape(out: &mut String, value: &str, is_attribute: bool) {
+/// Appends a value to a document.
+pub(crate) fn escape(out: &mut String, value: &str, is_attribute: bool) {
     for c in value.chars() {
         match c {
             '&' => out.push_str("&amp;"),

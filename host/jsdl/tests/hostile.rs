@@ -6,12 +6,21 @@ use proptest::prelude::*;
 use xbee_jsdl::limits::{
     MAX_ATTRIBUTES, MAX_DEPTH, MAX_DIAGNOSTICS, MAX_DOCUMENT_BYTES, MAX_ELEMENTS, MAX_NAMESPACES,
 };
+use xbee_jsdl::sweep::expand;
 use xbee_jsdl::{Options, parse, verdict};
 
 /// Longest time for a document of the largest size, on a loaded machine without optimisation.
 const LONGEST: Duration = Duration::from_secs(10);
 
 const SEED: &str = include_str!("../../../examples/povray.xsdl");
+
+/// A sweep for it.
+const SWEEP: &str = "<s:Sweep xmlns:s='http://schemas.ogf.org/jsdl/2009/03/sweep'\n\
+    xmlns:f='http://schemas.ogf.org/jsdl/2009/03/sweep/functions'>\n<s:Assignment>\n<s:DocumentNode>\n\
+    <s:NamespaceBinding prefix='p' ns='http://schemas.ggf.org/jsdl/2005/11/jsdl-posix'/>\n\
+    <s:Match>substring(//p:Argument[1], 2, 1)</s:Match>\n</s:DocumentNode>\n\
+    <f:LoopInteger start='1' end='5' step='2'>\n<f:Exception>3</f:Exception>\n</f:LoopInteger>\n\
+    </s:Assignment>\n</s:Sweep>\n";
 
 /// Reads a document in every way; what the ways say must fit together.
 fn read_all(document: &[u8]) {
@@ -22,6 +31,36 @@ fn read_all(document: &[u8]) {
         assert_eq!(verdict, Ok(()), "a job must be valid");
         assert_eq!(lenient, Ok(parsed), "what is right needs no forgiving");
     }
+    for lenient in [false, true] {
+        let Ok(Some(sweep)) = expand(document, &Options { lenient }, 20) else {
+            continue;
+        };
+        for member in sweep.jobs().flatten() {
+            let alone = parse(member.document.as_bytes(), &Options { lenient: false });
+            let alone = alone.map(|parsed| parsed.job);
+            assert_eq!(alone, Ok(member.parsed.job), "{}", member.document);
+        }
+    }
+}
+
+/// The seed with a sweep in it.
+fn swept() -> String {
+    let document = SEED.replacen(
+        "</jsdl:JobDefinition>",
+        &format!("{SWEEP}</jsdl:JobDefinition>"),
+        1,
+    );
+    let sweep = expand(document.as_bytes(), &Options::default(), 20);
+    assert_eq!(
+        sweep
+            .expect("a sweep")
+            .expect("a sweep")
+            .jobs()
+            .flatten()
+            .count(),
+        2
+    );
+    document
 }
 
 /// Pieces that mean something to the parser.
@@ -62,6 +101,15 @@ const TOKENS: &[&str] = &[
     "jsdl:DataStaging",
     "xsdl:Location",
     "jsdl-posix:Executable",
+    "s:Sweep",
+    "p:Argument[1]",
+    "//",
+    "*",
+    "substring(",
+    ", 1, 1)",
+    "text()",
+    "1",
+    "end='9'",
 ];
 
 proptest! {
@@ -79,7 +127,7 @@ proptest! {
     fn mutated_documents(
         edits in proptest::collection::vec((any::<prop::sample::Index>(), 0_usize..12, proptest::sample::select(TOKENS)), 1..6),
     ) {
-        let mut document = SEED.as_bytes().to_vec();
+        let mut document = swept().into_bytes();
         for (at, removed, token) in edits {
             let at = at.index(document.len());
             let end = (at + removed).min(document.len());
@@ -93,7 +141,8 @@ proptest! {
     #[test]
     fn shuffled_elements(seed in any::<u64>()) {
         // Lines hold whole tags, so that swapping them keeps many documents well-formed.
-        let mut lines: Vec<&str> = SEED.lines().collect();
+        let document = swept();
+        let mut lines: Vec<&str> = document.lines().collect();
         let mut state = seed;
         for _ in 0..8 {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);

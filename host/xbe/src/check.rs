@@ -5,6 +5,8 @@ use std::path::Path;
 use serde::Serialize;
 use xbee_api::SubmitRequest;
 use xbee_api::client::Client;
+use xbee_jsdl::limits::{MAX_DIAGNOSTICS, MAX_SWEEP_JOBS};
+use xbee_jsdl::sweep::{self, Sweep};
 use xbee_jsdl::{Diagnostic, Options};
 
 use crate::cli;
@@ -27,6 +29,8 @@ enum Severity {
     Forgiven,
     /// The host does not take it.
     NotAccepted,
+    /// It is more than one job, all of them valid.
+    Sweep,
 }
 
 /// One line of the report.
@@ -94,10 +98,19 @@ fn findings(document: &[u8], lenient: bool) -> Vec<(Severity, Diagnostic)> {
         Ok(forgiven) => forgiven,
         Err(errors) => return all(Severity::Error, errors),
     };
-    match xbee_jsdl::parse(document, &options) {
-        Ok(parsed) => {
-            let mut findings = all(Severity::Forgiven, parsed.forgiven);
-            findings.extend(all(Severity::Warning, parsed.warnings));
+    let read = match sweep::expand(document, &options, MAX_SWEEP_JOBS) {
+        Ok(None) => xbee_jsdl::parse(document, &options)
+            .map(|parsed| (parsed.forgiven, parsed.warnings, None)),
+        Ok(Some(sweep)) => {
+            jobs(&sweep).map(|(warnings, valid)| (sweep.forgiven().to_vec(), warnings, Some(valid)))
+        }
+        Err(errors) => Err(errors),
+    };
+    match read {
+        Ok((forgiven, warnings, valid)) => {
+            let mut findings = all(Severity::Forgiven, forgiven);
+            findings.extend(all(Severity::Warning, warnings));
+            findings.extend(all(Severity::Sweep, valid.into_iter().collect()));
             findings.sort_by_key(|(_, diagnostic)| (diagnostic.line, diagnostic.column));
             findings
         }
@@ -107,6 +120,30 @@ fn findings(document: &[u8], lenient: bool) -> Vec<(Severity, Diagnostic)> {
             findings
         }
     }
+}
+
+/// Reads all jobs of a sweep: what of them is ignored, each once, and how many there are. The error is
+/// what is wrong with the first that is.
+fn jobs(sweep: &Sweep) -> Result<(Vec<Diagnostic>, Diagnostic), Vec<Diagnostic>> {
+    let mut warnings: Vec<Diagnostic> = Vec::new();
+    for member in sweep.jobs() {
+        for warning in member?.parsed.warnings {
+            if !warnings.contains(&warning) {
+                warnings.push(warning);
+            }
+        }
+    }
+    warnings.truncate(MAX_DIAGNOSTICS);
+    let valid = Diagnostic {
+        line: sweep.line(),
+        column: sweep.column(),
+        code: "sweep",
+        message: match sweep.count() {
+            1 => "valid (sweep of 1 job)".to_owned(),
+            count => format!("valid (sweep of {count} jobs)"),
+        },
+    };
+    Ok((warnings, valid))
 }
 
 /// Whether the host refuses the document.
@@ -152,7 +189,7 @@ fn report(args: &cli::Check, finding: &Finding<'_>) -> Result<(), Error> {
         .map(|line| format!(":{line}"))
         .unwrap_or_default();
     let what = match finding.severity {
-        Severity::Error => "",
+        Severity::Error | Severity::Sweep => "",
         Severity::Unsupported => "warning: xbed does not run this: ",
         Severity::Warning => "warning: ",
         Severity::Forgiven => "forgiven: ",

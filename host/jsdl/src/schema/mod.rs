@@ -3,6 +3,7 @@
 pub(crate) mod hpcp;
 pub(crate) mod jsdl;
 pub(crate) mod posix;
+pub(crate) mod sweep;
 pub(crate) mod xsdl;
 
 use crate::datatypes::Builtin;
@@ -31,6 +32,9 @@ pub(crate) const UNDERSTOOD: &Schema = &[
     &xsdl::MODULE,
     &xsdl::XBE_MODULE,
 ];
+
+/// What is inside a parameter sweep. A job's document has none of it.
+pub(crate) const SWEPT: &Schema = &[&sweep::MODULE, &sweep::FUNCTIONS];
 
 /// An element and its type.
 pub(crate) struct ElementDecl {

@@ -16,6 +16,17 @@ const VALID: &str = r#"<?xml version="1.0" encoding="UTF-8"?>
 </JobDefinition>
 "#;
 
+const SWEEP: &str = r#"  <sweep:Sweep xmlns:sweep="http://schemas.ogf.org/jsdl/2009/03/sweep">
+    <sweep:Assignment>
+      <sweep:DocumentNode>
+        <sweep:NamespaceBinding prefix="posix" ns="http://schemas.ggf.org/jsdl/2005/11/jsdl-posix"/>
+        <sweep:Match>PATH</sweep:Match>
+      </sweep:DocumentNode>
+      <LoopInteger xmlns="http://schemas.ogf.org/jsdl/2009/03/sweep/functions" start="1" end="LAST"/>
+    </sweep:Assignment>
+  </sweep:Sweep>
+</JobDefinition>"#;
+
 fn documents(session: &Session) {
     session.write("valid.jsdl", VALID);
     session.write("huge.jsdl", &VALID.replace("/bin/true", "/bin/huge"));
@@ -38,8 +49,18 @@ fn documents(session: &Session) {
         "<x:y xmlns:x=\"urn:x\"/></JobDescription>",
     );
     session.write("extension.jsdl", &extension);
-    let sweep = "<Sweep xmlns=\"http://schemas.ogf.org/jsdl/2009/03/sweep\"/></JobDefinition>";
-    session.write("sweep.jsdl", &VALID.replace("</JobDefinition>", sweep));
+    let sweep = |path: &str, last: &str| {
+        let sweep = SWEEP.replace("PATH", path).replace("LAST", last);
+        VALID.replace("</JobDefinition>", &sweep)
+    };
+    session.write("sweep.jsdl", &sweep("//posix:Executable", "1000"));
+    session.write("sweep-match.jsdl", &sweep("//posix:Executable/..", "1000"));
+    session.write("sweep-large.jsdl", &sweep("//posix:Executable", "100000"));
+    let limit = "</posix:Executable><posix:WallTimeLimit>1</posix:WallTimeLimit>";
+    let bad_job = sweep("//posix:WallTimeLimit", "3")
+        .replace("</posix:Executable>", limit)
+        .replace("start=\"1\"", "start=\"-1\"");
+    session.write("sweep-job.jsdl", &bad_job);
     session.write("windows.jsdl", &VALID.replace("</Application>", resources));
     session.write(
         "hostile.jsdl",
@@ -60,12 +81,16 @@ fn check() {
         "windows",
         "extension",
         "sweep",
+        "sweep-match",
+        "sweep-large",
+        "sweep-job",
         "hostile",
     ] {
         session.run(&["check", &format!("{name}.jsdl")]);
     }
     session.run(&["check", "--lenient", "order.jsdl", "element.jsdl"]);
     session.run(&["check", "--json", "valid.jsdl", "element.jsdl"]);
+    session.run(&["check", "--json", "sweep.jsdl"]);
     session.run_with(&["check", "-"], VALID.as_bytes());
     session.run(&["check", "valid.jsdl", "missing.jsdl"]);
     session.expect("check");
