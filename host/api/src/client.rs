@@ -277,6 +277,14 @@ impl Client {
         .await
     }
 
+    /// `GET /v1/tasks` of the tasks of an array.
+    pub async fn list_array(&self, array: &str, all: bool) -> Result<Vec<TaskStatus>, Error> {
+        // Looked at as an id only.
+        task_path(array, "")?;
+        self.get(&format!("/v1/tasks?all={all}&array={array}"))
+            .await
+    }
+
     /// `GET /v1/tasks/{id}`.
     pub async fn status(&self, task: &str) -> Result<TaskStatus, Error> {
         self.get(&task_path(task, "")?).await
@@ -493,10 +501,12 @@ impl Events {
 
 /// The path of a task; the id comes from a command line.
 fn task_path(task: &str, rest: &str) -> Result<String, Error> {
-    let valid = TASK_ID_CHARS.contains(&task.len())
-        && task
+    let (id, number) = task.split_once('.').unwrap_or((task, "1"));
+    let valid = TASK_ID_CHARS.contains(&id.len())
+        && id
             .bytes()
-            .all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+            .all(|byte| byte.is_ascii_hexdigit() || byte == b'-')
+        && number.parse::<u32>().is_ok_and(|number| number > 0);
     if !valid {
         return Err(Error::InvalidTaskId {
             given: task.to_owned(),

@@ -12,7 +12,7 @@
 //! | `POST /v1/reservations/confirm` | [`ConfirmRequest`] | [`TaskStatus`] (durable) |
 //! | `POST /v1/reservations/start` | [`TicketRequest`] | [`TaskStatus`] (durable) |
 //! | `POST /v1/reservations/cancel` | [`TicketRequest`] | 202 [`TaskStatus`] (durable) |
-//! | `GET /v1/tasks` | `?all=true` includes final ones | `[TaskStatus]` |
+//! | `GET /v1/tasks` | `?all=true` includes final ones; `?array={id}` lists the tasks of an array, which are one entry otherwise | `[TaskStatus]` |
 //! | `GET /v1/tasks/{id}` | | [`TaskStatus`] |
 //! | `GET /v1/tasks/{id}/events` | [`FollowQuery`] | lines of [`TaskEvent`] JSON |
 //! | `GET /v1/tasks/{id}/logs/{stream}` | [`FollowQuery`]; stream is `stdout`, `stderr` or `console` | bytes; with `follow=true` until the task is final |
@@ -23,7 +23,9 @@
 //! | `POST /v1/tasks/{id}/exec` | header [`EXEC_HEADER`] with an [`ExecRequest`] as JSON; upgrade to [`UPGRADE_EXEC`] | 101, then frames (see [`exec`]) |
 //! | `POST /v1/tasks/{id}/forward` | `?port=N`; upgrade to [`UPGRADE_TCP`] | 101, then raw bytes to `127.0.0.1:N` or `[::1]:N` in the guest |
 //!
-//! `{id}` is a task's id or any unambiguous prefix of at least 4 characters.
+//! `{id}` is a task's id or any unambiguous prefix of at least 4 characters. An array of tasks, which a parameter sweep
+//! becomes, has an id as a task has, and is asked for its status and events, terminated and deleted like one; `{id}.{number}` is
+//! one of its tasks, counted from 1.
 //! Every error answer is an [`ErrorBody`] with a stable `code`.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]

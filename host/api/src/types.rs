@@ -190,8 +190,52 @@ pub struct TaskStatus {
     /// The span of time for which capacity is held for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reservation: Option<ReservationStatus>,
+    /// Of an array: what its tasks are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub array: Option<ArrayCounts>,
+    /// Of a task of an array: which one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub member: Option<ArrayMember>,
     /// Ports published on the host, with the port that was really taken.
     pub ports: Vec<PublishedPort>,
+}
+
+/// How many tasks of an array are in each state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArrayCounts {
+    /// Accepted, not begun.
+    pub pending: u32,
+    /// Begun.
+    pub running: u32,
+    /// Ended by themselves.
+    pub finished: u32,
+    /// Could not be brought to their end.
+    pub failed: u32,
+    /// Ended on request.
+    pub terminated: u32,
+}
+
+impl ArrayCounts {
+    /// Tasks in all.
+    pub fn total(&self) -> u32 {
+        self.pending + self.running + self.ended()
+    }
+
+    /// Tasks in a final state.
+    pub fn ended(&self) -> u32 {
+        self.finished + self.failed + self.terminated
+    }
+}
+
+/// A task's place in an array: the job of a parameter sweep (GFD.149).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArrayMember {
+    /// The array's id.
+    pub array: Uuid,
+    /// Its place, counted from 1.
+    pub number: u32,
+    /// What makes it differ from the others, for people.
+    pub assigned: String,
 }
 
 /// Capacity held for a task.

@@ -136,6 +136,8 @@ mod tests {
             image: "base".into(),
             address: Some("fd00::3".into()),
             reservation: None,
+            array: None,
+            member: None,
             ports: vec![],
         }
     }

@@ -312,6 +312,9 @@ pub struct Ps {
     /// Also those that have ended
     #[arg(short, long)]
     pub all: bool,
+    /// List the tasks of an array, which are one line otherwise
+    #[arg(long, value_name = "TASK")]
+    pub array: Option<String>,
     /// Output for programs.
     #[command(flatten)]
     pub json: Json,

@@ -37,6 +37,24 @@ pub async fn status(client: &Client, args: &cli::Status) -> Result<u8, Error> {
         "state      {}",
         term::state(&task, term::colours())
     ))?;
+    if let Some(counts) = &task.array {
+        term::out(format_args!(
+            "array      {} tasks: {} wait, {} run, {} finished, {} failed, {} terminated",
+            counts.total(),
+            counts.pending,
+            counts.running,
+            counts.finished,
+            counts.failed,
+            counts.terminated
+        ))?;
+    }
+    if let Some(member) = &task.member {
+        let assigned = term::clean_line(&member.assigned);
+        term::out(format_args!(
+            "array      {}, number {}: {assigned}",
+            member.array, member.number
+        ))?;
+    }
     if let Some(code) = task.exit_code {
         term::out(format_args!("exit code  {code}"))?;
     }
@@ -198,7 +216,10 @@ pub async fn rm(client: &Client, args: &cli::Tasks) -> Result<u8, Error> {
 
 /// `ps`.
 pub async fn ps(client: &Client, args: &cli::Ps) -> Result<u8, Error> {
-    let tasks = client.list(args.all).await?;
+    let tasks = match &args.array {
+        Some(array) => client.list_array(array, args.all).await?,
+        None => client.list(args.all).await?,
+    };
     if args.json.json {
         term::json(&tasks)?;
         return Ok(0);
@@ -207,8 +228,7 @@ pub async fn ps(client: &Client, args: &cli::Ps) -> Result<u8, Error> {
     let header = ["TASK", "NAME", "STATE", "EXIT", "AGE", "IMAGE", "PORTS"];
     let mut rows = vec![header.map(str::to_owned).to_vec()];
     for task in &tasks {
-        let mut id = task.id.to_string();
-        id.truncate(SHORT_ID_CHARS);
+        let id = short_id(task);
         let age = task
             .times
             .first()
@@ -220,7 +240,7 @@ pub async fn ps(client: &Client, args: &cli::Ps) -> Result<u8, Error> {
                 .as_deref()
                 .map(term::clean_line)
                 .unwrap_or_default(),
-            term::state_name(task.state, task.substate),
+            state(task),
             task.exit_code
                 .map(|code| code.to_string())
                 .unwrap_or_default(),
@@ -231,6 +251,27 @@ pub async fn ps(client: &Client, args: &cli::Ps) -> Result<u8, Error> {
     }
     term::table(&rows)?;
     Ok(0)
+}
+
+/// The beginning of its id, or of its array's with its number.
+fn short_id(task: &TaskStatus) -> String {
+    let mut id = match &task.member {
+        Some(member) => member.array.to_string(),
+        None => task.id.to_string(),
+    };
+    id.truncate(SHORT_ID_CHARS);
+    match &task.member {
+        Some(member) => format!("{id}.{}", member.number),
+        None => id,
+    }
+}
+
+fn state(task: &TaskStatus) -> String {
+    let state = term::state_name(task.state, task.substate);
+    match &task.array {
+        Some(counts) => format!("{state}, {} of {} ended", counts.ended(), counts.total()),
+        None => state,
+    }
 }
 
 /// `host`.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
+use tokio::sync::watch;
 use uuid::Uuid;
 use xbee_agent::Agent;
 use xbee_api::{
@@ -15,12 +16,13 @@ use xbee_api::{
 };
 use xbee_engine::{Phase, QueueError};
 
+use crate::array::{Array, Sum};
 use crate::export;
 use crate::host::{Host, fill_random};
 use crate::plan::Plan;
-use crate::store::{Job, Owner, Reservation, StoreError};
+use crate::store::{Entry, Job, Owner, Reservation, StoreError};
 use crate::task::TaskHandle;
-use crate::translate::PlanError;
+use crate::translate::{PlanError, Planned};
 use crate::view;
 
 /// Shortest prefix of an id that names a task.
@@ -105,6 +107,11 @@ pub enum CommandError {
         /// The bound.
         most: u32,
     },
+    /// It is not one task.
+    #[error(
+        "{0} is an array of tasks: name one of them, as {0}.1; `xbe ps -a --array {0}` lists them"
+    )]
+    IsArray(String),
     /// The task is not over.
     #[error("task {0} is not over: `xbe terminate` ends it")]
     NotFinal(Uuid),
@@ -155,6 +162,7 @@ impl CommandError {
             CommandError::NotCovered { .. } => "not-covered",
             CommandError::Priority(_) => "priority",
             CommandError::Retries { .. } => "too-many-retries",
+            CommandError::IsArray(_) => "is-array",
             CommandError::NotFinal(_) => "task-not-final",
             CommandError::NoDomain(_) => "no-domain",
             CommandError::NoSsh(_) => "no-ssh",
@@ -163,6 +171,91 @@ impl CommandError {
             CommandError::Export(error) => error.code(),
             CommandError::Store(error) => error.code(),
             CommandError::NotWritten(_) => "not-written",
+        }
+    }
+}
+
+/// What an id means.
+#[derive(Clone)]
+pub enum Found {
+    /// A task.
+    Task(Arc<TaskHandle>),
+    /// An array of tasks.
+    Array(Arc<Array>),
+}
+
+impl Found {
+    fn id(&self) -> Uuid {
+        match self {
+            Found::Task(task) => task.record.id,
+            Found::Array(array) => array.id,
+        }
+    }
+
+    fn owner(&self) -> Owner {
+        match self {
+            Found::Task(task) => task.record.owner,
+            Found::Array(array) => array.owner,
+        }
+    }
+
+    /// Nothing more happens to it.
+    pub fn is_final(&self) -> bool {
+        match self {
+            Found::Task(task) => task.is_final(),
+            Found::Array(array) => array.is_final(),
+        }
+    }
+
+    /// It as the API shows it.
+    pub fn status(&self) -> TaskStatus {
+        match self {
+            Found::Task(task) => task.status(),
+            Found::Array(array) => array.status(),
+        }
+    }
+
+    /// State changes from event `from` on (1 is the first).
+    pub fn events(&self, from: u64) -> Vec<TaskEvent> {
+        let mut events = match self {
+            Found::Task(task) => task.events(),
+            Found::Array(array) => array.events(),
+        };
+        events.retain(|event| event.seq >= from);
+        events
+    }
+
+    /// Wakes at each change of state.
+    pub fn watch(&self) -> Changes {
+        match self {
+            Found::Task(task) => Changes::Task(task.watch()),
+            Found::Array(array) => Changes::Array(array.watch()),
+        }
+    }
+}
+
+/// Changes of a task or an array.
+pub enum Changes {
+    /// Of a task.
+    Task(watch::Receiver<Vec<Entry>>),
+    /// Of an array.
+    Array(watch::Receiver<Sum>),
+}
+
+impl Changes {
+    /// Waits for the next one that was not seen; none comes if it is forgotten.
+    pub async fn next(&mut self) -> Result<(), watch::error::RecvError> {
+        match self {
+            Changes::Task(changes) => changes.changed().await,
+            Changes::Array(changes) => changes.changed().await,
+        }
+    }
+
+    /// All that there are were seen.
+    pub fn seen(&mut self) {
+        match self {
+            Changes::Task(changes) => drop(changes.borrow_and_update()),
+            Changes::Array(changes) => drop(changes.borrow_and_update()),
         }
     }
 }
@@ -186,15 +279,19 @@ impl Commands {
 
     /// Whether a job would be taken.
     pub fn check(&self, request: &SubmitRequest) -> CheckReport {
-        let plan = Plan::from_request(request, &self.host.images);
-        let refused = match &plan {
-            Ok((plan, _)) => self.host.fits(plan.demand()).err().map(|e| e.to_string()),
+        let planned = Planned::read(request.clone(), &self.host.images);
+        let refused = match &planned {
+            Ok((planned, _)) => {
+                let mut demands = planned.plans().map(Plan::demand);
+                let refused = demands.find_map(|demand| self.host.fits(demand).err());
+                refused.map(|error| error.to_string())
+            }
             Err(error) => Some(chain(error)),
         };
         CheckReport {
             accepted: refused.is_none(),
             reasons: refused.into_iter().collect(),
-            warnings: plan.map(|(_, warnings)| warnings).unwrap_or_default(),
+            warnings: planned.map(|(_, warnings)| warnings).unwrap_or_default(),
         }
     }
 
@@ -204,13 +301,27 @@ impl Commands {
         caller: Caller,
         request: SubmitRequest,
     ) -> Result<TaskStatus, CommandError> {
-        let job = self.job(caller, request)?;
-        let task = self.host.accept(caller.owner, job).await?;
-        Ok(task.status())
+        self.check_wishes(caller, &request)?;
+        // A sweep of a thousand jobs is work.
+        let host = self.host.clone();
+        let planned = tokio::task::spawn_blocking(move || Planned::read(request, &host.images));
+        let planned = planned
+            .await
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+        Ok(match planned?.0 {
+            Planned::One(job) => self.host.accept(caller.owner, *job).await?.status(),
+            Planned::Sweep(jobs) => self.host.accept_array(caller.owner, jobs).await?.status(),
+        })
     }
 
     /// What a request means on this host.
     fn job(&self, caller: Caller, request: SubmitRequest) -> Result<Job, CommandError> {
+        self.check_wishes(caller, &request)?;
+        let (plan, _) = Plan::from_request(&request, &self.host.images)?;
+        Ok(Job { request, plan })
+    }
+
+    fn check_wishes(&self, caller: Caller, request: &SubmitRequest) -> Result<(), CommandError> {
         if request.priority > 0 && !caller.is_operator() {
             return Err(CommandError::Priority(request.priority));
         }
@@ -218,8 +329,7 @@ impl Commands {
         if let Some(wanted) = request.retries.filter(|wanted| *wanted > most) {
             return Err(CommandError::Retries { wanted, most });
         }
-        let (plan, _) = Plan::from_request(&request, &self.host.images)?;
-        Ok(Job { request, plan })
+        Ok(())
     }
 
     /// Holds capacity. When this returns, the reservation is durable.
@@ -339,46 +449,114 @@ impl Commands {
         export::of_task(&self.host, task, form).await
     }
 
-    /// Tasks of the caller, oldest first.
+    /// Tasks of the caller, oldest first; those of an array are one entry.
     pub fn list(&self, caller: Caller, all: bool) -> Vec<TaskStatus> {
-        let mut tasks = self.host.tasks();
-        tasks.retain(|task| caller.may(task.record.owner) && (all || !task.is_final()));
-        tasks.sort_by_key(|task| task.number);
-        tasks.iter().map(|task| task.status()).collect()
+        let mut list = vec![];
+        for task in self.host.tasks() {
+            let is_seen = task.array().is_none() && (all || !task.is_final());
+            if is_seen && caller.may(task.record.owner) {
+                list.push((task.number, task.status()));
+            }
+        }
+        for array in self.host.arrays() {
+            if caller.may(array.owner) && (all || !array.is_final()) {
+                list.push((array.number, array.status()));
+            }
+        }
+        list.sort_by_key(|(number, _)| *number);
+        list.into_iter().map(|(_, status)| status).collect()
     }
 
-    /// One task, by its id or the beginning of it.
-    pub fn task(&self, caller: Caller, id: &str) -> Result<Arc<TaskHandle>, CommandError> {
+    /// Tasks of an array, in its order.
+    pub fn list_array(
+        &self,
+        caller: Caller,
+        id: &str,
+        all: bool,
+    ) -> Result<Vec<TaskStatus>, CommandError> {
+        let Found::Array(array) = self.find(caller, id)? else {
+            return Err(CommandError::NotFound(id.into()));
+        };
+        let mut tasks = self.tasks_of(&array);
+        tasks.retain(|task| all || !task.is_final());
+        Ok(tasks.iter().map(|task| task.status()).collect())
+    }
+
+    fn tasks_of(&self, array: &Array) -> Vec<Arc<TaskHandle>> {
+        let tasks = array.members().into_iter();
+        tasks.filter_map(|id| self.host.task(id)).collect()
+    }
+
+    /// A task or an array, by its id or the beginning of it; a task of an array also by the array's and its number.
+    pub fn find(&self, caller: Caller, id: &str) -> Result<Found, CommandError> {
         let not_found = || CommandError::NotFound(id.into());
-        let prefix = id.to_ascii_lowercase();
+        let (prefix, number) = match id.split_once('.') {
+            Some((prefix, number)) => (prefix, Some(number.parse().map_err(|_| not_found())?)),
+            None => (id, None),
+        };
+        let prefix = prefix.to_ascii_lowercase();
         if prefix.len() < MIN_PREFIX {
             return Err(not_found());
         }
-        let mut found: Vec<Arc<TaskHandle>> = match Uuid::parse_str(&prefix) {
-            Ok(id) => self.host.task(id).into_iter().collect(),
-            Err(_) => self.host.tasks_with_prefix(&prefix),
+        let mut found: Vec<Found> = match Uuid::parse_str(&prefix) {
+            Ok(id) => {
+                let array = self.host.array(id).map(Found::Array);
+                let task = self.host.task(id).map(Found::Task);
+                array.into_iter().chain(task).collect()
+            }
+            Err(_) => {
+                let arrays = self.host.arrays().into_iter();
+                let arrays = arrays.filter(|array| array.id.to_string().starts_with(&prefix));
+                let tasks = self.host.tasks_with_prefix(&prefix).into_iter();
+                tasks
+                    .map(Found::Task)
+                    .chain(arrays.map(Found::Array))
+                    .collect()
+            }
         };
-        found.retain(|task| caller.may(task.record.owner));
-        match found.len() {
-            0 => Err(not_found()),
-            1 => found.pop().ok_or_else(not_found),
-            count => Err(CommandError::Ambiguous {
-                prefix: id.into(),
-                count,
-            }),
+        found.retain(|found| caller.may(found.owner()));
+        let found = match found.len() {
+            1 => found.pop().ok_or_else(not_found)?,
+            0 => return Err(not_found()),
+            count => {
+                return Err(CommandError::Ambiguous {
+                    prefix: id.into(),
+                    count,
+                });
+            }
+        };
+        let Some(number) = number else {
+            return Ok(found);
+        };
+        let Found::Array(array) = found else {
+            return Err(not_found());
+        };
+        let member = array.member(number).and_then(|id| self.host.task(id));
+        member.map(Found::Task).ok_or_else(not_found)
+    }
+
+    /// One task.
+    pub fn task(&self, caller: Caller, id: &str) -> Result<Arc<TaskHandle>, CommandError> {
+        match self.find(caller, id)? {
+            Found::Task(task) => Ok(task),
+            Found::Array(_) => Err(CommandError::IsArray(id.into())),
         }
     }
 
-    /// State changes of a task from event `from` on (1 is the first).
-    pub fn events(&self, task: &TaskHandle, from: u64) -> Vec<TaskEvent> {
-        let mut events = task.events();
-        events.retain(|event| event.seq >= from);
-        events
-    }
-
-    /// Asks for a task's end. When this returns, the wish is durable.
-    pub async fn terminate(&self, task: &TaskHandle) -> Result<TaskStatus, CommandError> {
-        self.end(task, "terminated on request").await
+    /// Asks for the end of a task, or of all of an array. When this returns, the wish is durable.
+    pub async fn terminate(&self, found: &Found) -> Result<TaskStatus, CommandError> {
+        const REASON: &str = "terminated on request";
+        match found {
+            Found::Task(task) => self.end(task, REASON).await,
+            Found::Array(array) => {
+                let tasks = self.tasks_of(array);
+                tasks.iter().for_each(|task| task.terminate(REASON));
+                for task in &tasks {
+                    self.written(task, task.ending()).await?;
+                }
+                Ok(array.status())
+            }
+        }
     }
 
     async fn end(&self, task: &TaskHandle, reason: &str) -> Result<TaskStatus, CommandError> {
@@ -387,12 +565,20 @@ impl Commands {
         Ok(task.status())
     }
 
-    /// Forgets a task that is over, with its spool.
-    pub async fn remove(&self, task: &TaskHandle) -> Result<(), CommandError> {
-        if !task.is_final() {
-            return Err(CommandError::NotFinal(task.record.id));
+    /// Forgets a task that is over, or an array all of whose tasks are, with their spools.
+    pub async fn remove(&self, found: &Found) -> Result<(), CommandError> {
+        if !found.is_final() {
+            return Err(CommandError::NotFinal(found.id()));
         }
-        Ok(self.host.forget(task).await?)
+        match found {
+            Found::Task(task) => self.host.forget(task).await?,
+            Found::Array(array) => {
+                for task in self.tasks_of(array) {
+                    self.host.forget(&task).await?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The agent in a task's domain.

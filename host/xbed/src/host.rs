@@ -9,13 +9,14 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tracing::{info, warn};
 use uuid::Uuid;
-use xbee_api::{HostInfo, chain};
+use xbee_api::{ArrayMember, HostInfo, chain};
 use xbee_engine::{
     Demand, DomainFate, Due, NEVER_MS, Phase, Queue, QueueError, Request, Step, Task,
 };
 use xbee_hypervisor::{HostCapabilities, Hypervisor};
 use xbee_staging::Stager;
 
+use crate::array::Array;
 use crate::command::CommandError;
 use crate::config::{Backend, Config};
 use crate::fault;
@@ -23,6 +24,7 @@ use crate::images::ImageStore;
 use crate::steps;
 use crate::store::{Entry, Job, Owner, Reservation, Store, StoreError, StoredTask, TaskRecord};
 use crate::task::{self, Begin, TaskHandle};
+use crate::translate::Swept;
 use crate::view;
 
 /// Longest time in which nobody looks at the clock.
@@ -48,6 +50,7 @@ pub struct Host {
     queue_changed: Notify,
     /// Ordered by id, so that prefixes are ranges.
     tasks: RwLock<BTreeMap<Uuid, Arc<TaskHandle>>>,
+    arrays: RwLock<BTreeMap<Uuid, Arc<Array>>>,
 }
 
 /// Why a host does not come up.
@@ -112,6 +115,7 @@ impl Host {
             queue: Mutex::new(Queue::new(capacity, config.policy.clone())),
             queue_changed: Notify::new(),
             tasks: RwLock::default(),
+            arrays: RwLock::default(),
             config,
             store,
             hypervisor,
@@ -133,8 +137,7 @@ impl Host {
                 .map(|entry| entry.state.clone())
                 .unwrap_or_default();
             self.account(&stored);
-            let handle = Arc::new(TaskHandle::new(stored, self.spool(id)));
-            self.write_tasks().insert(id, handle.clone());
+            let handle = self.hold(stored);
             if state.is_final() {
                 continue;
             }
@@ -248,12 +251,90 @@ impl Host {
             id: Uuid::new_v4(),
             owner,
             secret: random(),
+            member: None,
             reservation: None,
             job: Some(job),
         };
-        let handle = self.insert(record, Task::default()).await?;
+        let handle = self.insert_one(record, Task::default()).await?;
         self.enqueue(&handle);
         Ok(handle)
+    }
+
+    /// Makes the jobs of a sweep tasks, all or none. Durable on return.
+    pub async fn accept_array(
+        self: &Arc<Self>,
+        owner: Owner,
+        jobs: Vec<Swept>,
+    ) -> Result<Arc<Array>, CommandError> {
+        let count = jobs.len();
+        {
+            let queue = self.lock_queue();
+            for swept in &jobs {
+                queue.check(owner.uid, swept.job.plan.demand(), count)?;
+            }
+        }
+        let id = Uuid::new_v4();
+        let record = |(swept, number): (Swept, u32)| TaskRecord {
+            id: Uuid::new_v4(),
+            owner,
+            secret: random(),
+            member: Some(ArrayMember {
+                array: id,
+                number,
+                assigned: swept.assigned,
+            }),
+            reservation: None,
+            job: Some(swept.job),
+        };
+        let records = jobs.into_iter().zip(1..).map(record).collect();
+        let handles = self.insert(records, Task::default()).await?;
+        {
+            let mut queue = self.lock_queue();
+            let now_ms = view::now_ms();
+            for handle in &handles {
+                if let Some(request) = self.request(handle) {
+                    queue.requeue(handle.record.id, request, now_ms);
+                }
+            }
+        }
+        self.schedule();
+        self.array(id)
+            .ok_or_else(|| CommandError::NotFound(id.to_string()))
+    }
+
+    /// Holds a stored task, and its array.
+    fn hold(&self, stored: StoredTask) -> Arc<TaskHandle> {
+        let record = &stored.record;
+        let (id, spool) = (record.id, self.spool(record.id));
+        let array = record.member.as_ref().map(|member| {
+            let plan = record.job.as_ref().map(|job| &job.plan);
+            let new = || {
+                Arc::new(Array::new(
+                    member.array,
+                    record.owner,
+                    stored.number,
+                    plan.and_then(|plan| plan.name.clone()),
+                    plan.map(|plan| plan.boot.label()).unwrap_or_default(),
+                ))
+            };
+            let mut arrays = self.arrays.write().unwrap_or_else(PoisonError::into_inner);
+            arrays.entry(member.array).or_insert_with(new).clone()
+        });
+        let handle = Arc::new(TaskHandle::new(stored, spool, array));
+        self.write_tasks().insert(id, handle.clone());
+        handle
+    }
+
+    /// An array by its id.
+    pub fn array(&self, id: Uuid) -> Option<Arc<Array>> {
+        let arrays = self.arrays.read().unwrap_or_else(PoisonError::into_inner);
+        arrays.get(&id).cloned()
+    }
+
+    /// All arrays.
+    pub fn arrays(&self) -> Vec<Arc<Array>> {
+        let arrays = self.arrays.read().unwrap_or_else(PoisonError::into_inner);
+        arrays.values().cloned().collect()
     }
 
     /// Holds capacity for a task to come. Durable on return.
@@ -273,10 +354,11 @@ impl Host {
             id,
             owner,
             secret: random(),
+            member: None,
             reservation: Some(held),
             job: None,
         };
-        let reserved = self.insert(record, Task::reserved()).await;
+        let reserved = self.insert_one(record, Task::reserved()).await;
         if reserved.is_err() {
             self.lock_queue().remove(id, now_ms);
         }
@@ -289,29 +371,46 @@ impl Host {
         self.lock_queue().covers(task.record.id, demand) == Some(true)
     }
 
-    async fn insert(
+    async fn insert_one(
         self: &Arc<Self>,
         record: TaskRecord,
         state: Task,
     ) -> Result<Arc<TaskHandle>, CommandError> {
+        let id = record.id;
+        let mut handles = self.insert(vec![record], state).await?;
+        handles
+            .pop()
+            .ok_or_else(|| CommandError::NotFound(id.to_string()))
+    }
+
+    async fn insert(
+        self: &Arc<Self>,
+        records: Vec<TaskRecord>,
+        state: Task,
+    ) -> Result<Vec<Arc<TaskHandle>>, CommandError> {
         let entry = Entry {
             at_ms: view::now_ms(),
             state,
         };
-        let (host, stored) = (self.clone(), (record.clone(), entry.clone()));
-        let number = tokio::task::spawn_blocking(move || host.store.insert(&stored.0, &stored.1))
+        let (host, first) = (self.clone(), entry.clone());
+        let inserted = tokio::task::spawn_blocking(move || {
+            let numbers = host.store.insert(&records, &first)?;
+            Ok::<_, StoreError>(numbers.into_iter().zip(records))
+        });
+        let inserted = inserted
             .await
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
-        let id = record.id;
-        let stored = StoredTask {
-            number,
-            record,
-            journal: vec![entry],
-        };
-        let handle = Arc::new(TaskHandle::new(stored, self.spool(id)));
-        self.write_tasks().insert(id, handle.clone());
-        tokio::spawn(task::run(self.clone(), handle.clone(), Begin::default()));
-        Ok(handle)
+        let mut handles = vec![];
+        for (number, record) in inserted {
+            let handle = self.hold(StoredTask {
+                number,
+                record,
+                journal: vec![entry.clone()],
+            });
+            tokio::spawn(task::run(self.clone(), handle.clone(), Begin::default()));
+            handles.push(handle);
+        }
+        Ok(handles)
     }
 
     /// A task is final: its capacity is free.
@@ -324,6 +423,13 @@ impl Host {
     pub async fn forget(&self, task: &TaskHandle) -> Result<(), StoreError> {
         self.store.remove(task.record.id)?;
         self.write_tasks().remove(&task.record.id);
+        if let Some(array) = task.array() {
+            array.forget(task.record.id);
+            if array.members().is_empty() {
+                let mut arrays = self.arrays.write().unwrap_or_else(PoisonError::into_inner);
+                arrays.remove(&array.id);
+            }
+        }
         fault::point("remove spool");
         if let Err(error) = tokio::fs::remove_dir_all(&task.spool).await
             && error.kind() != std::io::ErrorKind::NotFound

@@ -137,6 +137,7 @@ impl From<CommandError> for Failure {
     fn from(error: CommandError) -> Self {
         let status = match &error {
             CommandError::NotFound(_) => StatusCode::NOT_FOUND,
+            CommandError::IsArray(_) => StatusCode::CONFLICT,
             CommandError::Ambiguous { .. } | CommandError::Plan(_) | CommandError::NotFetched => {
                 StatusCode::BAD_REQUEST
             }
@@ -266,14 +267,18 @@ async fn cancel(
 struct ListQuery {
     #[serde(default)]
     all: bool,
+    array: Option<String>,
 }
 
 async fn list(
     State(commands): State<Commands>,
     caller: Caller,
     Query(query): Query<ListQuery>,
-) -> Json<Vec<TaskStatus>> {
-    Json(commands.list(caller, query.all))
+) -> Answer<Json<Vec<TaskStatus>>> {
+    Ok(Json(match query.array {
+        Some(id) => commands.list_array(caller, &id, query.all)?,
+        None => commands.list(caller, query.all),
+    }))
 }
 
 async fn status(
@@ -281,7 +286,7 @@ async fn status(
     caller: Caller,
     Path(id): Path<String>,
 ) -> Answer<Json<TaskStatus>> {
-    Ok(Json(commands.task(caller, &id)?.status()))
+    Ok(Json(commands.find(caller, &id)?.status()))
 }
 
 async fn terminate(
@@ -289,8 +294,9 @@ async fn terminate(
     caller: Caller,
     Path(id): Path<String>,
 ) -> Answer<(StatusCode, Json<TaskStatus>)> {
-    let task = commands.task(caller, &id)?;
-    Ok((StatusCode::ACCEPTED, Json(commands.terminate(&task).await?)))
+    let found = commands.find(caller, &id)?;
+    let status = commands.terminate(&found).await?;
+    Ok((StatusCode::ACCEPTED, Json(status)))
 }
 
 async fn remove(
@@ -298,8 +304,8 @@ async fn remove(
     caller: Caller,
     Path(id): Path<String>,
 ) -> Answer<StatusCode> {
-    let task = commands.task(caller, &id)?;
-    commands.remove(&task).await?;
+    let found = commands.find(caller, &id)?;
+    commands.remove(&found).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -318,41 +324,33 @@ async fn events(
     Path(id): Path<String>,
     Query(query): Query<FollowQuery>,
 ) -> Answer<Response> {
-    let task = commands.task(caller, &id)?;
-    let start = (
-        commands,
-        task.clone(),
-        task.watch(),
-        query.from.max(1),
-        false,
-    );
-    let lines = stream::unfold(
-        start,
-        move |(commands, task, mut changed, from, over)| async move {
-            if over {
-                return None;
+    let found = commands.find(caller, &id)?;
+    let changes = found.watch();
+    let start = (found, changes, query.from.max(1), false);
+    let lines = stream::unfold(start, move |(found, mut changes, from, over)| async move {
+        if over {
+            return None;
+        }
+        loop {
+            // Final is looked at before the events are read: the last event is never missed.
+            let last = !query.follow || found.is_final();
+            changes.seen();
+            let news = found.events(from);
+            if news.is_empty() && !last {
+                changes.next().await.ok()?;
+                continue;
             }
-            loop {
-                // Final is looked at before the events are read: the last event is never missed.
-                let last = !query.follow || task.is_final();
-                changed.borrow_and_update();
-                let news = commands.events(&task, from);
-                if news.is_empty() && !last {
-                    changed.changed().await.ok()?;
-                    continue;
+            let next = news.last().map_or(from, |event| event.seq + 1);
+            let mut text = vec![];
+            for event in news {
+                if serde_json::to_writer(&mut text, &event).is_ok() {
+                    text.push(b'\n');
                 }
-                let next = news.last().map_or(from, |event| event.seq + 1);
-                let mut text = vec![];
-                for event in news {
-                    if serde_json::to_writer(&mut text, &event).is_ok() {
-                        text.push(b'\n');
-                    }
-                }
-                let piece: io::Result<Bytes> = Ok(text.into());
-                return Some((piece, (commands, task, changed, next, last)));
             }
-        },
-    );
+            let piece: io::Result<Bytes> = Ok(text.into());
+            return Some((piece, (found, changes, next, last)));
+        }
+    });
     Ok(streaming("application/x-ndjson", Body::from_stream(lines)))
 }
 

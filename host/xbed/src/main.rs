@@ -4,6 +4,7 @@
 //! each has an actor ([`task`]) that drives the engine's state machine through [`steps`].
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod array;
 mod backend;
 mod command;
 mod config;

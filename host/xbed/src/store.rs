@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
-use xbee_api::SubmitRequest;
+use xbee_api::{ArrayMember, SubmitRequest};
 use xbee_engine::{Demand, Task};
 
 use crate::fault;
@@ -43,6 +43,9 @@ pub struct TaskRecord {
     pub owner: Owner,
     /// The secret that its domain's agent proves to know.
     pub secret: [u8; 32],
+    /// The array it is of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub member: Option<ArrayMember>,
     /// What is held for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reservation: Option<Reservation>,
@@ -262,29 +265,37 @@ impl Store {
         }
     }
 
-    /// Accepts a task with its first journal entry; returns its number. Durable on return.
-    pub fn insert(&self, record: &TaskRecord, first: &Entry) -> Result<i64, StoreError> {
-        let text = serde_json::to_string(record).map_err(|e| self.damaged(record.id, e))?;
-        let state = serde_json::to_string(&first.state).map_err(|e| self.damaged(record.id, e))?;
+    /// Accepts tasks with their first journal entry, all or none; returns their numbers. Durable on return.
+    pub fn insert(&self, records: &[TaskRecord], first: &Entry) -> Result<Vec<i64>, StoreError> {
+        let mut texts = vec![];
+        for record in records {
+            let text = serde_json::to_string(record).map_err(|e| self.damaged(record.id, e))?;
+            texts.push((record.id.to_string(), text));
+        }
+        let state = serde_json::to_string(&first.state).map_err(|e| self.damaged("new", e))?;
         fault::point("accept");
         let mut connection = self.lock();
         let insert = |connection: &mut Connection| {
             let transaction = connection.transaction()?;
-            transaction.execute(
-                "INSERT INTO task (id, record) VALUES (?1, ?2)",
-                params![record.id.to_string(), text],
-            )?;
-            let number = transaction.last_insert_rowid();
-            transaction.execute(
-                "INSERT INTO journal (task, seq, at_ms, state) VALUES (?1, 0, ?2, ?3)",
-                params![number, first.at_ms.cast_signed(), state],
-            )?;
+            let mut numbers = vec![];
+            for (id, text) in &texts {
+                transaction
+                    .prepare_cached("INSERT INTO task (id, record) VALUES (?1, ?2)")?
+                    .execute(params![id, text])?;
+                let number = transaction.last_insert_rowid();
+                transaction
+                    .prepare_cached(
+                        "INSERT INTO journal (task, seq, at_ms, state) VALUES (?1, 0, ?2, ?3)",
+                    )?
+                    .execute(params![number, first.at_ms.cast_signed(), state])?;
+                numbers.push(number);
+            }
             transaction.commit()?;
-            Ok(number)
+            Ok(numbers)
         };
-        let number = insert(&mut connection).map_err(|e| self.failed(e))?;
+        let numbers = insert(&mut connection).map_err(|e| self.failed(e))?;
         fault::point("accepted");
-        Ok(number)
+        Ok(numbers)
     }
 
     /// Adds entry `seq` to a task's journal. Durable on return.
@@ -407,6 +418,7 @@ mod tests {
             id: Uuid::new_v4(),
             owner: Owner { uid: 1, gid: 2 },
             secret: [7; 32],
+            member: None,
             reservation: None,
             job: Some(job()),
         }
@@ -426,7 +438,7 @@ mod tests {
         let second = Entry { at_ms: 11, state };
         {
             let store = Store::open(&path).unwrap();
-            let number = store.insert(&record, &first).unwrap();
+            let number = store.insert(&[record.clone()], &first).unwrap()[0];
             store.append(number, 1, &second).unwrap();
             assert!(
                 store.append(number, 1, &second).is_err(),
@@ -466,7 +478,7 @@ mod tests {
             state: state.clone(),
         };
         let store = Store::open(&path).unwrap();
-        let number = store.insert(&record, &first).unwrap();
+        let number = store.insert(&[record.clone()], &first).unwrap()[0];
         assert_eq!(store.load().unwrap()[0].record.job, None);
         record.job = Some(job());
         state.apply(Input::Confirmed { start: false }).unwrap();
@@ -489,9 +501,9 @@ mod tests {
             state: Task::default(),
         };
         let one = record();
-        let first = store.insert(&one, &entry).unwrap();
+        let first = store.insert(&[one.clone()], &entry).unwrap()[0];
         store.remove(one.id).unwrap();
-        let second = store.insert(&record(), &entry).unwrap();
+        let second = store.insert(&[record()], &entry).unwrap()[0];
         assert!(second > first);
     }
 
@@ -513,7 +525,7 @@ mod tests {
                 at_ms,
                 state: state.clone(),
             };
-            let number = store.insert(&record, &entry(&state)).unwrap();
+            let number = store.insert(&[record.clone()], &entry(&state)).unwrap()[0];
             state.apply(Input::Admitted).unwrap();
             store.append(number, 1, &entry(&state)).unwrap();
             accepted.push(record.id);

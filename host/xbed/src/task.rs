@@ -15,6 +15,7 @@ use xbee_agent::Agent;
 use xbee_api::{Progress, PublishedPort, ReservationStatus, TaskEvent, TaskStatus, chain};
 use xbee_engine::{Action, Demand, Failure, Input, Phase, Step, Task};
 
+use crate::array::Array;
 use crate::host::Host;
 use crate::plan::Plan;
 use crate::retry;
@@ -43,6 +44,7 @@ pub struct TaskHandle {
     /// What was accepted. What it is to do, the task itself knows.
     pub record: TaskRecord,
     job: OnceLock<Arc<Job>>,
+    array: Option<Arc<Array>>,
     /// Directory of its files on the host.
     pub spool: PathBuf,
     wishes: watch::Sender<Wishes>,
@@ -59,7 +61,10 @@ pub struct TaskHandle {
 
 impl TaskHandle {
     /// A handle of a stored task. Its actor is started apart, with [`run`].
-    pub fn new(mut stored: StoredTask, spool: PathBuf) -> TaskHandle {
+    pub fn new(mut stored: StoredTask, spool: PathBuf, array: Option<Arc<Array>>) -> TaskHandle {
+        if let (Some(array), Some(member)) = (&array, &stored.record.member) {
+            array.add(member.number, stored.record.id, &stored.journal);
+        }
         let job = OnceLock::new();
         if let Some(known) = stored.record.job.take() {
             let _ = job.set(Arc::new(known));
@@ -67,6 +72,7 @@ impl TaskHandle {
         TaskHandle {
             ports: watch::Sender::new(publish(&job).to_vec()),
             job,
+            array,
             number: stored.number,
             lengths: watch::Sender::new([0, 0]),
             progress: watch::Sender::new(None),
@@ -78,6 +84,11 @@ impl TaskHandle {
             record: stored.record,
             spool,
         }
+    }
+
+    /// The array it is of.
+    pub fn array(&self) -> Option<&Arc<Array>> {
+        self.array.as_ref()
     }
 
     /// What it is to do, once that is known.
@@ -130,6 +141,9 @@ impl TaskHandle {
 
     /// Takes an entry that has been written down.
     fn push(&self, entry: Entry) {
+        if let (Some(array), Some(last)) = (&self.array, self.journal.borrow().last()) {
+            array.changed(last, &entry);
+        }
         self.journal.send_modify(|journal| journal.push(entry));
     }
 
@@ -254,6 +268,8 @@ impl TaskHandle {
                     memory_bytes: held.memory_bytes,
                     disk_bytes: held.disk_bytes,
                 }),
+            array: None,
+            member: self.record.member.clone(),
             ports: self.ports.borrow().clone(),
         }
     }

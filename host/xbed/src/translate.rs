@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 
 use xbee_api::{PublishedPort, SubmitRequest};
 use xbee_hypervisor::MEMORY_MIN_BYTES;
+use xbee_jsdl::limits::MAX_SWEEP_JOBS;
+use xbee_jsdl::sweep;
 use xbee_jsdl::{
     Application, ApplicationKind, CreationFlag, DataStaging, Diagnostic, InstanceDefinition,
-    InstanceSource, Job, Located, Location, Options, Process, RangeValue, Resources, ScriptTarget,
+    InstanceSource, Job as JsdlJob, Located, Location, Options, Process, RangeValue, Resources,
+    ScriptTarget,
 };
 use xbee_staging::Uri;
 
@@ -14,6 +17,7 @@ use crate::images::{DEFAULT_IMAGE, ImageError, ImageStore};
 use crate::plan::{
     Boot, Command, Creation, Limits, Plan, Script, Source, StageIn, StageOut, When, Work,
 };
+use crate::store::Job;
 
 /// Where a task runs if its document does not say.
 const WORKING_DIRECTORY: &str = "/job";
@@ -116,7 +120,84 @@ impl Plan {
     }
 }
 
-fn resolve(job: &Job, publish: &[PublishedPort], images: &ImageStore) -> Result<Plan, PlanError> {
+/// What a request asks for.
+#[derive(Debug)]
+pub enum Planned {
+    /// A job.
+    One(Box<Job>),
+    /// The jobs of a parameter sweep.
+    Sweep(Vec<Swept>),
+}
+
+impl Planned {
+    /// Reads the document and resolves it, each job of a sweep as if it had been submitted alone; gives warnings beside it.
+    pub fn read(
+        request: SubmitRequest,
+        images: &ImageStore,
+    ) -> Result<(Planned, Vec<String>), PlanError> {
+        let options = Options {
+            lenient: request.lenient,
+        };
+        let sweep = sweep::expand(request.jsdl.as_bytes(), &options, MAX_SWEEP_JOBS);
+        let Some(sweep) = sweep.map_err(PlanError::Invalid)? else {
+            let (plan, warnings) = Plan::from_request(&request, images)?;
+            return Ok((Planned::One(Box::new(Job { request, plan })), warnings));
+        };
+        if !request.publish.is_empty() {
+            return Err(PlanError::Unsupported {
+                element: "jsdl-sweep:Sweep".into(),
+                detail: "ports of its jobs are not published; publish none".into(),
+            });
+        }
+        let warnings = sweep.forgiven().iter().map(ToString::to_string).collect();
+        let mut jobs = vec![];
+        for member in sweep.jobs() {
+            let member = member.map_err(PlanError::Invalid)?;
+            let plan = resolve(&member.parsed.job, &[], images)?;
+            let assigned: Vec<String> = member
+                .assignments
+                .iter()
+                .map(|assigned| format!("{}={}", assigned.place, assigned.value))
+                .collect();
+            let request = SubmitRequest {
+                jsdl: member.document,
+                // What was to be forgiven is no more in it.
+                lenient: false,
+                ..request.clone()
+            };
+            jobs.push(Swept {
+                job: Job { request, plan },
+                assigned: assigned.join(", "),
+            });
+        }
+        Ok((Planned::Sweep(jobs), warnings))
+    }
+
+    /// What is asked for, job by job.
+    pub fn plans(&self) -> impl Iterator<Item = &Plan> {
+        let (one, sweep) = match self {
+            Planned::One(job) => (Some(&job.plan), &[][..]),
+            Planned::Sweep(jobs) => (None, &jobs[..]),
+        };
+        one.into_iter()
+            .chain(sweep.iter().map(|swept| &swept.job.plan))
+    }
+}
+
+/// A job of a sweep.
+#[derive(Debug)]
+pub struct Swept {
+    /// The job.
+    pub job: Job,
+    /// What makes it differ from the others.
+    pub assigned: String,
+}
+
+fn resolve(
+    job: &JsdlJob,
+    publish: &[PublishedPort],
+    images: &ImageStore,
+) -> Result<Plan, PlanError> {
     limit("DataStaging elements", job.staging.len(), MAX_STAGINGS)?;
     limit("published ports", publish.len(), MAX_PORTS)?;
     let (boot, scripts, usual_memory_bytes) = boot(job.instance.as_ref(), images)?;

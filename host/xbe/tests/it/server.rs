@@ -143,6 +143,10 @@ fn task(id: Uuid, name: Option<&str>, times: Vec<Transition>) -> TaskStatus {
         reason_code: None,
         progress: None,
         image: "image:base".to_owned(),
+        address: None,
+        reservation: None,
+        array: None,
+        member: None,
         ports: Vec::new(),
         times,
     }
