@@ -597,3 +597,51 @@ impl Commands {
 fn digest(ticket: &str) -> [u8; 32] {
     Sha256::digest(ticket.trim().to_ascii_lowercase()).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use xbee_hypervisor::sim::{SimConfig, SimHost, SimHypervisor};
+    use xbee_staging::{Limits, Stager};
+
+    use crate::config::{Config, Options};
+
+    #[tokio::test]
+    async fn a_ticket_is_its_owners_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().to_str().unwrap();
+        let options = Options::parse_from(["xbed", "--backend", "sim", "--data", data]);
+        let config = Config::load(options).unwrap();
+        let sim = SimHost::new(SimConfig::new(config.domains()));
+        let hypervisor = Arc::new(SimHypervisor::new(sim));
+        let host = Host::open(config, hypervisor, Stager::new(Limits::default())).await;
+        let commands = Commands::new(host.unwrap());
+        let caller = |uid| Caller {
+            owner: Owner { uid, gid: uid },
+        };
+        let request = ReserveRequest {
+            name: None,
+            from_ms: None,
+            duration_s: 60,
+            cpus: 1,
+            memory_bytes: 1 << 20,
+            disk_bytes: 0,
+        };
+        let reserved = commands.reserve(caller(1000), request).await.unwrap();
+        let ticket = reserved.ticket.as_str();
+        // Root sees the task, and may end it by its id, but has no ticket.
+        for other in [0, 1001] {
+            let refused = commands.cancel(caller(other), ticket).await.unwrap_err();
+            assert!(refused.to_string().starts_with("501 TICKET_INVALID"));
+        }
+        let mut wrong = ticket.to_owned();
+        wrong.replace_range(..1, if ticket.starts_with('0') { "1" } else { "0" });
+        let refused = commands.start(caller(1000), &wrong).await.unwrap_err();
+        assert_eq!(refused.code(), "ticket-invalid");
+        let refused = commands.start(caller(1000), ticket).await.unwrap_err();
+        assert_eq!(refused.code(), "not-confirmed");
+        let status = commands.cancel(caller(1000), ticket).await.unwrap();
+        assert_eq!(status.state, xbee_api::State::Terminated);
+    }
+}
