@@ -200,6 +200,11 @@ impl Xbed {
         self.directory.path().join("data")
     }
 
+    /// The socket of its API.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("s")
+    }
+
     /// A directory for the test's own files.
     pub fn scratch(&self) -> PathBuf {
         let path = self.directory.path().join("scratch");

@@ -30,6 +30,11 @@ fn limited(xbed: &Xbed, memory: &str, script: &str, limits: &[(&str, u64)]) -> S
     document.replace(end, &format!("{elements}{end}"))
 }
 
+/// `make soak` asks for more than every test run can afford.
+fn is_full() -> bool {
+    std::env::var_os("XBEE_STRESS_FULL").is_some()
+}
+
 /// How the job ended, and what it had printed.
 fn outcome(xbed: &Xbed, document: &str) -> (Value, String) {
     let task = xbed.submit(document);
@@ -164,6 +169,23 @@ fn a_fork_bomb_is_bounded_and_told_so() {
 }
 
 #[test]
+fn orphans_are_reaped_however_many() {
+    let Some(xbed) = qemu() else { return };
+    let children = if is_full() { 10_000 } else { 200 };
+    // First one that nobody reaps as long as its parent is there, so that `ps` is known to show it. Then each outlives its
+    // parent and ends at once.
+    let script = format!(
+        "sh -c 'sleep 0.1 & exec sleep 3' & sleep 1; ps -o stat | grep -c Z; wait; \
+         i=0; while [ $i -lt {children} ]; do (: &); i=$((i+1)); done; \
+         n=0; while ps -o stat | grep -q Z && [ $n -lt 50 ]; do sleep 0.2; n=$((n+1)); done; \
+         ps -o stat | grep -c Z; exit 7"
+    );
+    let (status, logs) = outcome(&xbed, &limited(&xbed, "192M", &script, &[]));
+    assert_eq!(status["exit_code"], 7, "{status:#}\n{logs}");
+    assert_eq!(logs, "1\n0\n");
+}
+
+#[test]
 fn a_full_disk_hurts_only_who_filled_it() {
     let Some(xbed) = qemu() else { return };
     let script = "exec 2>&1; cat /dev/zero >/tmp/file; echo $?; echo more >/tmp/other; echo output goes on; exit 4";
@@ -220,7 +242,7 @@ fn a_clock_that_jumps_moves_no_limit() {
 #[test]
 fn a_flood_of_output_is_counted_and_complete() {
     let Some(xbed) = qemu() else { return };
-    let mib = 32;
+    let mib = if is_full() { 1024 } else { 32 };
     let script = format!("dd if=/dev/zero bs=1M count={mib} | tr '\\0' x; exit 6");
     let task = xbed.submit(&limited(&xbed, "192M", &script, &[]));
     let begun = Instant::now();

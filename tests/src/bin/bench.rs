@@ -10,7 +10,8 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -22,6 +23,8 @@ use xbee_tests::{Xbed, images, qemu, root, sim};
 const ROUNDS: usize = 9;
 /// Tasks of the scale measurement.
 const TASKS: usize = 1000;
+/// Tasks of the measurement of the queue.
+const QUEUED: usize = 10_000;
 /// Ticks of `/proc/PID/stat` a second: USER_HZ, which Linux fixes at 100 for user space.
 const TICKS_PER_S: f64 = 100.0;
 /// Begin what is not measured here: by `make bench-staging` and `make xen-bench`.
@@ -37,6 +40,7 @@ fn main() {
     agent(&xbed, &mut report);
     drop(xbed);
     scale(&mut report);
+    queue(&mut report);
     let path = root().join("bench/results.md");
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     let old = fs::read_to_string(&path).unwrap_or_default();
@@ -337,6 +341,70 @@ fn scale(report: &mut String) {
         begun.elapsed().as_secs_f64()
     )
     .unwrap();
+}
+
+/// Tasks that wait behind one that does not end.
+fn queue(report: &mut String) {
+    let mut xbed = Xbed::start("sim", &["domains = 1"]);
+    let print = ["run", "--print-jsdl", "--", "sleep", "100000"];
+    let document = xbed.xbe(print).ok().stdout;
+    let request = serde_json::json!({ "jsdl": document }).to_string();
+    let before = usage(xbed.pid());
+    let begun = Instant::now();
+    let mut connection = UnixStream::connect(xbed.socket()).expect("xbed's socket");
+    for _ in 0..QUEUED {
+        post(&mut connection, "/v1/tasks", &request);
+    }
+    let submitted = begun.elapsed();
+    let memory_kib = (usage(xbed.pid()).1 - before.1) / QUEUED as f64;
+    let begun = Instant::now();
+    xbed.kill_and_restart();
+    let restarted = begun.elapsed();
+    let waiting = xbed.xbe(["ps", "--json"]).json();
+    assert_eq!(
+        waiting.as_array().unwrap().len(),
+        QUEUED - 1,
+        "the first was lost with the simulator"
+    );
+    writeln!(
+        report,
+        "\n## {QUEUED} tasks that wait on `sim`\n\n| what | measured |\n|---|---|\n\
+         | submitted by one client, each durable | {:.0} in a second |\n\
+         | memory of `xbed` for a task that waits | {memory_kib:.1} KiB |\n\
+         | `kill -9` and start, to its first answer | {:.2} s |",
+        QUEUED as f64 / submitted.as_secs_f64(),
+        restarted.as_secs_f64()
+    )
+    .unwrap();
+}
+
+/// Asks `xbed`, which says yes.
+fn post(connection: &mut UnixStream, path: &str, body: &str) {
+    write!(
+        connection,
+        "POST {path} HTTP/1.1\r\nHost: xbed\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .expect("request");
+    let mut answer = vec![];
+    let mut piece = [0; 4096];
+    loop {
+        let n = connection.read(&mut piece).expect("answer");
+        assert!(n > 0, "xbed ended the connection");
+        answer.extend_from_slice(&piece[..n]);
+        let text = String::from_utf8_lossy(&answer);
+        let Some((head, body)) = text.split_once("\r\n\r\n") else {
+            continue;
+        };
+        assert!(head.starts_with("HTTP/1.1 201"), "{text}");
+        let length = head
+            .to_ascii_lowercase()
+            .lines()
+            .find_map(|line| line.strip_prefix("content-length: ")?.parse::<usize>().ok());
+        if body.len() >= length.expect("content-length") {
+            return;
+        }
+    }
 }
 
 /// CPU seconds and resident KiB of a process.
