@@ -12,6 +12,7 @@ use crate::fetch::finished;
 use crate::identity::Identity;
 use crate::inflow::{Feed, Halt, Piece, channel};
 use crate::meter::{Meter, Progress};
+use crate::note::{Note, Noted, Repeatable};
 use crate::uri::{Scheme, Uri};
 use crate::{ftp, http, local};
 
@@ -26,6 +27,8 @@ pub struct PutRequest {
     pub creation: Creation,
     /// Whose rights create the file of a `file` URI.
     pub identity: Identity,
+    /// There if the put may be cut off by a kill of this process and then called again.
+    pub repeatable: Option<Repeatable>,
 }
 
 /// What to do if the destination exists: JSDL 1.0, element CreationFlag.
@@ -71,11 +74,20 @@ impl Stager {
             source,
             creation,
             identity,
+            repeatable,
         } = request;
+        let note = repeatable.as_ref().map(|put| Note::open(&put.note));
+        let note = note.transpose()?.map(Arc::new);
         let transfer = async {
             let file = finished(local::open_own(source.clone()).await)?;
             if uri.scheme() == Scheme::File {
-                return local::put(&uri, file, creation, identity, meter, stop.clone()).await;
+                let temporary = repeatable.as_ref().map(Repeatable::temporary);
+                let target = local::Target {
+                    creation,
+                    identity,
+                    note: note.clone().zip(temporary),
+                };
+                return local::put(&uri, file, target, meter, stop.clone()).await;
             }
             let len = file
                 .metadata()
@@ -114,6 +126,40 @@ impl Stager {
             }
             Ok(meter.transferred_bytes())
         };
-        self.until_stopped(transfer, cancel, &stop).await
+        if let Some(note) = &note
+            && let Noted::Sent(bytes) = note.read()?
+        {
+            return Ok(bytes);
+        }
+        let sent = self.until_stopped(transfer, cancel, &stop).await?;
+        if let Some(note) = &note {
+            note.write(Noted::Sent(sent))?;
+        }
+        Ok(sent)
+    }
+
+    /// Takes back what a repeatable put left half when the process was killed, if it is not called again. Only
+    /// of a `file` URI; an FTP server keeps what it has.
+    ///
+    /// # Errors
+    /// An [`Error`] that names the URI without its secrets.
+    pub async fn take_back(&self, request: PutRequest) -> Result<(), Error> {
+        let uri = request.uri.clone();
+        let take_back = async {
+            let (Some(put), Scheme::File) = (request.repeatable, request.uri.scheme()) else {
+                return Ok(());
+            };
+            let Some(note) = Note::find(&put.note)? else {
+                return Ok(());
+            };
+            let noted = note.read()?;
+            if matches!(noted, Noted::Sent(_)) {
+                return Ok(());
+            }
+            let source = finished(local::open_own(request.source).await)?;
+            let temporary = put.temporary();
+            local::take_back(&request.uri, source, noted, temporary, request.identity).await
+        };
+        take_back.await.map_err(|kind| Error::new(&uri, kind))
     }
 }
