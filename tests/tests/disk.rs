@@ -223,6 +223,60 @@ fn a_power_cut_under_load_loses_no_task_and_no_result() {
     assert!(over > 0 && accepted > over, "the load was none");
 }
 
+#[test]
+fn a_full_disk_is_said_and_everything_goes_on_when_there_is_room() {
+    let work = tempfile::Builder::new()
+        .prefix("xf")
+        .tempdir_in("/tmp")
+        .unwrap();
+    let Some(_disk) = Mounted::memory(&work.path().join("d"), "3m") else {
+        return;
+    };
+    let filler = work.path().join("d/filler");
+    let mut xbed = Xbed::start_on(&work.path().join("d/data"), "sim", &[], &[]);
+    assert!(xbed.came_up(), "{}", xbed.log());
+    let runs = submit(&xbed, &["--", "sleep", "2"]).line();
+    xbed.wait_for(&runs, "Executing");
+    // All there is, to the last page: the journal has room of its own until it has been used up.
+    fill(&filler);
+    let mut accepted = vec![runs.clone()];
+    let refused = loop {
+        let submitted = submit(&xbed, &["--", "sleep", "0.5"]);
+        if submitted.code != 0 {
+            break submitted;
+        }
+        accepted.push(submitted.line());
+        fill(&filler);
+    };
+    let store = xbed.data().join("tasks.sqlite");
+    let expected = format!(
+        "xbe: the task could not be written down: the disk of the task store {} is full: make room there; accepted tasks wait for it and lose nothing",
+        store.display()
+    );
+    // SQLite's own words follow.
+    assert!(refused.stderr.starts_with(&expected), "{refused:?}");
+    let log = |xbed: &Xbed| xbed.log().contains("journal entry not written");
+    let begun = Instant::now();
+    while !log(&xbed) {
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "the disk is not full: {}",
+            xbed.log()
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    fs::remove_file(&filler).unwrap();
+    for task in &accepted {
+        xbed.wait_for(task, "Finished");
+    }
+    assert_eq!(
+        tasks(&xbed).len(),
+        accepted.len(),
+        "a refused task is there"
+    );
+    xbed.assert_nothing_left();
+}
+
 /// Takes all room there is.
 fn fill(path: &Path) {
     use std::io::Write;

@@ -362,6 +362,75 @@ fn a_task_that_is_forgotten_is_killed_at_each_point() {
     killed_at_each_point(&Way::Removed);
 }
 
+/// A point of each state of a task, on the way that a domain of QEMU's takes.
+const STATES: [&str; 14] = [
+    "accepted",
+    "fetch",
+    "created",
+    "started",
+    "agent came",
+    "execute",
+    "executing",
+    "logged",
+    "exited",
+    "results taken",
+    "destroyed",
+    "sent",
+    "release domain",
+    "temporary removed",
+];
+
+#[test]
+fn a_virtual_machine_outlives_its_xbed_in_each_state_and_its_output_has_no_gap() {
+    if !images().join("base/image.toml").exists() {
+        println!("skipped: the image base is missing: run `make images`");
+        return;
+    }
+    let script = "echo to the console > /dev/console; cat /data/in; i=0; while [ $i -lt 60 ]; do echo line $i; i=$((i+1)); sleep 0.02; done; echo x >> /data/ran; cat /data/ran; exit 3";
+    let lines: String = (0..60).map(|n| format!("line {n}\n")).collect();
+    let expected = format!("{CONTENT}{lines}x\n");
+    let next = AtomicUsize::new(0);
+    let live = |state: &str| {
+        let mut xbed = Xbed::start_with("qemu", &[], &[("XBED_DIE_AT", state.into())]);
+        assert!(xbed.came_up(), "{}", xbed.log());
+        let dir = xbed.scratch();
+        fs::write(dir.join("in"), CONTENT).unwrap();
+        let input = format!("{}:/data/in", dir.join("in").display());
+        let output = format!("/data/ran:{}", dir.join("out").display());
+        let args = ["run", "--print-jsdl", "-v", &input, "-o", &output];
+        let document = xbed.xbe(args.into_iter().chain(["--", "/bin/sh", "-c", script]));
+        let document = xbed.document("job.xsdl", &document.ok().stdout);
+        xbed.xbe(["submit".as_ref(), document.as_os_str()]);
+        wait_for_death(&mut xbed);
+        xbed.restart(&[]);
+        assert!(xbed.came_up(), "{}", xbed.log());
+        let tasks = xbed.xbe(["ps", "-a", "--json"]).json();
+        assert_eq!(tasks.as_array().unwrap().len(), 1, "{state}: {tasks}");
+        let task = tasks[0]["id"].as_str().unwrap();
+        let status = until(&mut xbed, task, None);
+        assert_eq!(status["state"], "Finished", "{state}: {status:#}");
+        assert_eq!(status["exit_code"], 3, "{state}");
+        assert_eq!(xbed.xbe(["logs", task]).ok().stdout, expected, "{state}");
+        assert_eq!(
+            fs::read_to_string(dir.join("out")).unwrap(),
+            "x\n",
+            "{state}"
+        );
+        let console = xbed.xbe(["logs", "--console", task]).ok().stdout;
+        assert!(console.contains("to the console"), "{state}: {console:?}");
+        xbed.assert_nothing_left();
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while let Some(state) = STATES.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    live(state);
+                }
+            });
+        }
+    });
+}
+
 #[test]
 fn a_clean_up_script_runs_once_though_its_xbed_is_killed() {
     if !images().join("base/image.toml").exists() {

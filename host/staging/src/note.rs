@@ -135,3 +135,32 @@ impl Note {
             .map_err(|error| ErrorKind::local("cannot note in", &self.path, error))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_is_read_as_it_was_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("note");
+        assert!(Note::find(&path).unwrap().is_none());
+        let note = Note::open(&path).unwrap();
+        assert_eq!(note.read().unwrap(), Noted::Begun);
+        let id = FileId {
+            device: u64::MAX,
+            inode: u64::MAX,
+        };
+        for noted in [
+            Noted::Appending(id, u64::MAX),
+            Noted::Named(id),
+            Noted::Sent(7),
+        ] {
+            note.write(noted).unwrap();
+            let again = Note::find(&path).unwrap().unwrap();
+            assert_eq!(again.read().unwrap(), noted);
+        }
+        std::fs::write(&path, "sent").unwrap();
+        assert!(note.read().is_err());
+    }
+}
