@@ -15,6 +15,8 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -23,16 +25,27 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// How long `xbed` may take to answer after its start.
-const START_LIMIT: Duration = Duration::from_secs(30);
+const START_LIMIT: Duration = Duration::from_secs(60);
 /// How long anything else may take before a test gives up. Guests are emulated and the machine may
 /// be loaded: this finds hangs, not slowness.
 pub const PATIENCE: Duration = Duration::from_secs(240);
+
+/// What a final task's spool may hold.
+const KEPT: [&str; 6] = [
+    "stdout",
+    "stderr",
+    "console",
+    "ssh_user",
+    "ssh_user_key",
+    "ssh_host_key",
+];
 
 /// A running `xbed` with its own data directory. Ended, with all its domains, when dropped.
 pub struct Xbed {
     process: Child,
     backend: &'static str,
     directory: TempDir,
+    data: PathBuf,
 }
 
 /// What a command printed and how it ended.
@@ -167,37 +180,97 @@ fn drain(mut from: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8
 impl Xbed {
     /// Starts one with further lines in its configuration file.
     pub fn start(backend: &'static str, config: &[&str]) -> Xbed {
-        // Short: the path of a unix socket has at most 107 bytes.
-        let directory = tempfile::Builder::new()
-            .prefix("xb")
-            .tempdir_in("/tmp")
-            .unwrap();
-        fs::write(directory.path().join("xbed.toml"), config.join("\n")).unwrap();
-        let process = spawn(backend, directory.path());
-        let xbed = Xbed {
-            process,
-            backend,
-            directory,
-        };
-        xbed.wait_until_up();
+        let directory = directory();
+        let data = directory.path().join("data");
+        let mut xbed = Xbed::start_in(directory, data, backend, config, &[]);
+        assert!(xbed.came_up(), "xbed ended: {}", xbed.log());
         xbed
     }
 
-    fn wait_until_up(&self) {
+    /// Starts one that lets a test kill it: `environment` is for its debug build's points of failure (see
+    /// `fault` in `xbed`). It may have ended when this returns.
+    pub fn start_with(
+        backend: &'static str,
+        config: &[&str],
+        environment: &[(&str, String)],
+    ) -> Xbed {
+        let directory = directory();
+        let data = directory.path().join("data");
+        Xbed::start_in(directory, data, backend, config, environment)
+    }
+
+    /// Starts one on a data directory that is there already, or on a disk of its own.
+    pub fn start_on(
+        data: &Path,
+        backend: &'static str,
+        config: &[&str],
+        environment: &[(&str, String)],
+    ) -> Xbed {
+        Xbed::start_in(directory(), data.into(), backend, config, environment)
+    }
+
+    fn start_in(
+        directory: TempDir,
+        data: PathBuf,
+        backend: &'static str,
+        config: &[&str],
+        environment: &[(&str, String)],
+    ) -> Xbed {
+        fs::write(directory.path().join("xbed.toml"), config.join("\n")).unwrap();
+        Xbed {
+            process: spawn(backend, directory.path(), &data, environment),
+            backend,
+            directory,
+            data,
+        }
+    }
+
+    /// Waits until it answers; false if it ended before.
+    pub fn came_up(&mut self) -> bool {
         let begun = Instant::now();
-        while self.xbe(["host"]).code != 0 {
+        let socket = self.directory.path().join("s");
+        // A socket may be there of one that was killed. To connect costs less than a client that cannot.
+        while UnixStream::connect(&socket).is_err() || self.xbe(["host"]).code != 0 {
+            if self.has_ended() {
+                return false;
+            }
             assert!(
                 begun.elapsed() < START_LIMIT,
                 "xbed does not come up: {}",
                 self.log()
             );
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(5));
         }
+        true
+    }
+
+    /// Waits until the task has ended, or `xbed` has.
+    pub fn wait_for_end(&mut self, task: &str) {
+        let mut watch = self.xbe_command(["watch", task]);
+        let watch = watch.stdin(Stdio::null()).stdout(Stdio::null());
+        let mut watch = watch.stderr(Stdio::null()).spawn().unwrap();
+        let begun = Instant::now();
+        while watch.try_wait().unwrap().is_none() && !self.has_ended() {
+            if begun.elapsed() > PATIENCE {
+                // Or it would outlive the test.
+                let _ = watch.kill();
+                panic!("task {task} does not end\n{}", self.log());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        // It may have ended by itself.
+        let _ = watch.kill();
+        watch.wait().unwrap();
+    }
+
+    /// Its process is no more.
+    pub fn has_ended(&mut self) -> bool {
+        self.process.try_wait().unwrap().is_some()
     }
 
     /// Its data directory.
     pub fn data(&self) -> PathBuf {
-        self.directory.path().join("data")
+        self.data.clone()
     }
 
     /// The socket of its API.
@@ -224,10 +297,20 @@ impl Xbed {
 
     /// `kill -9`, then a new one on the same data.
     pub fn kill_and_restart(&mut self) {
+        self.kill();
+        self.restart(&[]);
+        assert!(self.came_up(), "xbed ended: {}", self.log());
+    }
+
+    /// `kill -9`, if it has not ended.
+    pub fn kill(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
-        self.process = spawn(self.backend, self.directory.path());
-        self.wait_until_up();
+    }
+
+    /// A new one on the same data, after the end of the one before. It may have ended when this returns.
+    pub fn restart(&mut self, environment: &[(&str, String)]) {
+        self.process = spawn(self.backend, self.directory.path(), &self.data, environment);
     }
 
     /// An `xbe` command that talks to this `xbed`.
@@ -310,6 +393,7 @@ impl Xbed {
     /// Pids of all processes that were started for this `xbed`'s data directory.
     pub fn processes(&self) -> Vec<(u32, String)> {
         let mark = self.directory.path().to_string_lossy().into_owned();
+        let data = self.data.to_string_lossy().into_owned();
         let mut found = vec![];
         for entry in fs::read_dir("/proc").unwrap().flatten() {
             let Some(pid) = entry
@@ -323,7 +407,9 @@ impl Xbed {
             let line = String::from_utf8_lossy(&line).replace('\0', " ");
             // QEMU is given its files as descriptors; its working directory is the domain's.
             let cwd = fs::read_link(entry.path().join("cwd")).unwrap_or_default();
-            let ours = line.contains(&mark) || cwd.to_string_lossy().starts_with(&mark);
+            let ours = [&mark, &data]
+                .iter()
+                .any(|mark| line.contains(*mark) || cwd.to_string_lossy().starts_with(*mark));
             if ours && pid != std::process::id() {
                 found.push((pid, line));
             }
@@ -344,10 +430,83 @@ impl Xbed {
         let left: Vec<_> = fs::read_dir(&run).into_iter().flatten().flatten().collect();
         let domains = left.iter().filter(|entry| entry.path().is_dir());
         assert_eq!(domains.count(), 0, "{left:?}");
+        let tasks = self.xbe(["ps", "-a", "--json"]).json();
+        let known: Vec<&str> = tasks
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(|task| task["id"].as_str())
+            .collect();
+        for spool in fs::read_dir(self.data().join("tasks")).unwrap().flatten() {
+            let name = spool.file_name().into_string().unwrap();
+            assert!(known.contains(&name.as_str()), "spool of no task: {name}");
+            for file in fs::read_dir(spool.path()).unwrap().flatten() {
+                let file = file.file_name().into_string().unwrap();
+                assert!(KEPT.contains(&file.as_str()), "{name}/{file} is left");
+            }
+        }
     }
 }
 
-fn spawn(backend: &str, directory: &Path) -> Child {
+/// Chance that can be repeated: SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
+/// OOPSLA 2014).
+#[derive(Debug, Clone)]
+pub struct Random(u64);
+
+impl Random {
+    /// All chance comes from `seed`.
+    pub fn new(seed: u64) -> Random {
+        Random(seed)
+    }
+
+    /// A number below `bound`, which is not 0.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % bound
+    }
+}
+
+/// The seed of a test with chance: `XBEE_SEED`, or another each time, which the test prints.
+pub fn seed() -> u64 {
+    match std::env::var("XBEE_SEED") {
+        Ok(seed) => seed.parse().expect("XBEE_SEED is a number"),
+        Err(_) => {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            u64::from(now.expect("after 1970").subsec_nanos())
+        }
+    }
+}
+
+/// A server that accepts and then says nothing, and its address: a transfer from or to it does not end.
+pub fn silent_server() -> (TcpListener, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let accepting = listener.try_clone().unwrap();
+    std::thread::spawn(move || {
+        while let Ok((mut stream, _)) = accepting.accept() {
+            // The request is read, so that the client waits for an answer and not for room.
+            std::thread::spawn(move || {
+                let mut sink = [0; 4096];
+                while stream.read(&mut sink).is_ok_and(|n| n > 0) {}
+                // Held open: the client waits until it is told to stop.
+                std::thread::park();
+                drop(stream);
+            });
+        }
+    });
+    (listener, address)
+}
+
+fn directory() -> TempDir {
+    // Short: the path of a unix socket has at most 107 bytes.
+    let directory = tempfile::Builder::new().prefix("xb").tempdir_in("/tmp");
+    directory.unwrap()
+}
+
+fn spawn(backend: &str, directory: &Path, data: &Path, environment: &[(&str, String)]) -> Child {
     let log = File::options()
         .create(true)
         .append(true)
@@ -357,10 +516,11 @@ fn spawn(backend: &str, directory: &Path) -> Child {
         .arg("--config")
         .arg(directory.join("xbed.toml"))
         .arg("--data")
-        .arg(directory.join("data"))
+        .arg(data)
         .arg("--socket")
         .arg(directory.join("s"))
         .args(["--backend", backend])
+        .envs(environment.iter().cloned())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log)
@@ -384,10 +544,12 @@ impl Drop for Xbed {
                 std::thread::sleep(Duration::from_millis(50));
             }
         }
-        // The pid is our own child's, which is waited for below: it cannot be another's.
-        let _ = Command::new("kill")
-            .arg(self.process.id().to_string())
-            .status();
+        // The pid is our own child's, which has not been waited for: it cannot be another's.
+        if !self.has_ended() {
+            let _ = Command::new("kill")
+                .arg(self.process.id().to_string())
+                .status();
+        }
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_secs(10) {
             if !matches!(self.process.try_wait(), Ok(None)) && self.processes().is_empty() {

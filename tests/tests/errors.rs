@@ -2,12 +2,10 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::TcpListener;
 use std::process::Command;
 
 use serde_json::Value;
-use xbee_tests::{Xbed, images, program, qemu, run, sim};
+use xbee_tests::{Xbed, images, program, qemu, run, silent_server, sim};
 
 const HEAD: &str = r#"<?xml version="1.0" encoding="UTF-8"?>
 <jsdl:JobDefinition xmlns:jsdl="http://schemas.ggf.org/jsdl/2005/11/jsdl"
@@ -266,27 +264,6 @@ fn a_silent_agent_is_a_failed_instance() {
     );
     assert_eq!(xbed.xbe(["logs", task.as_str()]).ok().stdout, "begun\n");
     xbed.assert_nothing_left();
-}
-
-/// A server that accepts and then says nothing: a transfer from or to it does not end.
-fn silent_server() -> (TcpListener, String) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let accepting = listener.try_clone().unwrap();
-    std::thread::spawn(move || {
-        let mut held = vec![];
-        while let Ok((mut stream, _)) = accepting.accept() {
-            // The request is read, so that the client waits for an answer and not for room.
-            let mut reader = stream.try_clone().unwrap();
-            std::thread::spawn(move || {
-                let mut sink = [0; 4096];
-                while reader.read(&mut sink).is_ok_and(|n| n > 0) {}
-            });
-            let _ = stream.flush();
-            held.push(stream);
-        }
-    });
-    (listener, address)
 }
 
 #[test]

@@ -13,11 +13,13 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::ErrorKind;
+use crate::fault;
 use crate::fetch::{Fetched, finished};
 use crate::identity::{Identity, on_thread};
 use crate::inflow::{Feed, Halt};
 use crate::meter::Meter;
-use crate::output::Partial;
+use crate::note::{FileId, Note, Noted};
+use crate::output::{Partial, remove_if_there};
 use crate::put::Creation;
 use crate::uri::Uri;
 
@@ -272,17 +274,29 @@ fn copy_some(
     Ok(read as u64)
 }
 
-/// Writes `source` to the file of a `file` URI, as `identity`, and makes it durable. Returns the bytes
-/// copied.
+/// How a file is put.
+pub(crate) struct Target {
+    pub(crate) creation: Creation,
+    pub(crate) identity: Identity,
+    /// Note and temporary name of a put that may be repeated.
+    pub(crate) note: Option<(Arc<Note>, String)>,
+}
+
+/// Writes `source` to the file of a `file` URI, with the rights of the target's identity, and makes it durable.
+/// Returns the bytes copied.
 pub(crate) async fn put(
     uri: &Uri,
     source: File,
-    creation: Creation,
-    identity: Identity,
+    target: Target,
     meter: Arc<Meter>,
     stop: CancellationToken,
 ) -> Result<u64, ErrorKind> {
     let path = path_of(uri)?;
+    let Target {
+        creation,
+        identity,
+        note,
+    } = target;
     let copied = identity.run(move || {
         let path = real_path(&path).map_err(|error| access("cannot write", &path, error))?;
         let existing = match fs::metadata(&path) {
@@ -293,13 +307,59 @@ pub(crate) async fn put(
         if let Some(existing) = &existing {
             regular(existing)?;
         }
-        match (creation, &existing) {
-            (Creation::DontOverwrite, Some(_)) => Err(ErrorKind::Exists),
-            (Creation::Append, Some(_)) => append(&source, &path, &meter, &stop),
-            _ => replace(&source, &path, existing.as_ref(), creation, &meter, &stop),
+        let noted = note.as_ref().map(|(note, _)| note.read()).transpose()?;
+        let length = source
+            .metadata()
+            .map_err(|e| access("cannot read", &path, e))?
+            .len();
+        let put = Put {
+            source: &source,
+            path: &path,
+            note: note.as_ref(),
+            meter: &meter,
+            stop: &stop,
+        };
+        match (creation, &existing, noted) {
+            // It got its name before the process was killed.
+            (_, Some(existing), Some(Noted::Named(id)))
+                if FileId::of(existing) == id && existing.len() == length =>
+            {
+                put.sync_directory(None)?;
+                Ok(length)
+            }
+            (Creation::DontOverwrite, Some(_), _) => Err(ErrorKind::Exists),
+            (Creation::Append, Some(_), noted) => put.append(noted),
+            (_, existing, _) => put.replace(existing.as_ref(), creation),
         }
     });
     finished(copied.await)
+}
+
+/// Takes back what a put that was cut off has left.
+pub(crate) async fn take_back(
+    uri: &Uri,
+    source: File,
+    noted: Noted,
+    temporary: String,
+    identity: Identity,
+) -> Result<(), ErrorKind> {
+    let path = path_of(uri)?;
+    let taken = identity.run(move || {
+        let failed = |error| access("cannot write", &path, error);
+        let path = real_path(&path).map_err(failed)?;
+        remove_if_there(&path.with_file_name(temporary)).map_err(failed)?;
+        let Noted::Appending(id, end) = noted else {
+            return Ok(());
+        };
+        let file = open_to_append(&path)?;
+        if FileId::of(&file.metadata().map_err(failed)?) == id
+            && appended(&source, &file, end).map_err(failed)? == Appended::Part
+        {
+            file.set_len(end).map_err(failed)?;
+        }
+        Ok(())
+    });
+    finished(taken.await)
 }
 
 /// `path` without links in it; its last part need not exist. A link is written through, as by cp: the new
@@ -313,64 +373,142 @@ fn real_path(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
-fn replace(
-    source: &File,
-    path: &Path,
-    existing: Option<&Metadata>,
-    creation: Creation,
-    meter: &Meter,
-    stop: &CancellationToken,
-) -> Result<u64, ErrorKind> {
-    let (partial, file) = Partial::file(path, 0o644).map_err(|kind| match kind {
-        ErrorKind::Local { what, path, source } => access(what, &path, source),
-        kind => kind,
-    })?;
+fn open_to_append(path: &Path) -> Result<File, ErrorKind> {
     let failed = |error| access("cannot write", path, error);
-    if let Some(existing) = existing {
-        let mode = existing.permissions().mode() & 0o777;
-        file.set_permissions(fs::Permissions::from_mode(mode))
-            .map_err(failed)?;
-    }
-    let copied = copy(source, &file, 0, path, meter, stop)?;
-    file.sync_all().map_err(failed)?;
-    if stop.is_cancelled() {
-        return Err(ErrorKind::Cancelled);
-    }
-    match creation {
-        Creation::DontOverwrite => partial.commit_new()?,
-        _ => partial.commit()?,
-    }
-    // Its name too shall outlive a power cut. A directory that may be written need not be readable: then the file
-    // again, with which the usual file systems write its new name.
-    let directory = path.parent().map(File::open);
-    let synced = match directory {
-        Some(Ok(directory)) => directory.sync_all(),
-        _ => file.sync_all(),
-    };
-    synced.map_err(failed)?;
-    Ok(copied.bytes)
-}
-
-/// Appends, and cuts the file back to its old length on failure.
-fn append(
-    source: &File,
-    path: &Path,
-    meter: &Meter,
-    stop: &CancellationToken,
-) -> Result<u64, ErrorKind> {
-    let failed = |error| access("cannot write", path, error);
-    let mut file = OpenOptions::new()
+    let file = OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
         .open(path)
         .map_err(failed)?;
     regular(&file.metadata().map_err(failed)?)?;
-    let end = file.seek(SeekFrom::End(0)).map_err(failed)?;
-    let copied = copy(source, &file, end, path, meter, stop)
-        .and_then(|copied| file.sync_all().map_err(failed).map(|()| copied.bytes));
-    if copied.is_err() {
-        file.set_len(end).map_err(failed)?;
+    Ok(file)
+}
+
+/// How much of a source a file has from some length on.
+#[derive(Debug, PartialEq, Eq)]
+enum Appended {
+    /// All of it; others may have added to it since.
+    All,
+    /// None or the beginning, and then the file ends.
+    Part,
+    /// Something else.
+    Other,
+}
+
+/// How much of `source` was appended to `file`, which had `end` bytes before.
+fn appended(source: &File, file: &File, end: u64) -> io::Result<Appended> {
+    let (length, now) = (source.metadata()?.len(), file.metadata()?.len());
+    let Some(added) = now.checked_sub(end) else {
+        return Ok(Appended::Other);
+    };
+    let common = added.min(length);
+    let (mut ours, mut theirs) = (vec![0; CHUNK_BYTES], vec![0; CHUNK_BYTES]);
+    let mut position = 0;
+    while position < common {
+        let rest = usize::try_from(common - position).unwrap_or(usize::MAX);
+        let amount = rest.min(CHUNK_BYTES);
+        source.read_exact_at(&mut ours[..amount], position)?;
+        file.read_exact_at(&mut theirs[..amount], end + position)?;
+        if ours[..amount] != theirs[..amount] {
+            return Ok(Appended::Other);
+        }
+        position += amount as u64;
     }
-    copied
+    Ok(match added >= length {
+        true => Appended::All,
+        false => Appended::Part,
+    })
+}
+
+/// A put of an opened file to a path without links.
+struct Put<'a> {
+    source: &'a File,
+    path: &'a Path,
+    note: Option<&'a (Arc<Note>, String)>,
+    meter: &'a Meter,
+    stop: &'a CancellationToken,
+}
+
+impl Put<'_> {
+    fn write_down(&self, noted: Noted) -> Result<(), ErrorKind> {
+        let written = self.note.map_or(Ok(()), |(note, _)| note.write(noted));
+        fault::point("put noted");
+        written
+    }
+
+    fn replace(&self, existing: Option<&Metadata>, creation: Creation) -> Result<u64, ErrorKind> {
+        let made = match self.note {
+            Some((_, name)) => Partial::file_named(self.path, name, 0o644),
+            None => Partial::file(self.path, 0o644),
+        };
+        let (partial, file) = made.map_err(|kind| match kind {
+            ErrorKind::Local { what, path, source } => access(what, &path, source),
+            kind => kind,
+        })?;
+        fault::point("put made");
+        let failed = |error| access("cannot write", self.path, error);
+        if let Some(existing) = existing {
+            let mode = existing.permissions().mode() & 0o777;
+            file.set_permissions(fs::Permissions::from_mode(mode))
+                .map_err(failed)?;
+        }
+        let copied = copy(self.source, &file, 0, self.path, self.meter, self.stop)?;
+        file.sync_all().map_err(failed)?;
+        if self.stop.is_cancelled() {
+            return Err(ErrorKind::Cancelled);
+        }
+        let id = FileId::of(&file.metadata().map_err(failed)?);
+        self.write_down(Noted::Named(id))?;
+        match creation {
+            Creation::DontOverwrite => partial.commit_new()?,
+            _ => partial.commit()?,
+        }
+        fault::point("put named");
+        self.sync_directory(Some(&file))?;
+        Ok(copied.bytes)
+    }
+
+    /// A file's name too shall outlive a power cut. A directory that may be written need not be readable: then the
+    /// file again, with which the usual file systems write its new name.
+    fn sync_directory(&self, file: Option<&File>) -> Result<(), ErrorKind> {
+        let directory = self.path.parent().map(File::open);
+        let synced = match (directory, file) {
+            (Some(Ok(directory)), _) => directory.sync_all(),
+            (_, Some(file)) => file.sync_all(),
+            (_, None) => File::open(self.path).and_then(|file| file.sync_all()),
+        };
+        synced.map_err(|error| access("cannot write", self.path, error))
+    }
+
+    /// Appends, and cuts the file back to its old length on failure. What an earlier try has added is not added
+    /// again.
+    fn append(&self, noted: Option<Noted>) -> Result<u64, ErrorKind> {
+        let failed = |error| access("cannot write", self.path, error);
+        let mut file = open_to_append(self.path)?;
+        let id = FileId::of(&file.metadata().map_err(failed)?);
+        let mut end = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        if let Some(Noted::Appending(before, at)) = noted
+            && before == id
+        {
+            match appended(self.source, &file, at).map_err(failed)? {
+                Appended::All => {
+                    file.sync_all().map_err(failed)?;
+                    return Ok(self.source.metadata().map_err(failed)?.len());
+                }
+                Appended::Part => end = at,
+                Appended::Other => {}
+            }
+        }
+        self.write_down(Noted::Appending(id, end))?;
+        let copied =
+            copy(self.source, &file, end, self.path, self.meter, self.stop).and_then(|copied| {
+                fault::point("put appended");
+                file.sync_all().map_err(failed).map(|()| copied.bytes)
+            });
+        if copied.is_err() {
+            file.set_len(end).map_err(failed)?;
+        }
+        copied
+    }
 }

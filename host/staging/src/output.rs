@@ -48,14 +48,7 @@ impl Partial {
 
     /// A new file, readable and writable, with `mode` before the umask.
     pub(crate) fn file(destination: &Path, mode: u32) -> Result<(Self, File), ErrorKind> {
-        Self::create(destination, false, |path| {
-            OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .mode(mode)
-                .open(path)
-        })
+        Self::create(destination, false, |path| new_file(path, mode))
     }
 
     /// A new directory that only the owner may enter.
@@ -64,6 +57,27 @@ impl Partial {
             DirBuilder::new().mode(0o700).create(path)
         })?;
         Ok(partial)
+    }
+
+    /// A new file with this temporary name, which nobody else uses: what has it was left behind.
+    pub(crate) fn file_named(
+        destination: &Path,
+        name: &str,
+        mode: u32,
+    ) -> Result<(Self, File), ErrorKind> {
+        let temporary = destination.with_file_name(name);
+        remove_if_there(&temporary)
+            .and_then(|()| new_file(&temporary, mode))
+            .map(|file| {
+                let partial = Self {
+                    temporary,
+                    destination: destination.to_path_buf(),
+                    is_directory: false,
+                    committed: false,
+                };
+                (partial, file)
+            })
+            .map_err(|error| ErrorKind::local("cannot create", destination, error))
     }
 
     /// The temporary path.
@@ -106,6 +120,23 @@ impl Partial {
                 errno.into(),
             )),
         }
+    }
+}
+
+fn new_file(path: &Path, mode: u32) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(path)
+}
+
+/// Removes a file that may be there.
+pub(crate) fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

@@ -12,6 +12,7 @@ use crate::fetch::finished;
 use crate::identity::Identity;
 use crate::inflow::{Feed, Halt, Piece, channel};
 use crate::meter::{Meter, Progress};
+use crate::note::{Note, Noted, Repeatable};
 use crate::uri::{Scheme, Uri};
 use crate::{ftp, http, local};
 
@@ -26,6 +27,8 @@ pub struct PutRequest {
     pub creation: Creation,
     /// Whose rights create the file of a `file` URI.
     pub identity: Identity,
+    /// There if the put may be cut off by a kill of this process and then called again.
+    pub repeatable: Option<Repeatable>,
 }
 
 /// What to do if the destination exists: JSDL 1.0, element CreationFlag.
@@ -71,11 +74,20 @@ impl Stager {
             source,
             creation,
             identity,
+            repeatable,
         } = request;
+        let note = repeatable.as_ref().map(|put| Note::open(&put.note));
+        let note = note.transpose()?.map(Arc::new);
         let transfer = async {
             let file = finished(local::open_own(source.clone()).await)?;
             if uri.scheme() == Scheme::File {
-                return local::put(&uri, file, creation, identity, meter, stop.clone()).await;
+                let temporary = repeatable.as_ref().map(Repeatable::temporary);
+                let target = local::Target {
+                    creation,
+                    identity,
+                    note: note.clone().zip(temporary),
+                };
+                return local::put(&uri, file, target, meter, stop.clone()).await;
             }
             let len = file
                 .metadata()
@@ -114,6 +126,174 @@ impl Stager {
             }
             Ok(meter.transferred_bytes())
         };
-        self.until_stopped(transfer, cancel, &stop).await
+        if let Some(note) = &note
+            && let Noted::Sent(bytes) = note.read()?
+        {
+            return Ok(bytes);
+        }
+        let sent = self.until_stopped(transfer, cancel, &stop).await?;
+        if let Some(note) = &note {
+            note.write(Noted::Sent(sent))?;
+        }
+        Ok(sent)
+    }
+
+    /// Takes back what a repeatable put left half when the process was killed, if it is not called again. Only
+    /// of a `file` URI; an FTP server keeps what it has.
+    ///
+    /// # Errors
+    /// An [`Error`] that names the URI without its secrets.
+    pub async fn take_back(&self, request: PutRequest) -> Result<(), Error> {
+        let uri = request.uri.clone();
+        let take_back = async {
+            let (Some(put), Scheme::File) = (request.repeatable, request.uri.scheme()) else {
+                return Ok(());
+            };
+            let Some(note) = Note::find(&put.note)? else {
+                return Ok(());
+            };
+            let noted = note.read()?;
+            if matches!(noted, Noted::Sent(_)) {
+                return Ok(());
+            }
+            let source = finished(local::open_own(request.source).await)?;
+            let temporary = put.temporary();
+            local::take_back(&request.uri, source, noted, temporary, request.identity).await
+        };
+        take_back.await.map_err(|kind| Error::new(&uri, kind))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Limits;
+    use crate::note::FileId;
+    use std::fs;
+    use std::path::Path;
+
+    const SOURCE: &[u8] = b"what is sent";
+
+    fn request(directory: &Path, creation: Creation) -> PutRequest {
+        let source = directory.join("source");
+        fs::write(&source, SOURCE).unwrap();
+        let target = url::Url::from_file_path(directory.join("target")).unwrap();
+        PutRequest {
+            uri: target.as_str().parse().unwrap(),
+            source,
+            creation,
+            identity: Identity::current(),
+            repeatable: Some(Repeatable {
+                note: directory.join("note"),
+                name: "a-0".into(),
+            }),
+        }
+    }
+
+    async fn put(request: &PutRequest) -> Result<u64, Error> {
+        let progress = watch::channel(Progress::default()).0;
+        let stager = Stager::new(Limits::default());
+        let never = CancellationToken::new();
+        stager.put(request.clone(), progress, &never).await
+    }
+
+    async fn take_back(request: &PutRequest) {
+        let stager = Stager::new(Limits::default());
+        stager.take_back(request.clone()).await.unwrap();
+    }
+
+    /// What a put leaves that was killed after it had added so much of the source.
+    fn cut_off_append(directory: &Path, added: &[u8]) {
+        let target = directory.join("target");
+        fs::write(&target, "before ").unwrap();
+        let id = FileId::of(&fs::metadata(&target).unwrap());
+        let note = Note::open(&directory.join("note")).unwrap();
+        note.write(Noted::Appending(id, 7)).unwrap();
+        fs::write(&target, [b"before ", added].concat()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_append_that_was_cut_off_anywhere_is_there_once() {
+        for length in 0..=SOURCE.len() {
+            let directory = tempfile::tempdir().unwrap();
+            let request = request(directory.path(), Creation::Append);
+            cut_off_append(directory.path(), &SOURCE[..length]);
+            for _ in 0..2 {
+                assert_eq!(put(&request).await.unwrap(), SOURCE.len() as u64);
+                let target = fs::read(directory.path().join("target")).unwrap();
+                assert_eq!(
+                    target,
+                    [b"before ", SOURCE].concat(),
+                    "after {length} bytes"
+                );
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_others_have_appended_since_stays() {
+        for (added, then) in [
+            (&b"what is sent, and theirs"[..], &b""[..]),
+            (b"theirs", SOURCE),
+        ] {
+            let directory = tempfile::tempdir().unwrap();
+            let request = request(directory.path(), Creation::Append);
+            cut_off_append(directory.path(), added);
+            put(&request).await.unwrap();
+            let target = fs::read(directory.path().join("target")).unwrap();
+            assert_eq!(target, [b"before ", added, then].concat());
+        }
+    }
+
+    #[tokio::test]
+    async fn half_an_append_is_taken_back_and_a_whole_one_is_not() {
+        for (added, left) in [
+            (&SOURCE[..4], &b""[..]),
+            (SOURCE, SOURCE),
+            (b"theirs", b"theirs"),
+        ] {
+            let directory = tempfile::tempdir().unwrap();
+            let request = request(directory.path(), Creation::Append);
+            cut_off_append(directory.path(), added);
+            take_back(&request).await;
+            let target = fs::read(directory.path().join("target")).unwrap();
+            assert_eq!(target, [b"before ", left].concat());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_temporary_file_that_was_left_is_replaced_or_taken_back() {
+        for again in [true, false] {
+            let directory = tempfile::tempdir().unwrap();
+            let request = request(directory.path(), Creation::Overwrite);
+            let left = directory.path().join(".xbee-stage-a-0");
+            fs::write(&left, "half").unwrap();
+            Note::open(&directory.path().join("note")).unwrap();
+            if again {
+                put(&request).await.unwrap();
+                assert_eq!(fs::read(directory.path().join("target")).unwrap(), SOURCE);
+            } else {
+                take_back(&request).await;
+                assert!(!directory.path().join("target").exists());
+            }
+            assert!(!left.exists());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_had_its_name_is_no_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let request = request(directory.path(), Creation::DontOverwrite);
+        let target = directory.path().join("target");
+        fs::write(&target, SOURCE).unwrap();
+        let id = FileId::of(&fs::metadata(&target).unwrap());
+        let note = Note::open(&directory.path().join("note")).unwrap();
+        note.write(Noted::Named(id)).unwrap();
+        assert_eq!(put(&request).await.unwrap(), SOURCE.len() as u64);
+        let other = tempfile::tempdir().unwrap();
+        let request = self::request(other.path(), Creation::DontOverwrite);
+        fs::write(other.path().join("target"), SOURCE).unwrap();
+        let error = put(&request).await.unwrap_err();
+        assert_eq!(error.code(), "exists");
     }
 }

@@ -488,6 +488,7 @@ async fn cancel_an_upload_that_nobody_reads() {
         source,
         creation: Creation::Overwrite,
         identity: Identity::current(),
+        repeatable: None,
     };
     let transfer = async move { b.stager.put(request, sender, &c).await };
     cancelled(transfer, progress, cancel).await;

@@ -335,6 +335,7 @@ async fn a_cancelled_upload_is_removed_from_the_server() {
         source,
         creation: Creation::Overwrite,
         identity: Identity::current(),
+        repeatable: None,
     };
     let put = tokio::spawn(async move { bench.stager.put(request, sender, &token).await });
     progress

@@ -62,6 +62,7 @@ async fn put(bench: &Bench, to: &Path, creation: Creation) -> Result<u64, Error>
         source: bench.path("source"),
         creation,
         identity: user(&[]),
+        repeatable: None,
     };
     let progress = watch::channel(Progress::default()).0;
     let never = CancellationToken::new();

@@ -19,8 +19,13 @@ pub fn host_boot() -> Option<String> {
     None
 }
 
+/// Makes the points of libraries points of this.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn arm() {}
+
 #[cfg(debug_assertions)]
-pub use armed::{host_boot, point};
+pub use armed::{arm, host_boot, point};
 
 #[cfg(debug_assertions)]
 mod armed {
@@ -45,6 +50,12 @@ mod armed {
             names,
         })
     });
+
+    /// Makes the points of libraries points of this.
+    pub fn arm() {
+        // Set before: by this, which does it once.
+        let _ = xbee_staging::AT_POINT.set(point);
+    }
 
     /// Another boot of the host than this, if a test pretends one.
     pub fn host_boot() -> Option<String> {

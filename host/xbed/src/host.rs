@@ -451,6 +451,7 @@ impl Host {
             if self.task(id).is_some() {
                 continue;
             }
+            fault::point("remove forgotten");
             match std::fs::remove_dir_all(entry.path()) {
                 Ok(()) => info!(task = %id, "spool of no task: removed"),
                 Err(error) => warn!(task = %id, %error, "spool not removed"),

@@ -80,6 +80,7 @@ fn is_terminal() -> bool {
 }
 
 async fn run(options: Options) -> Result<(), Fatal> {
+    fault::arm();
     let config = Config::load(options)?;
     let _lock = backend::lock(&config)?;
     let listener = http::listen(&config.socket)?;

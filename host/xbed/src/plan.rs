@@ -172,6 +172,11 @@ pub enum When {
 }
 
 impl When {
+    /// After the task.
+    pub fn is_clean_up(self) -> bool {
+        matches!(self, When::Cleanup | When::PostCleanup)
+    }
+
     /// XSDL's word.
     pub fn name(self) -> &'static str {
         match self {

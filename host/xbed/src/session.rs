@@ -1,5 +1,6 @@
 //! The conversation with the agent of one domain, across lost connections and restarts of `xbed`.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
+use uuid::Uuid;
 use xbee_agent::protocol::{Exited, OutputStream, ResumePoint, Secret};
 use xbee_agent::{Agent, Event, Resume};
 use xbee_api::{PublishedPort, chain};
@@ -30,6 +32,8 @@ const MAX_CONNECTIONS: usize = 256;
 const CONSOLE_LINES: usize = 24;
 /// How much of the console is read for them, bytes.
 const CONSOLE_TAIL_BYTES: u64 = 8192;
+/// How much of a clean-up script's standard error is kept, bytes.
+const SCRIPT_QUOTED_BYTES: usize = 2048;
 /// Longest quoted line, characters.
 const CONSOLE_LINE_CHARS: usize = 200;
 
@@ -44,10 +48,30 @@ pub enum Progress {
     Failed(Failure),
 }
 
+/// What is known of a clean-up script in the guest.
+#[derive(Debug, Clone, Default)]
+pub struct ScriptRun {
+    /// The first bytes of its standard error, of those that came since this process began.
+    pub quoted: Vec<u8>,
+    /// How it ended.
+    pub end: Option<Result<Exited, Failure>>,
+}
+
+/// Clean-up scripts by their conversations.
+pub type ScriptRuns = HashMap<Uuid, ScriptRun>;
+
+/// The conversation of a task's clean-up script. The agent starts nothing twice in one conversation, so neither does
+/// a script run twice that an `xbed` was killed over.
+pub fn script_conversation(task: Uuid, index: usize) -> Uuid {
+    // Random ids of tasks do not differ by as little.
+    Uuid::from_u128(task.as_u128() ^ (index as u128 + 1))
+}
+
 /// Keeps the connection; ends with its last user.
 #[derive(Debug)]
 pub struct Session {
     progress: watch::Receiver<Progress>,
+    scripts: watch::Receiver<ScriptRuns>,
     // Dropping the set ends what runs in it.
     workers: Mutex<JoinSet<()>>,
 }
@@ -68,9 +92,16 @@ impl Session {
         task.address
             .send_replace(address.map(|address| address.to_string()));
         let (sender, progress) = watch::channel(Progress::Open);
-        workers.spawn(keep(host, task, log, sender));
+        let clean_up = task.plan().scripts.iter().enumerate();
+        let clean_up = clean_up.filter(|(_, script)| script.when.is_clean_up());
+        let id = task.record.id;
+        let known =
+            clean_up.map(|(index, _)| (script_conversation(id, index), ScriptRun::default()));
+        let (runs, scripts) = watch::channel(known.collect());
+        workers.spawn(keep(host, task, log, sender, runs));
         Ok(Session {
             progress,
+            scripts,
             workers: Mutex::new(workers),
         })
     }
@@ -78,6 +109,11 @@ impl Session {
     /// What is known of the task, now and later.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.clone()
+    }
+
+    /// What is known of the clean-up scripts, now and later.
+    pub fn scripts(&self) -> watch::Receiver<ScriptRuns> {
+        self.scripts.clone()
     }
 
     /// Ends the connection and gives the published ports back.
@@ -91,6 +127,7 @@ async fn keep(
     task: Arc<TaskHandle>,
     mut log: LogWriter,
     progress: watch::Sender<Progress>,
+    scripts: watch::Sender<ScriptRuns>,
 ) {
     let secret = Secret(task.record.secret);
     let id = task.record.id;
@@ -162,6 +199,9 @@ async fn keep(
         info!(task = %id, "agent connected");
         task.agent.send_replace(Some(agent.clone()));
         while let Some(event) = events.recv().await {
+            let Some(event) = take_scripts(event, &agent, &scripts) else {
+                continue;
+            };
             if let Err(failure) = take(event, &agent, &mut log, &progress).await {
                 progress.send_replace(Progress::Failed(failure));
             }
@@ -169,6 +209,46 @@ async fn keep(
         task.agent.send_replace(None);
         info!(task = %id, "agent disconnected");
     }
+}
+
+/// Takes what is told of a clean-up script; gives back what is told of others.
+fn take_scripts(event: Event, agent: &Agent, scripts: &watch::Sender<ScriptRuns>) -> Option<Event> {
+    let of = match &event {
+        Event::Output { conversation, .. }
+        | Event::Exited { conversation, .. }
+        | Event::Failed { conversation, .. } => *conversation,
+        Event::Lost(_) => return Some(event),
+    };
+    if !scripts.borrow().contains_key(&of) {
+        return Some(event);
+    }
+    scripts.send_modify(|scripts| {
+        let run = scripts.entry(of).or_default();
+        match event {
+            Event::Output {
+                stream,
+                offset,
+                data,
+                ..
+            } => {
+                if stream == OutputStream::Stderr {
+                    let room = SCRIPT_QUOTED_BYTES - run.quoted.len().min(SCRIPT_QUOTED_BYTES);
+                    run.quoted.extend_from_slice(&data[..data.len().min(room)]);
+                }
+                // A lost connection is reported by its own event.
+                let _ = agent.ack_output(of, stream, offset + data.len() as u64);
+            }
+            Event::Exited { exited, .. } => run.end = Some(Ok(exited)),
+            Event::Failed { failure, .. } => {
+                run.end = Some(Err(Failure {
+                    code: failure.code,
+                    reason: failure.message,
+                }));
+            }
+            Event::Lost(_) => {}
+        }
+    });
+    None
 }
 
 async fn take(

@@ -105,6 +105,7 @@ impl Bench {
             source: source.to_path_buf(),
             creation,
             identity: Identity::current(),
+            repeatable: None,
         };
         let progress = watch::channel(Progress::default()).0;
         self.stager

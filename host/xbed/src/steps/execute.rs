@@ -70,7 +70,7 @@ async fn run(context: &StepContext, command: &Command) -> Result<i32, Failure> {
 }
 
 /// Waits until a connection that is known to be lost is no longer offered.
-async fn drop_contact(context: &StepContext, lost: Agent) -> Result<(), Failure> {
+pub(super) async fn drop_contact(context: &StepContext, lost: Agent) -> Result<(), Failure> {
     drop(lost);
     let mut agent = context.task.agent.subscribe();
     let mut progress = session(context).await?.progress();

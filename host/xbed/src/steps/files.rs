@@ -38,6 +38,11 @@ pub fn result(spool: &Path, index: usize) -> PathBuf {
     spool.join("out").join(index.to_string())
 }
 
+/// What is noted while a result is sent.
+pub fn put_note(spool: &Path, index: usize) -> PathBuf {
+    spool.join("out").join(format!("{index}.put"))
+}
+
 /// Says that all results are in the spool, and on the disk.
 const RESULTS_MARK: &str = "out/complete";
 

@@ -12,13 +12,16 @@ mod stop;
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
+use uuid::Uuid;
+use xbee_agent::protocol::{EndCause, Execute, ExitStatus, Limits};
 use xbee_agent::{Agent, ExecSpec, StreamReader};
 use xbee_api::chain;
 use xbee_engine::{Failure, Step};
 
 use crate::exec::exit_code;
+use crate::fault;
 use crate::plan::When;
-use crate::session::{Progress, Session};
+use crate::session::{Progress, Session, script_conversation};
 use crate::task::StepContext;
 
 pub use files::has_results;
@@ -111,34 +114,23 @@ async fn agent(context: &StepContext) -> Result<Agent, Failure> {
     }
 }
 
-/// Runs the scripts of one occasion in the guest.
+/// Runs the scripts of one occasion in the guest. A clean-up script, whose domain may have been taken up again,
+/// runs once.
 async fn run_scripts(context: &StepContext, agent: &Agent, when: When) -> Result<(), Failure> {
     for (index, _) in context.task.plan().scripts_at(when) {
         let path = format!("{SCRIPT_DIRECTORY}/{index}-{}", when.name());
         let spool = files::script(&context.task.spool, index);
         files::put(agent, &spool, &path, 0o755).await?;
-        let spec = ExecSpec {
-            argv: vec![path, "/".into()],
-            ..ExecSpec::default()
-        };
+        let argv = vec![path, "/".into()];
         let what = format!("the {} script", when.name());
-        let run = async {
-            let mut process = agent.exec(spec).await?;
-            drop(process.stdin.take());
-            let (stdout, stderr) = (process.stdout.take(), process.stderr.take());
-            let (_, quoted) = tokio::join!(beginning(stdout, 0), beginning(stderr, QUOTED_BYTES));
-            Ok::<_, xbee_agent::Error>((process.wait().await?, quoted))
+        fault::point("script");
+        let (status, quoted) = if when.is_clean_up() {
+            let conversation = script_conversation(context.task.record.id, index);
+            run_once(context, conversation, argv, &what).await?
+        } else {
+            run_script(agent, argv, &what).await?
         };
-        let (status, quoted) = tokio::time::timeout(SCRIPT_TIMEOUT, run)
-            .await
-            .map_err(|_| {
-                let seconds = SCRIPT_TIMEOUT.as_secs();
-                fail(
-                    "script-timeout",
-                    format!("{what} did not end within {seconds} s"),
-                )
-            })?
-            .map_err(|error| agent_failure(&what, &error))?;
+        fault::point("script ran");
         let code = exit_code(status);
         if code != 0 {
             let text = xbee_agent::protocol::sanitise(
@@ -152,6 +144,88 @@ async fn run_scripts(context: &StepContext, agent: &Agent, when: When) -> Result
         }
     }
     Ok(())
+}
+
+fn script_timeout(what: &str) -> Failure {
+    let seconds = SCRIPT_TIMEOUT.as_secs();
+    fail(
+        "script-timeout",
+        format!("{what} did not end within {seconds} s"),
+    )
+}
+
+/// Runs a script, which ends with the connection.
+async fn run_script(
+    agent: &Agent,
+    argv: Vec<String>,
+    what: &str,
+) -> Result<(ExitStatus, Vec<u8>), Failure> {
+    let spec = ExecSpec {
+        argv,
+        ..ExecSpec::default()
+    };
+    let run = async {
+        let mut process = agent.exec(spec).await?;
+        drop(process.stdin.take());
+        let (stdout, stderr) = (process.stdout.take(), process.stderr.take());
+        let (_, quoted) = tokio::join!(beginning(stdout, 0), beginning(stderr, QUOTED_BYTES));
+        Ok::<_, xbee_agent::Error>((process.wait().await?, quoted))
+    };
+    tokio::time::timeout(SCRIPT_TIMEOUT, run)
+        .await
+        .map_err(|_| script_timeout(what))?
+        .map_err(|error| agent_failure(what, &error))
+}
+
+/// Runs a script in a conversation: asked again after an interruption, the agent goes on with the one that runs,
+/// or tells how it ended.
+async fn run_once(
+    context: &StepContext,
+    conversation: Uuid,
+    argv: Vec<String>,
+    what: &str,
+) -> Result<(ExitStatus, Vec<u8>), Failure> {
+    let mut scripts = session(context).await?.scripts();
+    loop {
+        let agent = agent(context).await?;
+        let limits = Limits {
+            wall_clock_ms: Some(SCRIPT_TIMEOUT.as_secs() * 1000),
+            ..Limits::default()
+        };
+        let script = Execute {
+            conversation,
+            argv: argv.clone(),
+            environment: vec![],
+            working_directory: None,
+            stdin: None,
+            stdout: None,
+            stderr: None,
+            user: None,
+            group: None,
+            umask: None,
+            limits,
+        };
+        match agent.execute(script).await {
+            Ok(_) => break,
+            Err(error) if error.is_lost() => execute::drop_contact(context, agent).await?,
+            Err(error) => return Err(agent_failure(what, &error)),
+        }
+    }
+    fault::point("script runs");
+    let run = scripts
+        .wait_for(|runs| runs.get(&conversation).is_some_and(|run| run.end.is_some()))
+        .await
+        .map(|runs| runs[&conversation].clone())
+        // The session ends when the domain does, or says nothing any more.
+        .map_err(|_| fail("domain-lost", format!("the domain was lost during {what}")))?;
+    match run.end {
+        Some(Ok(exited)) if exited.cause == Some(EndCause::WallClockLimit) => {
+            Err(script_timeout(what))
+        }
+        Some(Ok(exited)) => Ok((exited.status, run.quoted)),
+        Some(Err(failure)) => Err(fail(&failure.code, format!("{what}: {}", failure.reason))),
+        None => Err(fail("internal", "a script ended without a word")),
+    }
 }
 
 /// The first bytes of a stream; the rest is read and dropped, so that the writer is not held up.

@@ -1,4 +1,4 @@
-//! Takes back all that a task holds: the domain, its connections, its temporary files.
+//! Takes back all that a task holds: the domain, its connections, its temporary files, half a result at its destination.
 
 use std::io;
 use std::path::Path;
@@ -28,6 +28,7 @@ pub async fn release(context: &StepContext) {
     if let Some(session) = context.session.get() {
         session.close().await;
     }
+    super::stage_out::take_back(context).await;
     task.console.send_replace(None);
     task.agent.send_replace(None);
     task.address.send_replace(None);
