@@ -1,5 +1,5 @@
 # The work is done by the scripts in ci/ and images/, which can be called directly too.
-.PHONY: help images kernel run test xen-test soak fuzz lint bench bench-staging xen-bench clean
+.PHONY: help images kernel run test xen-test soak fuzz lint bench bench-staging bench-mq xen-bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,6 +41,10 @@ bench: ## measure, into bench/results.md
 bench-staging: ## stage-in of a packed image against lbzip2, pigz and zstd; into bench/results.md
 	@ci/install bench
 	@cargo run --release -p xbee-staging --example bench all bench/results.md
+
+bench-mq: ## the message broker against RabbitMQ and ActiveMQ; into bench/results.md
+	@ci/install mq
+	@cargo run --release -p xbee-mq --example bench all bench/results.md
 
 xen-bench: ## the experiments on a real Xen, which runs in QEMU; into bench/results.md
 	@ci/xen/bench

@@ -5,18 +5,24 @@ use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 use xbee_engine::{Capacity, Policy, Quota};
+
+use crate::broker::BrokerOptions;
 
 /// Command line of `xbed`.
 #[derive(Debug, Parser)]
 #[command(
     name = "xbed",
     version,
-    about = "XenBEE's host manager: runs jobs and servers in throw-away virtual machines"
+    about = "XenBEE's host manager: runs jobs and servers in throw-away virtual machines",
+    args_conflicts_with_subcommands = true
 )]
 pub struct Options {
+    /// Something else than to manage this host
+    #[command(subcommand)]
+    pub command: Option<Command>,
     /// Configuration file (TOML); none is needed
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -32,6 +38,13 @@ pub struct Options {
     /// Directory of the images that `make images` built [default: $XBEE_IMAGES, else ~/.cache/xbee/images]
     #[arg(long, value_name = "DIR")]
     pub images: Option<PathBuf>,
+}
+
+/// What `xbed` can do beside managing the host.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the message broker alone (STOMP 1.0, 1.1 and 1.2)
+    Broker(BrokerOptions),
 }
 
 /// What runs the domains.

@@ -6,6 +6,7 @@
 
 mod array;
 mod backend;
+mod broker;
 mod command;
 mod config;
 mod exec;
@@ -36,7 +37,7 @@ use tracing_subscriber::EnvFilter;
 use xbee_api::chain;
 
 use crate::command::Commands;
-use crate::config::{Config, Options};
+use crate::config::{Command, Config, Options};
 use crate::host::Host;
 
 /// Why `xbed` ends.
@@ -44,6 +45,8 @@ use crate::host::Host;
 enum Fatal {
     #[error(transparent)]
     Config(#[from] config::ConfigError),
+    #[error(transparent)]
+    Broker(#[from] broker::BrokerError),
     #[error(transparent)]
     Backend(#[from] backend::BackendError),
     #[error(transparent)]
@@ -54,18 +57,26 @@ enum Fatal {
     Serve(#[source] std::io::Error),
     #[error("signals cannot be received")]
     Signal(#[source] std::io::Error),
+    #[error("the runtime cannot be started")]
+    Runtime(#[source] std::io::Error),
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    let options = Options::parse();
+fn main() -> ExitCode {
+    let mut options = Options::parse();
     let filter = EnvFilter::try_from_env("XBED_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::env::var_os("NO_COLOR").is_none() && is_terminal())
         .init();
-    match run(options).await {
+    let result = match options.command.take() {
+        // It has a thread of its own and needs no further ones.
+        Some(Command::Broker(options)) => broker::run(options).map_err(Fatal::from),
+        None => tokio::runtime::Runtime::new()
+            .map_err(Fatal::Runtime)
+            .and_then(|runtime| runtime.block_on(run(options))),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Not through the log: a filter must not hide why nothing runs.
