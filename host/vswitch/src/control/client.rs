@@ -11,7 +11,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::timeout;
 
 use super::{LINE_MAX, Request, Response};
-use crate::ether::CardSpec;
+use crate::ether::{CardSpec, UplinkSpec};
 use crate::switch::{DomainSpec, DomainStatus};
 
 /// How long an answer may take. The longest, `remove`, waits 5 s itself.
@@ -197,6 +197,11 @@ impl Client {
     /// Gives a domain a network card. When this returns, the connection can be made.
     pub async fn attach_interface(&mut self, card: CardSpec) -> Result<(), ClientError> {
         self.ask(&Request::AttachInterface(card)).await.map(|_| ())
+    }
+
+    /// Gives a domain's network card an uplink. When this returns, the gateway's connection can be made.
+    pub async fn attach_uplink(&mut self, uplink: UplinkSpec) -> Result<(), ClientError> {
+        self.ask(&Request::AttachUplink(uplink)).await.map(|_| ())
     }
 
     /// Takes a domain's network card away.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use xbee_vswitch::control::{Client, ClientError};
-use xbee_vswitch::ether::CardSpec;
+use xbee_vswitch::ether::{CardSpec, UplinkSpec};
 use xbee_vswitch::switch::{DomainSpec, DomainStatus};
 
 /// Modules the guest needs, in the order they are loaded.
@@ -233,6 +233,11 @@ impl Switch {
     pub fn attach(&mut self, card: CardSpec) -> Result<(), ClientError> {
         let client = self.client.as_mut().unwrap();
         self.runtime.block_on(client.attach_interface(card))
+    }
+
+    pub fn attach_uplink(&mut self, uplink: UplinkSpec) -> Result<(), ClientError> {
+        let client = self.client.as_mut().unwrap();
+        self.runtime.block_on(client.attach_uplink(uplink))
     }
 
     pub fn detach(&mut self, cid: u32, mac: [u8; 6]) -> Result<(), ClientError> {
