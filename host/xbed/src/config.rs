@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 use serde::Deserialize;
 use xbee_engine::Capacity;
+use xbee_hypervisor::qemu::Outbound;
 
 /// Command line of `xbed`.
 #[derive(Debug, Parser)]
@@ -74,6 +75,8 @@ struct QemuFile {
     program: Option<PathBuf>,
     prefix: Option<Prefix>,
     same_owner: Option<SameOwner>,
+    #[serde(default)]
+    outbound: Outbound,
 }
 
 /// Reads `qemu = "PROGRAM"` or `[qemu]`.
@@ -218,6 +221,8 @@ pub struct Config {
     pub firewall: Firewall,
     /// What domains of one owner may do on their network.
     pub same_owner: SameOwner,
+    /// What domains may reach beyond their network (back end `qemu`).
+    pub outbound: Outbound,
 }
 
 /// Virtual CPUs given out for each logical CPU of the host, unless configured: most domains wait most of the time.
@@ -259,8 +264,10 @@ impl Config {
             Backend::Xen => (file.xen.prefix, file.xen.same_owner),
             Backend::Sim => (None, None),
         };
+        let data = options.data.or(file.data).unwrap_or_else(default_data);
         Ok(Config {
-            data: options.data.or(file.data).unwrap_or_else(default_data),
+            // Other processes have other working directories.
+            data: std::path::absolute(&data).unwrap_or(data),
             socket: options
                 .socket
                 .or(file.socket)
@@ -284,6 +291,10 @@ impl Config {
             guests: file.xen.guests.unwrap_or(Guests::Pvh),
             firewall: file.xen.firewall.unwrap_or(Firewall::Required),
             same_owner: same_owner.unwrap_or(SameOwner::Isolated),
+            outbound: match backend {
+                Backend::Qemu => file.qemu.outbound,
+                Backend::Xen | Backend::Sim => Outbound::Off,
+            },
         })
     }
 
@@ -381,6 +392,14 @@ mod tests {
         let old = load("qemu = \"/q\"\n", "qemu").unwrap();
         assert_eq!(old.qemu.as_deref(), Some(Path::new("/q")));
         assert_eq!(place(old), (None, SameOwner::Isolated));
+        let outbound = "[qemu]\noutbound = [\"[::1]:80\", \"2001:db8::/32:*\"]\n";
+        let rules = load(outbound, "qemu").unwrap().outbound;
+        assert!(matches!(rules, Outbound::List(rules) if rules.len() == 2));
+        assert_eq!(load(outbound, "xen").unwrap().outbound, Outbound::Off);
+        assert_eq!(load(both, "qemu").unwrap().outbound, Outbound::Off);
+        let error = load("[qemu]\noutbound = \"all\"\n", "qemu").unwrap_err();
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("neither \"off\" nor \"open\""), "{cause}");
         let error = load("[qemu]\nbridge = \"b\"\n", "qemu").unwrap_err();
         let cause = std::error::Error::source(&error).unwrap().to_string();
         assert!(cause.contains("bridge"), "{cause}");
