@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::net::TcpStream;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::time::Duration;
 
 /// More threads than any domain here may have.
@@ -116,6 +116,12 @@ fn sockets(at: &Targets) {
         "connect-other-vsock",
         unix(&format!("{}/vsock", at.get("other"))),
     );
+    let own = "socket-of-taken-over";
+    let made = UnixListener::bind(own).and_then(|_listener| {
+        unix(own)?;
+        fs::remove_file(own)
+    });
+    say("socket-here", made);
     let name = SocketAddr::from_abstract_name(at.get("abstract"));
     say(
         "connect-abstract",

@@ -32,6 +32,10 @@ pub(crate) fn put_up(plan: &Plan, program: &Path) -> Result<(), Error> {
             .map(|name| (name.into(), AccessFs::ReadFile.into())),
     );
     rules.extend(plan.write.iter().map(|name| (name.into(), write)));
+    if plan.sockets {
+        let change = AccessFs::MakeSock | AccessFs::RemoveFile;
+        rules.push((".".into(), change));
+    }
     let devices = root::DEVICES
         .iter()
         .map(PathBuf::from)

@@ -30,10 +30,6 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_rt_sigqueueinfo,
     libc::SYS_fork,
     libc::SYS_vfork,
-    // New ways out: it is handed the connections that it has.
-    libc::SYS_socket,
-    libc::SYS_connect,
-    libc::SYS_bind,
     // Namespaces and mounts.
     libc::SYS_unshare,
     libc::SYS_setns,
@@ -106,19 +102,22 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_vhangup,
 ];
 
+/// New ways out. It is handed the connections that it has, unless its plan says otherwise.
+const WAYS_OUT: [libc::c_long; 3] = [libc::SYS_socket, libc::SYS_connect, libc::SYS_bind];
+
 /// The bit in a call's number that says x32, another ABI of the same processor (arch/x86/include/uapi/asm/unistd.h).
 const X32_BIT: u32 = 0x4000_0000;
 
 /// Installs the filter. The process has no way back, and so need its threads and what they start.
-pub(crate) fn install() -> Result<(), Error> {
-    let programs = programs().map_err(|error| Error::Filter(error.into()))?;
+pub(crate) fn install(sockets: bool) -> Result<(), Error> {
+    let programs = programs(sockets).map_err(|error| Error::Filter(error.into()))?;
     for program in &programs {
         apply_filter(program).map_err(|error| Error::Filter(error.into()))?;
     }
     Ok(())
 }
 
-fn programs() -> Result<[BpfProgram; 3], seccompiler::BackendError> {
+fn programs(sockets: bool) -> Result<[BpfProgram; 3], seccompiler::BackendError> {
     let arch = TargetArch::x86_64;
     let errno = |errno: i32| SeccompAction::Errno(errno.unsigned_abs());
     let filter = |rules, action| -> Result<BpfProgram, seccompiler::BackendError> {
@@ -126,6 +125,9 @@ fn programs() -> Result<[BpfProgram; 3], seccompiler::BackendError> {
     };
     let mut refused: BTreeMap<i64, Vec<SeccompRule>> =
         REFUSED.iter().map(|call| (*call, vec![])).collect();
+    if !sockets {
+        refused.extend(WAYS_OUT.map(|call| (call, vec![])));
+    }
     let mut refuse_if = |call: libc::c_long, condition| -> Result<(), seccompiler::BackendError> {
         let rules = refused.entry(call).or_default();
         rules.push(SeccompRule::new(vec![condition?])?);
@@ -137,6 +139,13 @@ fn programs() -> Result<[BpfProgram; 3], seccompiler::BackendError> {
         libc::SYS_clone,
         SeccompCondition::new(0, Len::Qword, Op::MaskedEq(thread), 0),
     )?;
+    if sockets {
+        let unix = libc::AF_UNIX.unsigned_abs().into();
+        refuse_if(
+            libc::SYS_socket,
+            SeccompCondition::new(0, Len::Dword, Op::Ne, unix),
+        )?;
+    }
     // A thread's signal goes to this process only: that is how virtual CPUs are interrupted.
     let own = rustix::process::getpid().as_raw_nonzero().get();
     for call in [libc::SYS_tgkill, libc::SYS_rt_tgsigqueueinfo] {

@@ -96,5 +96,5 @@ fn confine(plan: &Plan, program: &Path) -> Result<(), Error> {
     if plan.parts.landlock {
         fence::put_up(plan, program)?;
     }
-    filter::install()
+    filter::install(plan.sockets)
 }

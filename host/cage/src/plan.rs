@@ -60,6 +60,10 @@ pub struct Plan {
     pub read: Vec<String>,
     /// Names in the working directory of what it may read and write.
     pub write: Vec<String>,
+    /// It makes, reaches and removes unix sockets in its working directory and below, which else it only enters. It makes
+    /// connections of no other kind.
+    #[serde(default)]
+    pub sockets: bool,
     /// Descriptors of files that it opens again under `/proc/self/fd`.
     pub reopen: Vec<RawFd>,
     /// Devices that it may use.

@@ -96,6 +96,9 @@ pub(crate) fn change(plan: &Plan, program: &Path) -> Result<(), Error> {
     for name in &plan.write {
         sources.push(open(directory.join(name), Kind::Write)?);
     }
+    if plan.sockets {
+        sources.push(open(directory.clone(), Kind::Write)?);
+    }
     for device in DEVICES
         .iter()
         .map(Path::new)

@@ -230,6 +230,28 @@ fn each_kind_of_cage_shuts_all_doors() {
 }
 
 #[test]
+fn one_with_sockets_has_those_in_its_directory_and_no_more() {
+    if !is_root() {
+        return;
+    }
+    let found = Cage::find(&built("cage")).unwrap().report;
+    if found.parts.namespaces != Namespaces::Own || !found.parts.landlock {
+        println!("skipped: this host has no namespaces or no landlock");
+        return;
+    }
+    // Root's, and so is all that it could want.
+    let prey = Prey::new(0);
+    let with_sockets = Plan {
+        sockets: true,
+        read: vec![],
+        write: vec![],
+        ..plan(Namespaces::Own, true, None)
+    };
+    let doors = prey.try_doors(Some(&with_sockets), 0);
+    assert_eq!(open(&doors), ["socket-here", "threads"]);
+}
+
+#[test]
 fn each_fence_stands_alone() {
     if !is_root() {
         return;

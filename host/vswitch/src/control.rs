@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ether::CardSpec;
+use crate::ether::{CardSpec, UplinkSpec};
 use crate::switch::{DomainSpec, DomainStatus};
 
 mod client;
@@ -37,6 +37,8 @@ pub enum Request {
         /// The card's hardware address.
         mac: [u8; 6],
     },
+    /// Gives a domain's network card an uplink. Answered when the gateway's connection can be made.
+    AttachUplink(UplinkSpec),
     /// Shows all domains.
     List,
     /// Says the switch's version.

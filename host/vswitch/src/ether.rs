@@ -7,21 +7,29 @@
 //!
 //! One thread serves all cards, a few frames of each in turn. What a guest does not take in time waits
 //! in a bounded queue of its own ([`queue`]), from which those who send most lose first.
+//!
+//! A card may have an uplink: what its guest sends to its router goes there, a packet a message, and what comes back
+//! goes to the guest. The switch says of such a card's network that it has a router. Who is at the other end says what
+//! may be reached; here it is seen to that nothing goes there that is for the guests' own network, and that nothing comes from
+//! there in the name of anybody in it.
 
 use std::collections::HashMap;
 use std::io;
 use std::net::Ipv6Addr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
+use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventFlags};
-use rustix::net::{RecvFlags, SendFlags, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 
-use crate::socket::{self, SocketError};
+use crate::socket::SocketError;
 use frame::{Identity, Verdict};
-use queue::Queue;
+use line::Line;
+
+mod line;
 
 pub mod frame;
 pub mod neighbour;
@@ -32,6 +40,11 @@ pub const CARDS_MAX: usize = 8;
 
 /// Frames taken from a card before it is another's turn; each copy to a further guest counts, too.
 const TURN_FRAMES: usize = 32;
+
+/// How long a guest may believe that it has a router, in seconds; for those that no agent told.
+const ROUTER_LIFETIME_S: u16 = 1800;
+/// How often it is told again: two of these may get lost.
+const ROUTER_PERIOD: Duration = Duration::from_secs(600);
 
 /// A card, as `attach-interface` gets it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +62,17 @@ pub struct CardSpec {
     pub peers: bool,
 }
 
+/// A card's uplink, as `attach-uplink` gets it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UplinkSpec {
+    /// The guest's context identifier.
+    pub cid: u32,
+    /// The card's hardware address.
+    pub mac: [u8; 6],
+    /// Where the gateway's connection is made. One is taken, then the name is removed.
+    pub socket: PathBuf,
+}
+
 /// A card as `list` shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CardStatus {
@@ -64,6 +88,15 @@ pub struct CardStatus {
     pub denied: u64,
     /// Frames for it that it did not take in time.
     pub dropped: u64,
+    /// It has an uplink that is connected.
+    #[serde(default)]
+    pub uplink: bool,
+    /// Packets that it sent and its uplink did not take in time.
+    #[serde(default)]
+    pub uplink_dropped: u64,
+    /// Packets that its uplink sent and may not.
+    #[serde(default)]
+    pub uplink_denied: u64,
 }
 
 /// Why a card could not be attached.
@@ -94,6 +127,14 @@ pub enum EtherError {
     /// The limit is reached.
     #[error("the domain has {CARDS_MAX} network cards already")]
     TooManyCards,
+    /// No such card.
+    #[error("the domain with CID {cid} has no network card {}", mac_text(.mac))]
+    UnknownCard {
+        /// The hardware address.
+        mac: [u8; 6],
+        /// The domain.
+        cid: u32,
+    },
     /// The socket could not be made.
     #[error(transparent)]
     Socket(#[from] SocketError),
@@ -111,6 +152,7 @@ impl EtherError {
             Self::MacInUse { .. } => "mac-in-use",
             Self::AddressInUse { .. } => "address-in-use",
             Self::TooManyCards => "too-many-cards",
+            Self::UnknownCard { .. } => "unknown-card",
             Self::Socket(e) => e.code(),
             Self::Resources(_) => "no-resources",
         }
@@ -127,13 +169,14 @@ struct Card {
     spec: CardSpec,
     owner: String,
     identity: Identity,
-    /// The listening socket, then QEMU's connection.
-    socket: OwnedFd,
-    connected: bool,
-    queue: Queue,
+    /// To QEMU.
+    line: Line,
+    /// To the gateway.
+    uplink: Option<Line>,
     frames_in: u64,
     frames_out: u64,
     denied: u64,
+    uplink_denied: u64,
 }
 
 impl Card {
@@ -153,17 +196,36 @@ impl Card {
             frames_in: self.frames_in,
             frames_out: self.frames_out,
             denied: self.denied,
-            dropped: self.queue.dropped(),
+            dropped: self.line.dropped(),
+            uplink: self.has_uplink(),
+            uplink_dropped: self.uplink.as_ref().map_or(0, Line::dropped),
+            uplink_denied: self.uplink_denied,
         }
+    }
+
+    fn has_uplink(&self) -> bool {
+        self.uplink.as_ref().is_some_and(Line::is_connected)
+    }
+
+    /// What its network is at the moment.
+    fn advertisement(&self) -> Vec<u8> {
+        let lifetime_s = if self.uplink.is_some() {
+            ROUTER_LIFETIME_S
+        } else {
+            0
+        };
+        neighbour::router_advertisement(&self.identity, lifetime_s)
     }
 }
 
-/// Cards by number; no number is used twice.
+/// Cards by number; no number is used twice, for an uplink neither.
 #[derive(Debug, Default)]
 struct Table {
     cards: HashMap<u64, Card>,
     by_mac: HashMap<[u8; 6], u64>,
     by_address: HashMap<Ipv6Addr, u64>,
+    /// Cards by the numbers of their uplinks.
+    by_uplink: HashMap<u64, u64>,
     next: u64,
 }
 
@@ -221,12 +283,8 @@ impl Ether {
         if table.of_domain(spec.cid).count() >= CARDS_MAX {
             return Err(EtherError::TooManyCards);
         }
-        let listener = socket::listen_as(SocketType::SEQPACKET, &spec.socket, None)?;
         let number = table.next;
-        if let Err(e) = watch(&epoll, &listener, number) {
-            socket::unlink(&spec.socket);
-            return Err(EtherError::Resources(e));
-        }
+        let line = Line::listen(&epoll, spec.socket.clone(), number)?;
         table.next += 1;
         table.by_mac.insert(spec.mac, number);
         for address in identity.addresses() {
@@ -236,14 +294,35 @@ impl Ether {
             spec,
             owner: owner.to_owned(),
             identity,
-            socket: listener,
-            connected: false,
-            queue: Queue::default(),
+            line,
+            uplink: None,
             frames_in: 0,
             frames_out: 0,
             denied: 0,
+            uplink_denied: 0,
         };
         table.cards.insert(number, card);
+        Ok(())
+    }
+
+    /// Gives a guest's card an uplink, in the place of one that it has. When this returns, the connection can be made.
+    pub fn attach_uplink(self: &Arc<Self>, spec: UplinkSpec) -> Result<(), EtherError> {
+        let UplinkSpec { cid, mac, socket } = spec;
+        let mut table = self.table();
+        let epoll = self.start()?;
+        let number = table.by_mac.get(&mac).copied();
+        let card = number.and_then(|number| table.cards.get(&number));
+        let (Some(number), true) = (number, card.is_some_and(|card| card.spec.cid == cid)) else {
+            return Err(EtherError::UnknownCard { mac, cid });
+        };
+        table.remove_uplink(number);
+        let token = table.next;
+        let line = Line::listen(&epoll, socket, token)?;
+        table.next += 1;
+        table.by_uplink.insert(token, number);
+        if let Some(card) = table.cards.get_mut(&number) {
+            card.uplink = Some(line);
+        }
         Ok(())
     }
 
@@ -291,10 +370,16 @@ impl Ether {
     fn serve(&self, epoll: &OwnedFd) {
         let mut buffer = vec![0; frame::MAX_BYTES];
         let mut events = Vec::with_capacity(64);
+        let mut advertised = Instant::now();
         loop {
             events.clear();
             let room = rustix::buffer::spare_capacity(&mut events);
-            match epoll::wait(epoll, room, None) {
+            let left = ROUTER_PERIOD.saturating_sub(advertised.elapsed());
+            let timeout = Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: left.subsec_nanos().into(),
+            };
+            match epoll::wait(epoll, room, Some(&timeout)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(e) => {
                     tracing::error!(error = %e, "network cards are served no more");
@@ -306,13 +391,12 @@ impl Ether {
                 let mut table = self.table();
                 table.turn(epoll, event.data.u64(), event.flags, &mut buffer);
             }
+            if advertised.elapsed() >= ROUTER_PERIOD {
+                advertised = Instant::now();
+                self.table().advertise(epoll);
+            }
         }
     }
-}
-
-fn watch(epoll: &OwnedFd, socket: &impl AsFd, number: u64) -> io::Result<()> {
-    let data = epoll::EventData::new_u64(number);
-    Ok(epoll::add(epoll, socket, data, EventFlags::IN)?)
 }
 
 impl Table {
@@ -334,45 +418,138 @@ impl Table {
         }
     }
 
-    /// Closing the socket takes it out of what is watched, and tells QEMU.
+    /// QEMU and the gateway are told by the ends of their connections.
     fn remove(&mut self, number: u64) {
+        self.remove_uplink(number);
         let Some(card) = self.cards.remove(&number) else {
             return;
         };
-        if !card.connected {
-            socket::unlink(&card.spec.socket);
-        }
         self.by_mac.remove(&card.spec.mac);
         for address in card.identity.addresses() {
             self.by_address.remove(&address);
         }
         for other in self.cards.values_mut() {
-            other.queue.forget(number);
+            other.line.queue().forget(number);
         }
     }
 
-    /// A card's turn. One whose QEMU has gone is removed.
-    fn turn(&mut self, epoll: &OwnedFd, number: u64, events: EventFlags, buffer: &mut [u8]) {
+    fn remove_uplink(&mut self, number: u64) {
+        if let Some(card) = self.cards.get_mut(&number)
+            && let Some(uplink) = card.uplink.take()
+        {
+            card.line.queue().forget(uplink.token());
+            self.by_uplink.remove(&uplink.token());
+        }
+    }
+
+    /// A card's turn, or that of an uplink. One whose QEMU has gone is removed.
+    fn turn(&mut self, epoll: &OwnedFd, token: u64, events: EventFlags, buffer: &mut [u8]) {
+        if let Some(number) = self.by_uplink.get(&token) {
+            self.turn_of_uplink(epoll, *number, events, buffer);
+            return;
+        }
         // It may have been removed since the event.
-        let Some(card) = self.cards.get_mut(&number) else {
+        let Some(card) = self.cards.get_mut(&token) else {
             return;
         };
-        if !card.connected {
-            if let Err(e) = accept(epoll, number, card) {
+        if !card.line.is_connected() {
+            if let Err(e) = card.line.accept(epoll) {
                 tracing::warn!(cid = card.spec.cid, error = %e, "network card without connection");
             }
             return;
         }
         if events.contains(EventFlags::OUT) {
-            self.give(epoll, number);
+            card.frames_out += card.line.give(epoll);
+            if card.line.queue().is_empty()
+                && let Some(uplink) = &mut card.uplink
+            {
+                uplink.pause(epoll, false);
+            }
         }
         if events.intersects(EventFlags::IN | EventFlags::HUP | EventFlags::ERR)
-            && let Err(e) = self.take(epoll, number, buffer)
+            && let Err(e) = self.take(epoll, token, buffer)
         {
-            if let Some(card) = self.cards.get(&number) {
+            if let Some(card) = self.cards.get(&token) {
                 tracing::info!(cid = card.spec.cid, reason = %e, "network card is gone");
             }
-            self.remove(number);
+            self.remove(token);
+        }
+    }
+
+    /// An uplink's turn. One whose gateway has gone is removed; the guest is told that it has no router any more.
+    fn turn_of_uplink(
+        &mut self,
+        epoll: &OwnedFd,
+        number: u64,
+        events: EventFlags,
+        buffer: &mut [u8],
+    ) {
+        let Some(card) = self.cards.get_mut(&number) else {
+            return;
+        };
+        let Some(uplink) = &mut card.uplink else {
+            return;
+        };
+        if !uplink.is_connected() {
+            if let Err(e) = uplink.accept(epoll) {
+                tracing::warn!(cid = card.spec.cid, error = %e, "uplink without connection");
+            }
+            return;
+        }
+        if events.contains(EventFlags::OUT) {
+            uplink.give(epoll);
+        }
+        if !events.intersects(EventFlags::IN | EventFlags::HUP | EventFlags::ERR) {
+            return;
+        }
+        let token = uplink.token();
+        for _ in 0..TURN_FRAMES {
+            let Some(uplink) = &mut card.uplink else {
+                return;
+            };
+            let len = match uplink.receive(buffer) {
+                Ok(Some(len)) => len,
+                Ok(None) => return,
+                Err(e) => {
+                    tracing::info!(cid = card.spec.cid, reason = %e, "uplink is gone");
+                    self.remove_uplink(number);
+                    self.advertise_to(epoll, number);
+                    return;
+                }
+            };
+            let entering = buffer
+                .get(..len)
+                .and_then(|packet| frame::entering(packet, &card.identity));
+            let Some(frame) = entering else {
+                card.uplink_denied += 1;
+                continue;
+            };
+            if !card.line.is_connected() {
+                continue;
+            }
+            if card.line.send(epoll, token, &frame) {
+                card.frames_out += 1;
+            } else {
+                // The gateway waits, and nothing of its gets lost.
+                uplink.pause(epoll, true);
+                return;
+            }
+        }
+    }
+
+    /// Says to all guests that have one that they have a router.
+    fn advertise(&mut self, epoll: &OwnedFd) {
+        let with_uplink = self.cards.iter().filter(|(_, card)| card.uplink.is_some());
+        let numbers: Vec<u64> = with_uplink.map(|(number, _)| *number).collect();
+        for number in numbers {
+            self.advertise_to(epoll, number);
+        }
+    }
+
+    fn advertise_to(&mut self, epoll: &OwnedFd, number: u64) {
+        if let Some(card) = self.cards.get(&number) {
+            let frame = card.advertisement();
+            self.send(epoll, number, number, &frame);
         }
     }
 
@@ -383,13 +560,8 @@ impl Table {
             let Some(card) = self.cards.get_mut(&number) else {
                 return Ok(());
             };
-            let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
-            let len = match rustix::net::recv(&card.socket, &mut *buffer, flags) {
-                Ok((_, 0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok((_, len)) => len,
-                Err(rustix::io::Errno::AGAIN) => return Ok(()),
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(e) => return Err(e.into()),
+            let Some(len) = card.line.receive(buffer)? else {
+                return Ok(());
             };
             left -= 1;
             let Some(frame) = buffer.get(..len) else {
@@ -401,11 +573,20 @@ impl Table {
                 Verdict::Quiet => card.frames_in += 1,
                 Verdict::RouterSolicitation => {
                     card.frames_in += 1;
-                    let answer = neighbour::router_advertisement(&card.identity);
-                    self.send(epoll, number, number, &answer);
+                    self.advertise_to(epoll, number);
                 }
                 Verdict::NeighbourSolicitation { target, from } => {
                     self.answer_for(epoll, number, target, from);
+                }
+                Verdict::Unicast { to, frame } if to == neighbour::ROUTER_MAC => {
+                    let leaving = frame::leaving(frame, &card.identity);
+                    let uplink = card.uplink.as_mut().filter(|uplink| uplink.is_connected());
+                    if let (Some(packet), Some(uplink)) = (leaving, uplink) {
+                        card.frames_in += 1;
+                        uplink.send(epoll, number, packet);
+                    } else {
+                        card.denied += 1;
+                    }
                 }
                 Verdict::Unicast { to, frame } => {
                     let other = self.by_mac.get(&to).copied();
@@ -477,71 +658,8 @@ impl Table {
         let Some(card) = self.cards.get_mut(&to) else {
             return;
         };
-        if !card.connected {
-            return;
-        }
-        if card.queue.is_empty() && write(&card.socket, frame) {
-            card.frames_out += 1;
-            return;
-        }
-        let was_empty = card.queue.is_empty();
-        card.queue.push(from, frame);
-        if was_empty {
-            want_to_write(epoll, to, card, true);
-        }
-    }
-
-    /// Gives a card what has waited for it.
-    fn give(&mut self, epoll: &OwnedFd, number: u64) {
-        let Some(card) = self.cards.get_mut(&number) else {
-            return;
-        };
-        for _ in 0..TURN_FRAMES {
-            let Some(frame) = card.queue.first() else {
-                break;
-            };
-            if !write(&card.socket, frame) {
-                return;
-            }
-            card.queue.pop();
+        if card.line.is_connected() && card.line.send(epoll, from, frame) {
             card.frames_out += 1;
         }
-        if card.queue.is_empty() {
-            want_to_write(epoll, number, card, false);
-        }
     }
-}
-
-/// Whether the frame is done with: taken, or nobody is there any more, which the next read says.
-fn write(socket: &OwnedFd, frame: &[u8]) -> bool {
-    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-    let written = rustix::io::retry_on_intr(|| rustix::net::send(socket, frame, flags));
-    !matches!(
-        written,
-        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::NOBUFS)
-    )
-}
-
-fn want_to_write(epoll: &OwnedFd, number: u64, card: &Card, wanted: bool) {
-    let mut flags = EventFlags::IN;
-    flags.set(EventFlags::OUT, wanted);
-    let data = epoll::EventData::new_u64(number);
-    if let Err(e) = epoll::modify(epoll, &card.socket, data, flags) {
-        tracing::error!(cid = card.spec.cid, error = %e, "a network card is not watched as it should be");
-    }
-}
-
-/// Takes the one connection that a card has.
-fn accept(epoll: &OwnedFd, number: u64, card: &mut Card) -> io::Result<()> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let connection = match rustix::net::accept_with(&card.socket, flags) {
-        Ok(connection) => connection,
-        Err(rustix::io::Errno::AGAIN) => return Ok(()),
-        Err(e) => return Err(e.into()),
-    };
-    watch(epoll, &connection, number)?;
-    card.socket = connection;
-    card.connected = true;
-    socket::unlink(&card.spec.socket);
-    Ok(())
 }

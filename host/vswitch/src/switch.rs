@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ether::{CardSpec, CardStatus, Ether, EtherError};
+use crate::ether::{CardSpec, CardStatus, Ether, EtherError, UplinkSpec};
 use crate::port::{Port, PortError};
 use crate::socket::{self, SocketError};
 
@@ -319,6 +319,11 @@ impl Switch {
             .get(&card.cid)
             .ok_or(SwitchError::UnknownCid(card.cid))?;
         Ok(self.ether.attach(card, &domain.spec.owner)?)
+    }
+
+    /// Gives a domain's network card an uplink.
+    pub fn attach_uplink(&self, uplink: UplinkSpec) -> Result<(), SwitchError> {
+        Ok(self.ether.attach_uplink(uplink)?)
     }
 
     /// Takes a domain's network card away. One that is not there is fine.

@@ -64,6 +64,7 @@ pub async fn open(config: &Config) -> Result<Arc<dyn Hypervisor>, BackendError> 
         Backend::Qemu => {
             let mut qemu = QemuConfig::new(config.domains());
             qemu.program.clone_from(&config.qemu);
+            qemu.outbound.clone_from(&config.outbound);
             qemu.kvm_probe_kernel = ImageStore::new(config.images.clone()).kernel();
             Arc::new(QemuHypervisor::new(qemu).await?)
         }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 use xbee_engine::{Capacity, Policy, Quota};
+use xbee_hypervisor::qemu::Outbound;
 
 use crate::broker::BrokerOptions;
 
@@ -132,6 +133,8 @@ struct QemuFile {
     program: Option<PathBuf>,
     prefix: Option<Prefix>,
     same_owner: Option<SameOwner>,
+    #[serde(default)]
+    outbound: Outbound,
 }
 
 /// Reads `qemu = "PROGRAM"` or `[qemu]`.
@@ -287,6 +290,8 @@ pub struct Config {
     pub firewall: Firewall,
     /// What domains of one owner may do on their network.
     pub same_owner: SameOwner,
+    /// What domains may reach beyond their network (back end `qemu`).
+    pub outbound: Outbound,
 }
 
 /// Virtual CPUs given out for each logical CPU of the host, unless configured: most domains wait most of the time.
@@ -347,6 +352,7 @@ impl Config {
             })?;
             quotas.insert(uid, of_user.quota(quota));
         }
+        let data = options.data.or(file.data).unwrap_or_else(default_data);
         let usual = Policy::default();
         let policy = Policy {
             quota,
@@ -364,7 +370,8 @@ impl Config {
             retries_max: file.queue.retries_max.unwrap_or(10),
             retry_delay: Duration::from_secs(file.queue.retry_delay_s.unwrap_or(10)),
             disk_mib: file.disk_mib,
-            data: options.data.or(file.data).unwrap_or_else(default_data),
+            // Other processes have other working directories.
+            data: std::path::absolute(&data).unwrap_or(data),
             socket: options
                 .socket
                 .or(file.socket)
@@ -388,6 +395,10 @@ impl Config {
             guests: file.xen.guests.unwrap_or(Guests::Pvh),
             firewall: file.xen.firewall.unwrap_or(Firewall::Required),
             same_owner: same_owner.unwrap_or(SameOwner::Isolated),
+            outbound: match backend {
+                Backend::Qemu => file.qemu.outbound,
+                Backend::Xen | Backend::Sim => Outbound::Off,
+            },
         })
     }
 
@@ -493,6 +504,14 @@ mod tests {
         let old = load("qemu = \"/q\"\n", "qemu").unwrap();
         assert_eq!(old.qemu.as_deref(), Some(Path::new("/q")));
         assert_eq!(place(old), (None, SameOwner::Isolated));
+        let outbound = "[qemu]\noutbound = [\"[::1]:80\", \"2001:db8::/32:*\"]\n";
+        let rules = load(outbound, "qemu").unwrap().outbound;
+        assert!(matches!(rules, Outbound::List(rules) if rules.len() == 2));
+        assert_eq!(load(outbound, "xen").unwrap().outbound, Outbound::Off);
+        assert_eq!(load(both, "qemu").unwrap().outbound, Outbound::Off);
+        let error = load("[qemu]\noutbound = \"all\"\n", "qemu").unwrap_err();
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("neither \"off\" nor \"open\""), "{cause}");
         let error = load("[qemu]\nbridge = \"b\"\n", "qemu").unwrap_err();
         let cause = std::error::Error::source(&error).unwrap().to_string();
         assert!(cause.contains("bridge"), "{cause}");

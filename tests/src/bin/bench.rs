@@ -41,6 +41,7 @@ fn main() {
     drop(xbed);
     scale(&mut report);
     queue(&mut report);
+    streams(&mut report);
     let path = root().join("bench/results.md");
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     let old = fs::read_to_string(&path).unwrap_or_default();
@@ -50,6 +51,26 @@ fn main() {
     fs::write(&path, &report).unwrap();
     print!("{report}");
     eprintln!("written to {}", path.display());
+}
+
+/// vsock streams of a guest, beside those of another program and what the host does without either.
+fn streams(report: &mut String) {
+    let script = root().join("ci/vsock-figures");
+    let output = Command::new(script)
+        .stderr(Stdio::inherit())
+        .output()
+        .expect("ci/vsock-figures");
+    writeln!(report, "\n## Streams over vsock\n").unwrap();
+    if !output.status.success() {
+        writeln!(report, "Not measured: ci/vsock-figures failed.").unwrap();
+        return;
+    }
+    writeln!(
+        report,
+        "| by | out of the guest, MiB/s | into the guest, MiB/s | round trip, µs |\n|---|---|---|---|"
+    )
+    .unwrap();
+    report.push_str(&String::from_utf8_lossy(&output.stdout));
 }
 
 fn machine(xbed: &Xbed) -> String {

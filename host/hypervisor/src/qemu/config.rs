@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use xbee_gateway::rules::Outbound;
+
 use crate::error::Error;
 
 /// What executes guests.
@@ -30,6 +32,10 @@ pub struct QemuConfig {
     pub vswitch_program: Option<PathBuf>,
     /// What puts QEMU into its cage; `None`: `cage` in the directory of the running program.
     pub cage_program: Option<PathBuf>,
+    /// What a guest's way out is served by; `None`: `gateway` in the directory of the running program.
+    pub gateway_program: Option<PathBuf>,
+    /// What guests with a network may reach beyond it. It holds for interfaces from their start on.
+    pub outbound: Outbound,
     /// What executes guests.
     pub accelerator: Accelerator,
     /// With root's rights, a domain's process runs as user and group `uid_base + cid`. The range
@@ -56,6 +62,8 @@ impl QemuConfig {
             program: None,
             vswitch_program: None,
             cage_program: None,
+            gateway_program: None,
+            outbound: Outbound::Off,
             accelerator: Accelerator::Auto,
             uid_base: 200_000,
             console_max_bytes: 4 << 20,

@@ -11,11 +11,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
-use super::card;
 use super::command::{self, PLUG_BUS, base_set, overlay_set};
+use super::config::QemuConfig;
 use super::domain::Domain;
 use super::qmp::{Qmp, QmpError};
 use super::switch::Switch;
+use super::{card, gateway};
 use crate::domain::{Disk, DomainState, Hardware, Interface};
 use crate::error::Error;
 use crate::spec;
@@ -152,15 +153,18 @@ impl Domain {
         blocking(move || dir.remove_overlay(index)).await
     }
 
-    /// Has the switch serve a card, and connects to it for QEMU.
+    /// Has the switch serve a card, and connects to it for QEMU. Also starts what serves its guest's way out.
     pub(crate) async fn connect_card(
         &self,
         interface: &Interface,
         switch: &Switch,
+        config: &QemuConfig,
     ) -> Result<OwnedFd, Error> {
         let socket = self.dir.card_socket(interface.mac);
         let card = card::spec(self.spec.cid, &socket, interface);
         switch.attach(self.spec.id, card).await?;
+        let uplink = self.dir.uplink_socket(interface.mac);
+        gateway::start(config, &self.spec, interface, &uplink, switch).await?;
         card::connect(&socket).map_err(Error::io("connect to", socket))
     }
 
@@ -169,6 +173,7 @@ impl Domain {
         self: &Arc<Self>,
         interface: Interface,
         switch: &Switch,
+        config: &QemuConfig,
     ) -> Result<(), Error> {
         let qmp = self.control("attach an interface to")?;
         let hardware = self.hardware();
@@ -180,9 +185,10 @@ impl Domain {
         self.kept
             .change_hardware(move |hardware| hardware.interfaces.push(interface))
             .await?;
-        let connection = match self.connect_card(&interface, switch).await {
+        let connection = match self.connect_card(&interface, switch, config).await {
             Ok(connection) => connection,
             Err(error) => {
+                switch.detach(self.spec.id, self.spec.cid, mac).await?;
                 self.drop_interface(&qmp, mac).await?;
                 return Err(error);
             }

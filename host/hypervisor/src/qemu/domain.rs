@@ -131,9 +131,9 @@ impl Domain {
             // QEMU is handed the connection.
             uid: None,
         };
-        switch.add(self.spec.id, port).await?;
+        switch.add(self.spec.id, port, &host.cage).await?;
         let card = match &self.spec.interface {
-            Some(interface) => Some(self.connect_card(interface, switch).await?),
+            Some(interface) => Some(self.connect_card(interface, switch, config).await?),
             None => None,
         };
         let (process, logs) = {

@@ -147,6 +147,11 @@ impl RunDir {
         self.path(&card::id(mac))
     }
 
+    /// Where the connection is made that becomes a network card's way out.
+    pub(crate) fn uplink_socket(&self, mac: [u8; 6]) -> PathBuf {
+        self.path(&format!("{}-up", card::id(mac)))
+    }
+
     /// Where the vsock switch delivers connections to the agent's port.
     pub(crate) fn agent_socket(&self) -> PathBuf {
         self.path(&format!("{VSOCK}_{AGENT_VSOCK_PORT}"))

@@ -10,6 +10,7 @@ mod config;
 mod devices;
 mod domain;
 mod files;
+mod gateway;
 mod host;
 mod process;
 mod qmp;
@@ -29,8 +30,10 @@ use xbee_protocol::{AGENT_VSOCK_PORT, Transport};
 
 pub use config::{Accelerator, QemuConfig};
 use domain::Domain;
+pub use gateway::router;
 use host::Host;
 use switch::Switch;
+pub use xbee_gateway::rules::Outbound;
 
 use crate::domain::{
     AgentStream, Disk, DomainEvent, DomainId, DomainInfo, DomainSpec, DomainState, DomainStats,
@@ -299,7 +302,9 @@ impl Hypervisor for QemuHypervisor {
         let domain = self.domain(id)?;
         self.complete(|inner| async move {
             let _operation = domain.operation.lock().await;
-            domain.attach_interface(interface, &inner.switch).await
+            domain
+                .attach_interface(interface, &inner.switch, &inner.config)
+                .await
         })
         .await
     }

@@ -7,19 +7,26 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tokio::process::Command;
 use tokio::sync::Mutex;
+use xbee_cage::{Cage, Plan};
 use xbee_vswitch::control::{Client, ClientError};
-use xbee_vswitch::ether::CardSpec;
+use xbee_vswitch::ether::{CardSpec, UplinkSpec};
 use xbee_vswitch::switch::DomainSpec as Port;
 
 use crate::domain::DomainId;
 use crate::error::Error;
 
 const CONTROL_SOCKET: &str = "vswitch.sock";
+/// Held by the switch as long as it runs.
+const LOCK: &str = "vswitch.sock.lock";
 const LOG: &str = "vswitch.log";
 
 /// The log is begun anew when the switch is started and it is longer than this, in bytes.
 const LOG_MAX_BYTES: u64 = 1 << 20;
+
+/// Most open files: a dozen for each domain and one for each of its connections; the host's own limit is most often lower.
+const OPEN_FILES_MAX: u64 = 1 << 20;
 
 /// How long the switch may take to answer that it stops.
 const STOP_LIMIT: Duration = Duration::from_secs(1);
@@ -36,6 +43,7 @@ pub(crate) struct Switch {
 /// Of a domain's network cards.
 enum Change {
     Attach(CardSpec),
+    Uplink(UplinkSpec),
     Detach { cid: u32, mac: [u8; 6] },
 }
 
@@ -43,6 +51,7 @@ impl Change {
     async fn ask(&self, client: &mut Client) -> Result<(), ClientError> {
         match self {
             Self::Attach(card) => client.attach_interface(card.clone()).await,
+            Self::Uplink(uplink) => client.attach_uplink(uplink.clone()).await,
             Self::Detach { cid, mac } => client.detach_interface(*cid, *mac).await,
         }
     }
@@ -58,12 +67,12 @@ impl Switch {
         }
     }
 
-    /// Adds a domain. When this returns, QEMU can connect.
-    pub(crate) async fn add(&self, id: DomainId, port: Port) -> Result<(), Error> {
+    /// Adds a domain. When this returns, QEMU can connect. `cage`: what the switch is started in where it does not run.
+    pub(crate) async fn add(&self, id: DomainId, port: Port, cage: &Cage) -> Result<(), Error> {
         let mut slot = self.client.lock().await;
         let client = match slot.take() {
             Some(client) => client,
-            None => self.spawn().await?,
+            None => self.spawn(cage).await?,
         };
         let client = slot.insert(client);
         let mut added = client.add(port.clone()).await;
@@ -79,7 +88,7 @@ impl Switch {
             // The switch was restarted since; whatever it served is gone.
             Err(_) => {
                 *slot = None;
-                added = slot.insert(self.spawn().await?).add(port).await;
+                added = slot.insert(self.spawn(cage).await?).add(port).await;
             }
         }
         if !matches!(added, Ok(()) | Err(ClientError::Refused { .. })) {
@@ -131,6 +140,16 @@ impl Switch {
             .await
     }
 
+    /// Gives a network card an uplink. When this returns, the connection can be made.
+    pub(crate) async fn attach_uplink(
+        &self,
+        id: DomainId,
+        uplink: UplinkSpec,
+    ) -> Result<(), Error> {
+        self.change(id, "given a way out by", &Change::Uplink(uplink))
+            .await
+    }
+
     /// Takes a network card from a domain; one that is not there is fine.
     pub(crate) async fn detach(&self, id: DomainId, cid: u32, mac: [u8; 6]) -> Result<(), Error> {
         self.change(id, "taken an interface of", &Change::Detach { cid, mac })
@@ -165,7 +184,7 @@ impl Switch {
         answer.map_err(failed)
     }
 
-    async fn spawn(&self) -> Result<Client, Error> {
+    async fn spawn(&self, cage: &Cage) -> Result<Client, Error> {
         if !self.program.is_file() {
             return Err(Error::HypervisorMissing {
                 program: self.program.display().to_string(),
@@ -183,11 +202,32 @@ impl Switch {
             io::Result::Ok(())
         };
         log().map_err(Error::io("write", &self.log))?;
-        Client::spawn(&self.program, &self.control, &self.log)
+        // All its sockets are below.
+        let directory = self.control.parent().unwrap_or(&self.control);
+        let lock = directory.join(LOCK);
+        // In its cage it makes sockets, and no files.
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(&lock)
+            .map_err(Error::io("write", lock))?;
+        let broken = |error: &dyn std::error::Error| Error::HypervisorBroken {
+            detail: crate::error::chain(error),
+        };
+        let plan = Plan {
+            parts: cage.report.parts,
+            sockets: true,
+            write: vec![LOCK.to_owned()],
+            open_files_max: OPEN_FILES_MAX,
+            ..Plan::default()
+        };
+        let plan = serde_json::to_string(&plan).map_err(|error| broken(&error))?;
+        let mut command = Command::new(&cage.program);
+        command.arg(plan).arg(&self.program);
+        command.current_dir(directory);
+        Client::spawn_by(command, &self.control, &self.log)
             .await
-            .map_err(|source| Error::HypervisorBroken {
-                detail: crate::error::chain(&source),
-            })
+            .map_err(|error| broken(&error))
     }
 
     /// Ends the switch, for when no domain is left. Blocks until it answers, a second at most.

@@ -1,12 +1,15 @@
 //! The network between guests of QEMU: real guests, whose agent sets up what the host has chosen. What frames may
 //! pass is tried frame by frame in the tests of `xbee-vswitch`.
 
-use std::time::Instant;
+use std::io::Write;
+use std::net::{Ipv6Addr, TcpListener};
+use std::time::{Duration, Instant};
 
 use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 use xbee_agent::protocol::{BootConfig, ExitStatus, GENERATION, Network, StartMode};
 use xbee_agent::{Agent, Event, ExecSpec, Resume};
+use xbee_hypervisor::qemu;
 use xbee_hypervisor::{DomainSpec, Hypervisor, Interface};
 
 use super::support::{Fixture, Guest, LIMIT, SECRET};
@@ -21,6 +24,16 @@ struct Host {
 
 impl Host {
     async fn boot(fixture: &Fixture, hypervisor: &dyn Hypervisor, number: u8, owner: &str) -> Host {
+        Self::boot_with(fixture, hypervisor, number, owner, None).await
+    }
+
+    async fn boot_with(
+        fixture: &Fixture,
+        hypervisor: &dyn Hypervisor,
+        number: u8,
+        owner: &str,
+        gateway: Option<Ipv6Addr>,
+    ) -> Host {
         let mut spec = fixture.spec(Guest::Agent);
         spec.owner = owner.to_owned();
         spec.memory_bytes = 128 << 20;
@@ -40,7 +53,7 @@ impl Host {
                 mac: interface.mac,
                 address: interface.address,
                 prefix_length: 64,
-                gateway: None,
+                gateway,
             }),
         }
         .encode();
@@ -167,5 +180,117 @@ async fn guests_of_one_owner_have_a_network_and_cannot_be_others() {
     );
     for spec in [two.spec, other.spec] {
         hypervisor.destroy(spec.id).await.unwrap();
+    }
+}
+
+/// What the kernel says of a process.
+fn status(pid: i32, name: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    line.unwrap().trim().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_switch_is_in_a_cage() {
+    let Some(fixture) = Fixture::qemu() else {
+        return;
+    };
+    let hypervisor = fixture.open().await;
+    let guest = Host::boot(&fixture, &*hypervisor, 3, "one").await;
+    let control = fixture.path("domains/vswitch.sock");
+    let stream = std::os::unix::net::UnixStream::connect(control).unwrap();
+    let peer = rustix::net::sockopt::socket_peercred(&stream).unwrap();
+    let pid = peer.pid.as_raw_nonzero().get();
+    assert_eq!(status(pid, "Name:"), "vswitch");
+    assert_eq!(status(pid, "Seccomp:"), "2");
+    assert_eq!(status(pid, "NoNewPrivs:"), "1");
+    assert_eq!(status(pid, "CapEff:"), "0000000000000000");
+    if rustix::process::geteuid().is_root() {
+        let root = format!("/proc/{pid}/root");
+        assert!(!std::path::Path::new(&format!("{root}/etc/passwd")).exists());
+        assert!(
+            std::path::Path::new(&format!("{root}{}", fixture.path("domains").display())).exists()
+        );
+        let network = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+        assert_ne!(network(&pid.to_string()), network("self"));
+    }
+    hypervisor.destroy(guest.spec.id).await.unwrap();
+}
+
+/// Processes of this name that this one has started.
+fn children(name: &str) -> usize {
+    let own = std::process::id().to_string();
+    let stats = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        // It may end meanwhile.
+        std::fs::read_to_string(entry.unwrap().path().join("stat")).ok()
+    });
+    stats
+        .filter(|stat| {
+            let (begin, end) = (stat.find('(').unwrap(), stat.rfind(')').unwrap());
+            stat[begin + 1..end] == *name && stat[end + 2..].split(' ').nth(1) == Some(&*own)
+        })
+        .count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_reaches_what_the_rules_name_and_nothing_else() {
+    let Some(fixture) = Fixture::qemu() else {
+        return;
+    };
+    let [listed, other] = [(); 2].map(|()| TcpListener::bind("[::1]:0").unwrap());
+    let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
+    let (listed_port, other_port) = (port(&listed), port(&other));
+    other.set_nonblocking(true).unwrap();
+    let content: Vec<u8> = (0..20_000_000u32)
+        .map(|n| (n >> 8 ^ n * 31) as u8)
+        .collect();
+    let file = fixture.path("content");
+    std::fs::write(&file, &content).unwrap();
+    let sum = std::process::Command::new("md5sum")
+        .stdin(std::fs::File::open(file).unwrap())
+        .output()
+        .unwrap();
+    let sum = String::from_utf8(sum.stdout).unwrap();
+    std::thread::spawn(move || {
+        for stream in listed.incoming() {
+            // A guest that is ended closes the connection.
+            let _ = stream.unwrap().write_all(&content);
+        }
+    });
+
+    let rules = format!("[\"[::1]:{listed_port}\", \"2001:db8::/32:*\", \"::/0:{other_port}\"]");
+    let outbound = serde_json::from_str(&rules).unwrap();
+    let hypervisor = fixture.open_outbound(outbound).await;
+    let guest = Host::boot_with(&fixture, &*hypervisor, 3, "one", Some(qemu::router())).await;
+    let (routes, _) = guest.sh("ip -6 route").await;
+    println!("{routes}");
+    let begun = Instant::now();
+    let fetch = format!("nc fd58:454e::1 {listed_port} </dev/null | md5sum");
+    assert_eq!(guest.sh(&fetch).await.0, sum);
+    println!("20 MB from the host in {:?}", begun.elapsed());
+
+    // Neither what no rule names, nor by any other name; the answer comes at once.
+    let begun = Instant::now();
+    for address in ["fd58:454e::1", "64:ff9b::127.0.0.2"] {
+        let (said, reached) = guest
+            .sh(&format!("nc -w 30 {address} {other_port} </dev/null"))
+            .await;
+        assert!(!reached, "{address}: {said}");
+        println!("{address}: {said}");
+    }
+    println!("refused twice in {:?}", begun.elapsed());
+    let came = other.accept().unwrap_err();
+    assert_eq!(came.kind(), std::io::ErrorKind::WouldBlock);
+
+    // It serves without the manager, and ends with the guest.
+    assert_eq!(children("gateway"), 1);
+    drop(hypervisor);
+    assert_eq!(guest.sh(&fetch).await.0, sum);
+    let hypervisor = fixture.open().await;
+    hypervisor.destroy(guest.spec.id).await.unwrap();
+    let until = Instant::now() + Duration::from_secs(10);
+    while children("gateway") > 0 {
+        assert!(Instant::now() < until, "the gateway is still there");
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

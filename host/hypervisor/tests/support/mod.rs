@@ -16,7 +16,7 @@ use uuid::Uuid;
 use xbee_agent::protocol::{
     AGENT_VSOCK_PORT, BootConfig, Execute, GENERATION, Limits, Secret, Transport,
 };
-use xbee_hypervisor::qemu::{QemuConfig, QemuHypervisor};
+use xbee_hypervisor::qemu::{Outbound, QemuConfig, QemuHypervisor};
 use xbee_hypervisor::sim::{SimConfig, SimEvent, SimHost, SimHypervisor};
 #[cfg(feature = "xen")]
 use xbee_hypervisor::xen::{XenConfig, XenHypervisor};
@@ -219,10 +219,11 @@ impl Fixture {
             .parent()
             .unwrap()
             .with_file_name("vswitch");
-        for program in [&vswitch, &vswitch.with_file_name("cage")] {
+        for name in ["vswitch", "cage", "gateway"] {
+            let program = vswitch.with_file_name(name);
             if !program.exists() {
                 println!(
-                    "skipped: {} is missing (cargo build -p xbee-vswitch -p xbee-cage)",
+                    "skipped: {} is missing (cargo build -p xbee-vswitch -p xbee-cage -p xbee-gateway)",
                     program.display()
                 );
                 return None;
@@ -260,15 +261,12 @@ impl Fixture {
     pub async fn open_with(&self, qemu: Option<&Path>) -> Box<dyn Hypervisor> {
         match &self.backend {
             Backend::Sim(host) => Box::new(SimHypervisor::new(Arc::clone(host))),
-            Backend::Qemu { vswitch, .. } => {
-                let mut config = QemuConfig::new(match qemu {
+            Backend::Qemu { .. } => {
+                let mut config = self.qemu_config(match qemu {
                     None => self.domains_dir(),
                     Some(_) => self.path("others"),
                 });
                 config.program = qemu.map(Path::to_owned);
-                config.console_max_bytes = CONSOLE_MAX_BYTES;
-                config.vswitch_program = Some(vswitch.clone());
-                config.cage_program = Some(vswitch.with_file_name("cage"));
                 Box::new(QemuHypervisor::new(config).await.unwrap())
             }
             #[cfg(feature = "xen")]
@@ -278,6 +276,25 @@ impl Fixture {
                 Box::new(XenHypervisor::new(config).await.unwrap())
             }
         }
+    }
+
+    /// Of QEMU: guests may reach so much.
+    pub async fn open_outbound(&self, outbound: Outbound) -> Box<dyn Hypervisor> {
+        let mut config = self.qemu_config(self.domains_dir());
+        config.outbound = outbound;
+        Box::new(QemuHypervisor::new(config).await.unwrap())
+    }
+
+    fn qemu_config(&self, domains_dir: PathBuf) -> QemuConfig {
+        let Backend::Qemu { vswitch, .. } = &self.backend else {
+            panic!("not a host with QEMU");
+        };
+        let mut config = QemuConfig::new(domains_dir);
+        config.console_max_bytes = CONSOLE_MAX_BYTES;
+        config.vswitch_program = Some(vswitch.clone());
+        config.cage_program = Some(vswitch.with_file_name("cage"));
+        config.gateway_program = Some(vswitch.with_file_name("gateway"));
+        config
     }
 
     fn transport(&self) -> Transport {

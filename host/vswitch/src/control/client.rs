@@ -8,10 +8,11 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::process::Command;
 use tokio::time::timeout;
 
 use super::{LINE_MAX, Request, Response};
-use crate::ether::CardSpec;
+use crate::ether::{CardSpec, UplinkSpec};
 use crate::switch::{DomainSpec, DomainStatus};
 
 /// How long an answer may take. The longest, `remove`, waits 5 s itself.
@@ -110,13 +111,23 @@ impl Client {
     /// The switch gets a process group of its own and outlives the caller. What it logs is appended
     /// to `log`.
     pub async fn spawn(program: &Path, control: &Path, log: &Path) -> Result<Self, ClientError> {
+        Self::spawn_by(Command::new(program), control, log).await
+    }
+
+    /// The same by a command that becomes the program, and to which the arguments are added.
+    pub async fn spawn_by(
+        mut command: Command,
+        control: &Path,
+        log: &Path,
+    ) -> Result<Self, ClientError> {
         if let Ok(mut client) = Self::connect(control).await
             && client.ping().await.is_ok()
         {
             return Ok(client);
         }
+        let program = PathBuf::from(command.as_std().get_program());
         let start = |source| ClientError::Start {
-            program: program.to_owned(),
+            program: program.clone(),
             source,
         };
         let log_file = std::fs::File::options()
@@ -124,7 +135,7 @@ impl Client {
             .append(true)
             .open(log)
             .map_err(start)?;
-        let mut child = tokio::process::Command::new(program)
+        let mut child = command
             .arg("--control")
             .arg(control)
             .stdin(Stdio::null())
@@ -197,6 +208,11 @@ impl Client {
     /// Gives a domain a network card. When this returns, the connection can be made.
     pub async fn attach_interface(&mut self, card: CardSpec) -> Result<(), ClientError> {
         self.ask(&Request::AttachInterface(card)).await.map(|_| ())
+    }
+
+    /// Gives a domain's network card an uplink. When this returns, the gateway's connection can be made.
+    pub async fn attach_uplink(&mut self, uplink: UplinkSpec) -> Result<(), ClientError> {
+        self.ask(&Request::AttachUplink(uplink)).await.map(|_| ())
     }
 
     /// Takes a domain's network card away.

@@ -222,6 +222,7 @@ fn handle(switch: &Arc<Switch>, request: Request) -> Response {
         Request::Add(spec) => done(switch.add(spec)),
         Request::Remove { cid } => done(switch.remove(cid)),
         Request::AttachInterface(card) => done(switch.attach(card)),
+        Request::AttachUplink(uplink) => done(switch.attach_uplink(uplink)),
         Request::DetachInterface { cid, mac } => {
             switch.detach(cid, mac);
             ok

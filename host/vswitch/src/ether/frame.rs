@@ -161,6 +161,49 @@ fn parse<'f>(frame: &'f [u8], who: &Identity) -> Option<Verdict<'f>> {
     }
 }
 
+/// The packet of a frame that may pass and is for the router, if it is for elsewhere than the link and the guests' own network,
+/// of which only the router's address is left. From there nobody can answer a link-local address.
+pub fn leaving<'f>(frame: &'f [u8], who: &Identity) -> Option<&'f [u8]> {
+    let packet = frame.get(ETHERNET_BYTES..)?;
+    let (source, destination) = (address(packet.get(8..24)?)?, address(packet.get(24..40)?)?);
+    (is_outside(destination, who) && !source.is_unicast_link_local()).then_some(packet)
+}
+
+/// The frame for a guest that a packet from elsewhere becomes, if it is in order, for that guest, and not in the name of
+/// anybody in the guests' own network but the router.
+pub fn entering(packet: &[u8], who: &Identity) -> Option<Vec<u8>> {
+    let (header, content) = packet.split_at_checked(IPV6_BYTES)?;
+    let (source, destination) = (address(header.get(8..24)?)?, address(header.get(24..40)?)?);
+    let payload_bytes: [u8; 2] = header.get(4..6)?.try_into().ok()?;
+    let in_order = header.first()? >> 4 == 6
+        && usize::from(u16::from_be_bytes(payload_bytes)) == content.len()
+        && is_outside(source, who)
+        && who.addresses().contains(&destination)
+        && !destination.is_unicast_link_local();
+    let (protocol, content) = last(*header.get(6)?, content)?;
+    // What belongs to a link comes from nowhere else.
+    let of_link =
+        protocol == ICMP && matches!(*content.first()?, MLD_QUERY..=REDIRECT | MLD2_REPORT);
+    (in_order && !of_link).then(|| {
+        let mut frame = Vec::with_capacity(ETHERNET_BYTES + packet.len());
+        frame.extend(who.mac);
+        frame.extend(neighbour::ROUTER_MAC);
+        frame.extend(ETHERTYPE_IPV6);
+        frame.extend(packet);
+        frame
+    })
+}
+
+/// Whether an address is neither of the link nor in the guests' own network, or the router's.
+fn is_outside(address: Ipv6Addr, who: &Identity) -> bool {
+    let prefix = (address.to_bits() >> 64) as u64;
+    let nowhere = address.is_multicast()
+        || address.is_unspecified()
+        || address.is_loopback()
+        || address.is_unicast_link_local();
+    !nowhere && (prefix != who.prefix() || address == neighbour::router_address(prefix))
+}
+
 fn discovery(kind: u8, content: &[u8], from: Ipv6Addr, who: &Identity) -> Option<Verdict<'static>> {
     if kind == ROUTER_SOLICITATION {
         return (content.len() >= 8).then_some(Verdict::RouterSolicitation);

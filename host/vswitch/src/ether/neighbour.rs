@@ -38,12 +38,14 @@ pub fn is_router(address: Ipv6Addr, prefix: u64) -> bool {
     address == router_address(prefix) || address == of_mac(LINK_LOCAL, ROUTER_MAC)
 }
 
-/// The answer to a router solicitation: what the network is. The switch routes nowhere. Addresses made of it
-/// are for guests that got theirs from nobody else: they are never preferred to those.
-pub fn router_advertisement(to: &Identity) -> Vec<u8> {
+/// The answer to a router solicitation: what the network is, and for how many seconds the switch is a router to
+/// elsewhere; 0: it is none. Addresses made of the network are for guests that got theirs from nobody else: they are never
+/// preferred to those.
+pub fn router_advertisement(to: &Identity, lifetime_s: u16) -> Vec<u8> {
     let mut message = vec![ROUTER_ADVERTISEMENT, 0, 0, 0];
-    // Hop limit; no address by DHCP; no router for 0 s; nothing about the times of discovery.
-    message.extend([64, 0, 0, 0]);
+    // Hop limit; no address by DHCP; the lifetime; nothing about the times of discovery.
+    message.extend([64, 0]);
+    message.extend(lifetime_s.to_be_bytes());
     message.extend([0; 8]);
     message.extend([1, 1]); // the source's hardware address
     message.extend(ROUTER_MAC);

@@ -7,6 +7,7 @@
 //! - `source LEN SEED CHUNK`: writes LEN pattern bytes in writes of CHUNK bytes, then closes.
 //! - `sink LEN SEED`: reads to the end, answers `ok` or what differed.
 //! - `half`: reads to the end, then answers with the number of bytes and closes.
+//! - `take LEN`: reads LEN bytes, then answers with their number and closes.
 //! - `deaf MS`: does not read for MS milliseconds, then behaves as `half`.
 //! - `shutread`: ends its reading direction at once, then says `shut` and closes after a second.
 //! - `zeros LEN`: writes LEN zeros in large writes, then closes.
@@ -174,6 +175,19 @@ fn run(words: &[&str], stream: &mut File) -> io::Result<String> {
             }
             let mut total = 0u64;
             loop {
+                let n = stream.read(&mut buffer)?;
+                if n == 0 {
+                    break;
+                }
+                total += n as u64;
+            }
+            writeln!(stream, "{total}")?;
+            Ok(format!("{total}"))
+        }
+        Some("take") => {
+            let len = number(words, 1)?;
+            let mut total = 0u64;
+            while total < len {
                 let n = stream.read(&mut buffer)?;
                 if n == 0 {
                     break;

@@ -3,6 +3,7 @@
 
 use std::net::Ipv6Addr;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -13,7 +14,7 @@ use rustix::net::{
 use xbee_vswitch::ether::frame::{self, Identity, Verdict};
 use xbee_vswitch::ether::neighbour::{LINK_LOCAL, ROUTER_MAC, checksum, of_mac, router_address};
 use xbee_vswitch::ether::queue::MAX_BYTES as WAITING_MAX_BYTES;
-use xbee_vswitch::ether::{CardSpec, CardStatus};
+use xbee_vswitch::ether::{CardSpec, CardStatus, UplinkSpec};
 
 use crate::vm::{Switch, eventually};
 
@@ -42,11 +43,28 @@ fn spec(switch: &Switch, cid: u32, peers: bool) -> CardSpec {
 }
 
 fn connect(spec: &CardSpec) -> OwnedFd {
+    connect_to(&spec.socket)
+}
+
+fn connect_to(path: &Path) -> OwnedFd {
     let flags = SocketFlags::CLOEXEC;
     let socket =
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-    rustix::net::connect(&socket, &SocketAddrUnix::new(&spec.socket).unwrap()).unwrap();
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
     socket
+}
+
+/// The next message that comes within a while.
+fn message_within(socket: &OwnedFd, limit: Duration) -> Option<Vec<u8>> {
+    let mut fds = [PollFd::new(socket, PollFlags::IN)];
+    let limit = rustix::event::Timespec::try_from(limit).unwrap();
+    if poll(&mut fds, Some(&limit)).unwrap() == 0 {
+        return None;
+    }
+    let mut message = vec![0; frame::MAX_BYTES + 1];
+    let (_, len) = recv(socket, &mut message[..], RecvFlags::empty()).unwrap();
+    message.truncate(len);
+    Some(message)
 }
 
 impl Card {
@@ -70,15 +88,7 @@ impl Card {
 
     /// The next frame that comes within a while.
     fn hear_within(&self, limit: Duration) -> Option<Vec<u8>> {
-        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-        let limit = rustix::event::Timespec::try_from(limit).unwrap();
-        if poll(&mut fds, Some(&limit)).unwrap() == 0 {
-            return None;
-        }
-        let mut frame = vec![0; frame::MAX_BYTES + 1];
-        let (_, len) = recv(&self.socket, &mut frame[..], RecvFlags::empty()).unwrap();
-        frame.truncate(len);
-        Some(frame)
+        message_within(&self.socket, limit)
     }
 
     fn hear(&self) -> Vec<u8> {
@@ -456,6 +466,216 @@ fn a_guest_that_does_not_take_its_frames_or_floods_hurts_no_other() {
         (flooding.join().unwrap(), worst)
     });
     println!("of 200 frames beside a flood of {sent} the slowest took {worst:?}");
+}
+
+/// Gives a card an uplink and connects to it.
+fn uplink(switch: &mut Switch, card: &Card) -> OwnedFd {
+    let socket = switch.dir.path().join(format!("{}.uplink", card.cid));
+    let spec = UplinkSpec {
+        cid: card.cid,
+        mac: card.mac,
+        socket: socket.clone(),
+    };
+    switch.attach_uplink(spec).unwrap();
+    let connection = connect_to(&socket);
+    eventually("the name is removed", || !socket.exists());
+    connection
+}
+
+/// For how many seconds a guest is told that it has a router, when it asks.
+fn router_lifetime_s(card: &Card) -> u16 {
+    let local = of_mac(LINK_LOCAL, card.mac);
+    let routers = ("ff02::2".parse().unwrap(), [0x33, 0x33, 0, 0, 0, 2]);
+    card.say(&icmp(card, local, routers, 133, &[0; 4]));
+    let heard = card.hear();
+    assert_eq!(heard[54], 134);
+    u16::from_be_bytes([heard[60], heard[61]])
+}
+
+#[test]
+fn an_uplink_carries_what_is_for_elsewhere_and_nothing_else() {
+    let mut switch = Switch::start();
+    let switch = &mut switch;
+    let [a, b] = [3, 4].map(|cid| Card::new(switch, cid, "alice", true));
+    assert_eq!(router_lifetime_s(&a), 0);
+    let uplink = uplink(switch, &a);
+    assert_eq!(router_lifetime_s(&a), 1800);
+    assert_eq!(router_lifetime_s(&b), 0);
+    let far: Ipv6Addr = "2001:db8::1".parse().unwrap();
+    let router = router_address(0xfd00_0001_0000_0000);
+    let local = |card: &Card| of_mac(LINK_LOCAL, card.mac);
+    let to = |from: Ipv6Addr, to: Ipv6Addr| packet((a.mac, ROUTER_MAC), from, to, 17, b"out");
+
+    for destination in [far, router, "64:ff9b::1".parse().unwrap()] {
+        let frame = to(a.address, destination);
+        // What is behind the packet is not passed on.
+        a.say(&[&frame[..], &[0; 9]].concat());
+        let heard = message_within(&uplink, Duration::from_secs(20)).unwrap();
+        assert_eq!(heard, frame[14..]);
+    }
+    let denied = [
+        to(a.address, b.address),
+        to(a.address, a.address),
+        to(a.address, "fd00:1::99".parse().unwrap()),
+        to(a.address, local(&b)),
+        to(a.address, of_mac(LINK_LOCAL, ROUTER_MAC)),
+        to(local(&a), far),
+        to(b.address, far),
+        to(far, far),
+    ];
+    let before = a.status(switch).denied;
+    for frame in &denied {
+        a.say(frame);
+    }
+    eventually("they are counted", || {
+        a.status(switch).denied == before + denied.len() as u64
+    });
+    assert_eq!(message_within(&uplink, Duration::ZERO), None);
+    // Who has no uplink of its own has none.
+    b.say(&packet((b.mac, ROUTER_MAC), b.address, far, 17, b"out"));
+    eventually("it is counted", || b.status(switch).denied == 1);
+    assert_eq!(message_within(&uplink, Duration::ZERO), None);
+
+    // What comes back.
+    let from = |from: Ipv6Addr, to: Ipv6Addr, next: u8, content: &[u8]| {
+        packet((ROUTER_MAC, a.mac), from, to, next, content)
+    };
+    let of_card = of_mac(0xfd00_0001_0000_0000, a.mac);
+    for (source, destination) in [(far, a.address), (router, a.address), (far, of_card)] {
+        for content in [&b""[..], b"in", &[7; 0xffff]] {
+            let frame = from(source, destination, 17, content);
+            send(&uplink, &frame[14..], SendFlags::NOSIGNAL).unwrap();
+            assert_eq!(a.hear(), frame);
+        }
+    }
+    let good = from(far, a.address, 17, b"in");
+    let advert = message(router, a.address, 134, &[0; 12]);
+    let mut denied = vec![
+        from(b.address, a.address, 17, b"in"),
+        from(a.address, a.address, 17, b"in"),
+        from(of_mac(LINK_LOCAL, ROUTER_MAC), a.address, 17, b"in"),
+        from(ALL_NODES, a.address, 17, b"in"),
+        from(Ipv6Addr::UNSPECIFIED, a.address, 17, b"in"),
+        from(Ipv6Addr::LOCALHOST, a.address, 17, b"in"),
+        from(far, b.address, 17, b"in"),
+        from(far, ALL_NODES, 17, b"in"),
+        from(far, local(&a), 17, b"in"),
+        from(router, a.address, 58, &advert),
+        from(
+            router,
+            a.address,
+            0,
+            &[&[58, 0, 1, 4, 0, 0, 0, 0], &advert[..]].concat(),
+        ),
+        from(
+            router,
+            a.address,
+            44,
+            &[&[58, 0, 0, 0, 0, 0, 0, 1], &advert[..]].concat(),
+        ),
+        good[..good.len() - 1].to_vec(),
+        [&good[..], b"x"].concat(),
+    ];
+    denied.push(good.clone());
+    denied.last_mut().unwrap()[14] = 0x45;
+    for frame in &denied {
+        send(&uplink, &frame[14..], SendFlags::NOSIGNAL).unwrap();
+    }
+    eventually("they are counted", || {
+        a.status(switch).uplink_denied == denied.len() as u64
+    });
+    a.hears_only(&b);
+    b.hears_only(&a);
+
+    // Without its gateway it has no router, and is told.
+    drop(uplink);
+    let heard = a.hear();
+    assert_eq!((heard[54], &heard[60..62]), (134, &[0, 0][..]));
+    a.say(&to(a.address, far));
+    eventually("it is counted", || {
+        let status = a.status(switch);
+        !status.uplink && status.denied == before + 9
+    });
+}
+
+#[test]
+fn an_uplink_waits_for_a_guest_that_is_slow_and_nothing_is_lost() {
+    let mut switch = Switch::start();
+    let switch = &mut switch;
+    let a = Card::new(switch, 3, "alice", true);
+    let uplink = uplink(switch, &a);
+    let far: Ipv6Addr = "2001:db8::1".parse().unwrap();
+    let count = 3 * WAITING_MAX_BYTES / 60_000;
+    let frame = |n: usize| {
+        let content = [&n.to_be_bytes()[..], &[7; 60_000]].concat();
+        packet((ROUTER_MAC, a.mac), far, a.address, 17, &content)
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 0..count {
+                send(&uplink, &frame(n)[14..], SendFlags::NOSIGNAL).unwrap();
+            }
+        });
+        // It waits for a guest that does not take its frames.
+        std::thread::sleep(Duration::from_millis(300));
+        for n in 0..count {
+            assert!(a.hear() == frame(n), "frame {n}");
+        }
+    });
+    assert_eq!(a.status(switch).dropped, 0);
+
+    // An uplink that does not take packets waits too, within a bound.
+    let out = packet((a.mac, ROUTER_MAC), a.address, far, 17, &[7; 60_000]);
+    for _ in 0..count {
+        a.say(&out);
+    }
+    eventually("packets are lost", || a.status(switch).uplink_dropped > 0);
+    let mut came = 0;
+    while message_within(&uplink, Duration::from_millis(500)).is_some() {
+        came += 1;
+    }
+    assert!(came * out.len() < 2 * WAITING_MAX_BYTES, "{came}");
+    a.say(&out);
+    let limit = Duration::from_secs(20);
+    assert_eq!(message_within(&uplink, limit).unwrap(), out[14..]);
+}
+
+#[test]
+fn uplinks_come_and_go() {
+    let mut switch = Switch::start();
+    let switch = &mut switch;
+    let a = Card::new(switch, 3, "alice", true);
+    let of = |cid, mac| UplinkSpec {
+        cid,
+        mac,
+        socket: switch.dir.path().join("uplink"),
+    };
+    let (right, wrong) = (of(3, a.mac), [of(4, a.mac), of(3, mac(9))]);
+    for wrong in wrong {
+        let error = switch.attach_uplink(wrong).unwrap_err();
+        assert_eq!(error.code(), "unknown-card");
+    }
+    // Attached again, before and after the connection: the last one counts.
+    switch.attach_uplink(right.clone()).unwrap();
+    switch.attach_uplink(right.clone()).unwrap();
+    let first = connect_to(&right.socket);
+    eventually("the name is removed", || !right.socket.exists());
+    switch.attach_uplink(right.clone()).unwrap();
+    let ended = |socket: &OwnedFd| {
+        let (_, len) = recv(socket, &mut [0; 8][..], RecvFlags::empty()).unwrap();
+        len == 0
+    };
+    assert!(ended(&first));
+    let second = connect_to(&right.socket);
+    eventually("it is connected", || a.status(switch).uplink);
+    // It goes with its card, which leaves no name behind.
+    switch.detach(3, a.mac).unwrap();
+    assert!(ended(&second));
+    let card = spec(switch, 3, true);
+    switch.attach(card).unwrap();
+    switch.attach_uplink(right.clone()).unwrap();
+    switch.remove(3).unwrap();
+    assert!(!right.socket.exists());
 }
 
 #[test]

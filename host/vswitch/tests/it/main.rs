@@ -4,6 +4,7 @@
 mod control;
 mod driver;
 mod ether;
+mod figures;
 mod guests;
 mod rings;
 mod vm;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use xbee_vswitch::control::{Client, ClientError};
-use xbee_vswitch::ether::CardSpec;
+use xbee_vswitch::ether::{CardSpec, UplinkSpec};
 use xbee_vswitch::switch::{DomainSpec, DomainStatus};
 
 /// Modules the guest needs, in the order they are loaded.
@@ -235,6 +235,11 @@ impl Switch {
         self.runtime.block_on(client.attach_interface(card))
     }
 
+    pub fn attach_uplink(&mut self, uplink: UplinkSpec) -> Result<(), ClientError> {
+        let client = self.client.as_mut().unwrap();
+        self.runtime.block_on(client.attach_uplink(uplink))
+    }
+
     pub fn detach(&mut self, cid: u32, mac: [u8; 6]) -> Result<(), ClientError> {
         let client = self.client.as_mut().unwrap();
         self.runtime.block_on(client.detach_interface(cid, mac))
@@ -295,7 +300,8 @@ pub struct Guest {
 }
 
 impl Guest {
-    fn start(boot: &Boot, spec: &DomainSpec) -> Self {
+    /// Boots a guest whose vsock device is served at the sockets of `spec`.
+    pub fn start(boot: &Boot, spec: &DomainSpec) -> Self {
         let qemu = std::env::var_os("XBEE_QEMU").unwrap_or("qemu-system-x86_64".into());
         let mut qemu = Command::new(qemu)
             .args(["-M", "q35,memory-backend=mem", "-m", "256"])
@@ -443,9 +449,13 @@ impl Pattern {
     }
 
     /// Writes `len` bytes and ends the direction.
-    pub fn send(mut self, stream: &UnixStream, len: u64) {
-        let mut stream = stream;
-        let mut buffer = vec![0; 1 << 20];
+    pub fn send(self, stream: &UnixStream, len: u64) {
+        self.send_in(stream, len, 1 << 20);
+    }
+
+    /// The same in writes of `chunk` bytes.
+    pub fn send_in(mut self, mut stream: &UnixStream, len: u64, chunk: usize) {
+        let mut buffer = vec![0; chunk];
         let mut left = len;
         while left > 0 {
             let n = left.min(buffer.len() as u64) as usize;

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use uuid::Uuid;
 use xbee_agent::protocol::{BootConfig, GENERATION, MountRoot, Network, Secret, StartMode};
 use xbee_engine::Failure;
+use xbee_hypervisor::qemu::{self, Outbound};
 use xbee_hypervisor::{DomainSpec, Interface};
 
 use super::stage_in::BootFiles;
@@ -141,7 +142,7 @@ fn spec(context: &StepContext, boot: &BootFiles) -> DomainSpec {
             mac: interface.mac,
             address: interface.address,
             prefix_length: Prefix::BITS,
-            gateway: None,
+            gateway: (host.config.outbound != Outbound::Off).then(qemu::router),
         }),
     };
     spec.boot_config = config.encode();
