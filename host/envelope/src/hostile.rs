@@ -101,9 +101,9 @@ fn request() -> Body {
 }
 
 /// The code with which a message is refused; `Err` with the message that is not.
-fn refused(daemon: &Endpoint, sealed: &[u8]) -> Result<u16, Message> {
+fn refused(daemon: &Endpoint, sealed: &[u8]) -> Result<u16, Box<Message>> {
     match daemon.open(sealed) {
-        Ok((message, _)) => Err(message),
+        Ok((message, _)) => Err(Box::new(message)),
         Err(error) => Ok(error.code()),
     }
 }
@@ -128,7 +128,11 @@ fn what_is_sealed_is_opened_both_ways() {
 }
 
 /// What a broker does, and the codes that the daemon's answers have.
-type Act = (&'static str, fn(&Site) -> Vec<Result<u16, Message>>, u16);
+type Act = (
+    &'static str,
+    fn(&Site) -> Vec<Result<u16, Box<Message>>>,
+    u16,
+);
 
 const ACTS: &[Act] = &[
     (
@@ -325,7 +329,7 @@ const ACTS: &[Act] = &[
                 .into_iter()
                 .map(
                     |at| match site.daemon.open_at(&sealed, Millis::new(at).unwrap()) {
-                        Ok((message, _)) => Err(message),
+                        Ok((message, _)) => Err(Box::new(message)),
                         Err(error) => Ok(error.code()),
                     },
                 )
@@ -424,10 +428,10 @@ const ACTS: &[Act] = &[
     ),
 ];
 
-fn unwelcome(daemon: &Endpoint, other: &Endpoint) -> Result<u16, Message> {
+fn unwelcome(daemon: &Endpoint, other: &Endpoint) -> Result<u16, Box<Message>> {
     let hello = other.hello(DAEMON).unwrap();
     match daemon.meet(&hello) {
-        Ok(_) => Err(Message::from_xml(&hello).unwrap()),
+        Ok(_) => Err(Box::new(Message::from_xml(&hello).unwrap())),
         Err(error) => Ok(error.code()),
     }
 }
@@ -493,7 +497,7 @@ fn whatever_bit_is_altered_nothing_else_is_read() {
                 // Around the text is what nobody reads, as the version.
                 Err(message) => {
                     read += 1;
-                    assert_eq!(message, xml);
+                    assert_eq!(*message, xml);
                 }
             }
         }
