@@ -489,7 +489,9 @@ fn whatever_bit_is_altered_nothing_else_is_read() {
         let daemon = site.certificate("daemon.pem");
         let sealed = seal::seal_bytes(&client, &daemon, &xml.to_xml().unwrap()).unwrap();
         let mut read = 0;
-        for n in 0..sealed.len() {
+        // RSA takes its time.
+        let step = if kind == Kind::P256 { 1 } else { 5 };
+        for n in (0..sealed.len()).step_by(step) {
             let mut altered = sealed.clone();
             altered[n] ^= 1 << (n % 8);
             match refused(&site.daemon, &altered) {
