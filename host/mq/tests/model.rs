@@ -77,13 +77,16 @@ fn action() -> impl Strategy<Value = Action> {
     ]
 }
 
+/// What is sent in it, and what is acknowledged.
+type Transaction = (Vec<(String, bool)>, Vec<Vec<(u64, u64)>>);
+
 #[derive(Debug, Default)]
 struct ClientModel {
     subscriptions: Vec<(String, u8)>,
     /// What it has and has not settled: acknowledgement, subscription, body.
     held: BTreeMap<(u64, u64), (String, String)>,
     /// Bodies that were sent, and acknowledgements given, in the open transaction.
-    transaction: Option<(Vec<(String, bool)>, Vec<Vec<(u64, u64)>>)>,
+    transaction: Option<Transaction>,
 }
 
 struct Model {

@@ -438,7 +438,7 @@ mod tests {
         let second = Entry { at_ms: 11, state };
         {
             let store = Store::open(&path).unwrap();
-            let number = store.insert(&[record.clone()], &first).unwrap()[0];
+            let number = store.insert(std::slice::from_ref(&record), &first).unwrap()[0];
             store.append(number, 1, &second).unwrap();
             assert!(
                 store.append(number, 1, &second).is_err(),
@@ -478,7 +478,7 @@ mod tests {
             state: state.clone(),
         };
         let store = Store::open(&path).unwrap();
-        let number = store.insert(&[record.clone()], &first).unwrap()[0];
+        let number = store.insert(std::slice::from_ref(&record), &first).unwrap()[0];
         assert_eq!(store.load().unwrap()[0].record.job, None);
         record.job = Some(job());
         state.apply(Input::Confirmed { start: false }).unwrap();
@@ -501,7 +501,7 @@ mod tests {
             state: Task::default(),
         };
         let one = record();
-        let first = store.insert(&[one.clone()], &entry).unwrap()[0];
+        let first = store.insert(std::slice::from_ref(&one), &entry).unwrap()[0];
         store.remove(one.id).unwrap();
         let second = store.insert(&[record()], &entry).unwrap()[0];
         assert!(second > first);
@@ -525,7 +525,9 @@ mod tests {
                 at_ms,
                 state: state.clone(),
             };
-            let number = store.insert(&[record.clone()], &entry(&state)).unwrap()[0];
+            let number = store
+                .insert(std::slice::from_ref(&record), &entry(&state))
+                .unwrap()[0];
             state.apply(Input::Admitted).unwrap();
             store.append(number, 1, &entry(&state)).unwrap();
             accepted.push(record.id);

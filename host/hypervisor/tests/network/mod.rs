@@ -242,7 +242,7 @@ async fn a_guest_reaches_what_the_rules_name_and_nothing_else() {
     let (listed_port, other_port) = (port(&listed), port(&other));
     other.set_nonblocking(true).unwrap();
     let content: Vec<u8> = (0..20_000_000u32)
-        .map(|n| (n >> 8 ^ n * 31) as u8)
+        .map(|n| ((n >> 8) ^ (n * 31)) as u8)
         .collect();
     let file = fixture.path("content");
     std::fs::write(&file, &content).unwrap();
