@@ -327,3 +327,23 @@ fn output_waits_for_room_on_a_full_disk() {
     );
     xbed.assert_nothing_left();
 }
+
+#[test]
+fn files_that_a_power_cut_brought_back_to_a_final_task_are_removed() {
+    let mut xbed = xbee_tests::sim();
+    let text = xbed.xbe(["run", "--print-jsdl", "--", "true"]).ok().stdout;
+    let task = xbed.submit(&text);
+    xbed.wait_for(&task, "Finished");
+    xbed.kill();
+    // Their removal was not forced to the disk, the task's end was.
+    let spool = xbed.data().join("tasks").join(&task);
+    fs::create_dir_all(spool.join("boot")).unwrap();
+    fs::write(spool.join("boot/kernel"), "kernel").unwrap();
+    fs::write(spool.join("boot.json"), "{}").unwrap();
+    xbed.restart(&[]);
+    assert!(xbed.came_up(), "xbed ended: {}", xbed.log());
+    for name in ["boot", "boot.json"] {
+        assert!(!spool.join(name).exists(), "{name} is left");
+    }
+    assert_eq!(xbed.status(&task)["state"], "Finished");
+}

@@ -139,6 +139,9 @@ impl Host {
             self.account(&stored);
             let handle = self.hold(stored);
             if state.is_final() {
+                if steps::has_temporary(&handle.spool) {
+                    steps::remove_temporary(&handle.spool).await;
+                }
                 continue;
             }
             wanted.insert(id);

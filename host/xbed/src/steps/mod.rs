@@ -25,7 +25,7 @@ use crate::session::{Progress, Session, script_conversation};
 use crate::task::StepContext;
 
 pub use files::has_results;
-pub use release::release;
+pub use release::{has_temporary, release, remove_temporary};
 pub use stage_in::BootFiles;
 pub use start::{Identity, address, domain};
 

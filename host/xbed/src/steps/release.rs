@@ -1,7 +1,7 @@
 //! Takes back all that a task holds: the domain, its connections, its temporary files, half a result at its destination.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tokio::fs;
 
@@ -32,12 +32,27 @@ pub async fn release(context: &StepContext) {
     task.console.send_replace(None);
     task.agent.send_replace(None);
     task.address.send_replace(None);
-    for name in super::files::TEMPORARY
+    remove_temporary(&task.spool).await;
+    fault::point("temporary removed");
+}
+
+fn temporary(spool: &Path) -> impl Iterator<Item = PathBuf> {
+    let names = super::files::TEMPORARY
         .into_iter()
-        .chain(crate::ssh::DRAFTS)
-    {
+        .chain(crate::ssh::DRAFTS);
+    names.map(|name| spool.join(name))
+}
+
+/// Whether files are in a spool that only a task under way has there. Their removal is not forced to the disk, so after a
+/// power cut a final task may have them again.
+pub fn has_temporary(spool: &Path) -> bool {
+    temporary(spool).any(|path| path.symlink_metadata().is_ok())
+}
+
+/// Removes what a spool holds only while its task is under way.
+pub async fn remove_temporary(spool: &Path) {
+    for path in temporary(spool) {
         fault::point("remove temporary");
-        let path = task.spool.join(name);
         let removed = match fs::symlink_metadata(&path).await {
             Ok(meta) if meta.is_dir() => fs::remove_dir_all(&path).await,
             Ok(_) => fs::remove_file(&path).await,
@@ -48,7 +63,6 @@ pub async fn release(context: &StepContext) {
             log_teardown("temporary files not removed", &error);
         }
     }
-    fault::point("temporary removed");
 }
 
 /// Keeps the end of the console, if the domain is still there with it.
