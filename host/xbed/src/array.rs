@@ -1,7 +1,6 @@
 //! The tasks of one parameter sweep (GFD.149), seen as one.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -21,87 +20,121 @@ pub struct Array {
     pub number: i64,
     name: Option<String>,
     image: String,
-    members: Mutex<BTreeMap<u32, Uuid>>,
-    sum: watch::Sender<Sum>,
+    members: watch::Sender<Members>,
 }
 
-/// What the tasks are, in all.
-#[derive(Debug, Clone, Default)]
-pub struct Sum {
-    counts: ArrayCounts,
+/// Its tasks by their numbers.
+pub type Members = BTreeMap<u32, Member>;
+
+/// One of its tasks, as far as the whole depends on it.
+#[derive(Debug, Clone)]
+pub struct Member {
+    id: Uuid,
+    state: State,
     exit_code: Option<i32>,
-    /// Why the first did not end well.
+    /// Why it did not end well: the text and its code.
     reason: Option<(String, Option<String>)>,
-    /// When the first was accepted, milliseconds since the Unix epoch.
-    accepted_ms: Option<u64>,
-    /// When the first no longer waited.
+    /// Milliseconds since the Unix epoch, as the two below.
+    accepted_ms: u64,
     begun_ms: Option<u64>,
-    /// When the last one so far ended.
-    ended_ms: u64,
+    ended_ms: Option<u64>,
 }
 
-impl Sum {
-    fn count(&mut self, state: State) -> &mut u32 {
-        match state {
-            State::Pending => &mut self.counts.pending,
-            State::Running => &mut self.counts.running,
-            State::Finished => &mut self.counts.finished,
-            State::Failed => &mut self.counts.failed,
-            State::Terminated => &mut self.counts.terminated,
-        }
-    }
-
-    fn state(&self) -> State {
-        let counts = &self.counts;
-        let ended = counts.finished + counts.failed + counts.terminated;
-        if counts.pending + counts.running > 0 {
-            return match counts.running + ended {
-                0 => State::Pending,
-                _ => State::Running,
-            };
-        }
-        match (counts.failed, counts.terminated) {
-            (0, 0) => State::Finished,
-            (0, _) => State::Terminated,
-            _ => State::Failed,
-        }
-    }
-
-    /// Of the whole.
-    fn times(&self) -> Vec<Transition> {
-        let state = self.state();
-        let ended = state.is_final().then_some((state, self.ended_ms));
-        let accepted = self.accepted_ms.map(|at_ms| (State::Pending, at_ms));
-        let begun = self.begun_ms.map(|at_ms| (State::Running, at_ms));
-        let transition = |(state, at_ms)| Transition {
-            state,
-            substate: substate(state),
-            at: view::rfc3339(at_ms),
-            at_ms,
+impl Member {
+    fn new(id: Uuid, first: &Entry) -> Member {
+        let mut member = Member {
+            id,
+            state: State::Pending,
+            exit_code: None,
+            reason: None,
+            accepted_ms: first.at_ms,
+            begun_ms: None,
+            ended_ms: None,
         };
-        [accepted, begun, ended]
-            .into_iter()
-            .flatten()
-            .map(transition)
-            .collect()
+        member.enter(first);
+        member
     }
 
-    fn reason(&self) -> (Option<String>, Option<String>) {
-        let ArrayCounts {
-            failed, terminated, ..
-        } = self.counts;
-        match &self.reason {
-            Some((reason, code)) if failed + terminated > 0 => {
-                let text = format!("{failed} failed, {terminated} terminated; the first: {reason}");
-                (Some(text), code.clone())
-            }
-            _ => (None, None),
+    fn enter(&mut self, entry: &Entry) {
+        self.state = view::bes(&entry.state).0;
+        if !entry.state.is_pending() {
+            self.begun_ms.get_or_insert(entry.at_ms);
+        }
+        if self.state.is_final() {
+            self.ended_ms.get_or_insert(entry.at_ms);
+            self.exit_code = entry
+                .state
+                .exit_code
+                .filter(|_| self.state == State::Finished);
+            let (reason, code) = view::reason(&entry.state);
+            self.reason = reason.map(|reason| (reason, code));
         }
     }
 }
 
-fn earlier(a: Option<u64>, b: Option<u64>) -> Option<u64> {
-    a.into_iter().chain(b).min()
+fn counts(members: &Members) -> ArrayCounts {
+    let mut counts = ArrayCounts::default();
+    for member in members.values() {
+        *match member.state {
+            State::Pending => &mut counts.pending,
+            State::Running => &mut counts.running,
+            State::Finished => &mut counts.finished,
+            State::Failed => &mut counts.failed,
+            State::Terminated => &mut counts.terminated,
+        } += 1;
+    }
+    counts
+}
+
+fn state(counts: &ArrayCounts) -> State {
+    if counts.pending + counts.running > 0 {
+        return match counts.running + counts.ended() {
+            0 => State::Pending,
+            _ => State::Running,
+        };
+    }
+    match (counts.failed, counts.terminated) {
+        (0, 0) => State::Finished,
+        (0, _) => State::Terminated,
+        _ => State::Failed,
+    }
+}
+
+/// When the whole entered its states.
+fn times(members: &Members, state: State) -> Vec<Transition> {
+    let accepted = members.values().map(|member| member.accepted_ms).min();
+    let begun = members.values().filter_map(|member| member.begun_ms).min();
+    let ended = members.values().filter_map(|member| member.ended_ms).max();
+    [
+        accepted.map(|at_ms| (State::Pending, at_ms)),
+        begun.map(|at_ms| (State::Running, at_ms)),
+        ended
+            .filter(|_| state.is_final())
+            .map(|at_ms| (state, at_ms)),
+    ]
+    .into_iter()
+    .flatten()
+    .map(|(state, at_ms)| Transition {
+        state,
+        substate: substate(state),
+        at: view::rfc3339(at_ms),
+        at_ms,
+    })
+    .collect()
+}
+
+/// Why not all ended well, in the words of the first that did not.
+fn reason(members: &Members, counts: &ArrayCounts) -> (Option<String>, Option<String>) {
+    let not_well = members.values().filter(|member| member.reason.is_some());
+    let first = not_well.min_by_key(|member| member.ended_ms);
+    let Some((reason, code)) = first.and_then(|member| member.reason.clone()) else {
+        return (None, None);
+    };
+    let ArrayCounts {
+        failed, terminated, ..
+    } = counts;
+    let text = format!("{failed} failed, {terminated} terminated; the first: {reason}");
+    (Some(text), code)
 }
 
 fn substate(state: State) -> Option<SubState> {
@@ -117,95 +150,84 @@ impl Array {
             number,
             name,
             image,
-            members: Mutex::default(),
-            sum: watch::Sender::new(Sum::default()),
+            members: watch::Sender::new(Members::new()),
         }
     }
 
     /// Takes a task with what has happened to it so far.
     pub fn add(&self, number: u32, id: Uuid, journal: &[Entry]) {
-        self.lock().insert(number, id);
-        let Some((first, last)) = journal.first().zip(journal.last()) else {
+        let Some((first, later)) = journal.split_first() else {
             return;
         };
-        self.sum.send_modify(|sum| {
-            *sum.count(view::bes(&first.state).0) += 1;
-            let accepted_ms = sum.accepted_ms.unwrap_or(first.at_ms);
-            sum.accepted_ms = Some(accepted_ms.min(first.at_ms));
-            let begun = journal.iter().find(|entry| !entry.state.is_pending());
-            sum.begun_ms = earlier(sum.begun_ms, begun.map(|entry| entry.at_ms));
+        let mut member = Member::new(id, first);
+        later.iter().for_each(|entry| member.enter(entry));
+        self.members.send_modify(|members| {
+            members.insert(number, member);
         });
-        self.changed(first, last);
     }
 
     /// One of its tasks has entered another state.
-    pub fn changed(&self, before: &Entry, now: &Entry) {
-        let (from, to) = (view::bes(&before.state).0, view::bes(&now.state).0);
-        if from == to {
-            return;
-        }
-        let (reason, code) = view::reason(&now.state);
-        self.sum.send_modify(|sum| {
-            *sum.count(from) -= 1;
-            *sum.count(to) += 1;
-            if to == State::Finished {
-                sum.exit_code = sum.exit_code.max(now.state.exit_code);
-            }
-            if let Some(reason) = reason.filter(|_| to.is_final() && sum.reason.is_none()) {
-                sum.reason = Some((reason, code));
-            }
-            sum.begun_ms = earlier(sum.begun_ms, Some(now.at_ms));
-            if to.is_final() {
-                sum.ended_ms = sum.ended_ms.max(now.at_ms);
-            }
+    pub fn changed(&self, number: u32, entry: &Entry) {
+        self.members.send_if_modified(|members| {
+            let Some(member) = members.get_mut(&number) else {
+                return false;
+            };
+            let before = member.state;
+            member.enter(entry);
+            member.state != before
         });
     }
 
-    /// One of its tasks is forgotten.
-    pub fn forget(&self, id: Uuid) {
-        self.lock().retain(|_, member| *member != id);
+    /// One of its tasks is forgotten. Says whether any is left.
+    pub fn forget(&self, number: u32) -> bool {
+        self.members
+            .send_if_modified(|members| members.remove(&number).is_some());
+        !self.members.borrow().is_empty()
     }
 
     /// Its tasks, by their numbers.
     pub fn members(&self) -> Vec<Uuid> {
-        self.lock().values().copied().collect()
+        let members = self.members.borrow();
+        members.values().map(|member| member.id).collect()
     }
 
     /// The task with this number.
     pub fn member(&self, number: u32) -> Option<Uuid> {
-        self.lock().get(&number).copied()
+        self.members.borrow().get(&number).map(|member| member.id)
     }
 
     /// All of its tasks are over.
     pub fn is_final(&self) -> bool {
-        self.sum.borrow().state().is_final()
+        state(&counts(&self.members.borrow())).is_final()
     }
 
     /// Wakes when one of its tasks enters another state.
-    pub fn watch(&self) -> watch::Receiver<Sum> {
-        self.sum.subscribe()
+    pub fn watch(&self) -> watch::Receiver<Members> {
+        self.members.subscribe()
     }
 
     /// All of it as the API shows a task.
     pub fn status(&self) -> TaskStatus {
-        let sum = self.sum.borrow().clone();
-        let state = sum.state();
-        let (reason, reason_code) = sum.reason();
+        let members = self.members.borrow();
+        let counts = counts(&members);
+        let state = state(&counts);
+        let (reason, reason_code) = reason(&members, &counts);
+        let exit_code = members.values().filter_map(|member| member.exit_code).max();
         TaskStatus {
             id: self.id,
             name: self.name.clone(),
             owner: self.owner.uid,
             state,
             substate: substate(state),
-            exit_code: sum.exit_code.filter(|_| state.is_final()),
+            exit_code: exit_code.filter(|_| state.is_final()),
             reason,
             reason_code,
-            times: sum.times(),
+            times: times(&members, state),
             progress: None,
             image: self.image.clone(),
             address: None,
             reservation: None,
-            array: Some(sum.counts),
+            array: Some(counts),
             member: None,
             ports: vec![],
         }
@@ -228,10 +250,6 @@ impl Array {
             .zip(1..)
             .map(event)
             .collect()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Uuid>> {
-        self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -276,8 +294,8 @@ mod tests {
         assert_eq!(array.status().state, State::Pending);
         assert_eq!(array.member(2), Some(ids[1]));
         for (index, journal) in journals.iter().enumerate() {
-            for pair in journal.windows(2) {
-                array.changed(&pair[0], &pair[1]);
+            for entry in &journal[1..] {
+                array.changed(index as u32 + 1, entry);
             }
             assert_eq!(array.is_final(), index == 2);
         }
@@ -292,6 +310,47 @@ mod tests {
             again.add(number, *id, journal);
         }
         assert_eq!(again.status(), array.status());
+    }
+
+    #[test]
+    fn what_is_forgotten_counts_no_more_and_the_first_is_the_earliest() {
+        let owner = Owner { uid: 1, gid: 1 };
+        let array = Array::new(Uuid::new_v4(), owner, 1, None, "base".into());
+        let ended = |reason: &str, at_ms| {
+            let mut journal = journal(vec![Input::Terminate {
+                reason: reason.into(),
+            }]);
+            journal[1].at_ms = at_ms;
+            journal
+        };
+        let journals = [ended("late", 50), ended("early", 20), finished(3)];
+        let id = Uuid::new_v4();
+        for (number, journal) in (1..).zip(&journals) {
+            array.add(number, id, &journal[..1]);
+        }
+        // In the order of time.
+        for number in [3, 2, 1] {
+            for entry in &journals[number as usize - 1][1..] {
+                array.changed(number, entry);
+            }
+        }
+        let again = |numbers: &[u32]| {
+            let again = Array::new(array.id, owner, 1, None, "base".into());
+            for number in numbers {
+                again.add(*number, id, &journals[*number as usize - 1]);
+            }
+            again.status()
+        };
+        let reason = array.status().reason.unwrap();
+        assert_eq!(reason, "0 failed, 2 terminated; the first: early");
+        assert_eq!(again(&[1, 2, 3]), array.status());
+        array.forget(2);
+        let reason = array.status().reason.unwrap();
+        assert_eq!(reason, "0 failed, 1 terminated; the first: late");
+        assert_eq!(again(&[1, 3]), array.status());
+        array.forget(1);
+        assert_eq!(array.status().state, State::Finished);
+        assert_eq!(again(&[3]), array.status());
     }
 
     #[test]

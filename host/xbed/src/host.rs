@@ -426,12 +426,11 @@ impl Host {
     pub async fn forget(&self, task: &TaskHandle) -> Result<(), StoreError> {
         self.store.remove(task.record.id)?;
         self.write_tasks().remove(&task.record.id);
-        if let Some(array) = task.array() {
-            array.forget(task.record.id);
-            if array.members().is_empty() {
-                let mut arrays = self.arrays.write().unwrap_or_else(PoisonError::into_inner);
-                arrays.remove(&array.id);
-            }
+        if let Some((array, number)) = task.array()
+            && !array.forget(number)
+        {
+            let mut arrays = self.arrays.write().unwrap_or_else(PoisonError::into_inner);
+            arrays.remove(&array.id);
         }
         fault::point("remove spool");
         if let Err(error) = tokio::fs::remove_dir_all(&task.spool).await

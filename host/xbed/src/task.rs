@@ -86,9 +86,10 @@ impl TaskHandle {
         }
     }
 
-    /// The array it is of.
-    pub fn array(&self) -> Option<&Arc<Array>> {
-        self.array.as_ref()
+    /// The array it is of, and its number there.
+    pub fn array(&self) -> Option<(&Arc<Array>, u32)> {
+        let member = self.record.member.as_ref()?;
+        Some((self.array.as_ref()?, member.number))
     }
 
     /// What it is to do, once that is known.
@@ -141,8 +142,8 @@ impl TaskHandle {
 
     /// Takes an entry that has been written down.
     fn push(&self, entry: Entry) {
-        if let (Some(array), Some(last)) = (&self.array, self.journal.borrow().last()) {
-            array.changed(last, &entry);
+        if let Some((array, number)) = self.array() {
+            array.changed(number, &entry);
         }
         self.journal.send_modify(|journal| journal.push(entry));
     }
