@@ -36,18 +36,18 @@ lint: ## formatting, clippy, licences, spelling
 bench: ## measure, into bench/results.md
 	@ci/install run
 	@images/build base
-	@cargo run --release -p xbee-tests --bin bench
+	@ci/results main cargo run --release -p xbee-tests --bin bench
 
 bench-staging: ## stage-in of a packed image against lbzip2, pigz and zstd; into bench/results.md
 	@ci/install bench
-	@cargo run --release -p xbee-staging --example bench all bench/results.md
+	@ci/results Staging cargo run --release -p xbee-staging --example bench all
 
 bench-mq: ## the message broker against RabbitMQ and ActiveMQ; into bench/results.md
 	@ci/install mq
-	@cargo run --release -p xbee-mq --example bench all bench/results.md
+	@ci/results 'Message queue' cargo run --release -p xbee-mq --example bench all
 
 xen-bench: ## the experiments on a real Xen, which runs in QEMU; into bench/results.md
-	@ci/xen/bench
+	@ci/results Xen ci/xen/bench
 
 clean: ## remove what cargo built; the images' cache stays
 	@cargo clean

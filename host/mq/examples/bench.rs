@@ -59,12 +59,11 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        ["all"] => all(None),
-        ["all", results] => all(Some(Path::new(results))),
+        ["all"] => all(),
         ["broker", address] => broker(address, None),
         ["broker", address, data] => broker(address, Some(data.into())),
         _ => {
-            eprintln!("usage: bench all [RESULTS] | bench broker ADDRESS [DATA]");
+            eprintln!("usage: bench all | bench broker ADDRESS [DATA]");
             return ExitCode::from(2);
         }
     }
@@ -396,7 +395,7 @@ struct Runs {
     p50_us: [Vec<f64>; 2],
 }
 
-fn all(results: Option<&Path>) {
+fn all() {
     let directory = std::env::var_os("XBEE_BENCH_DIR")
         .map_or_else(|| PathBuf::from("target/bench-mq"), PathBuf::from);
     let rounds = std::env::var("XBEE_BENCH_ROUNDS")
@@ -440,11 +439,6 @@ fn all(results: Option<&Path>) {
     }
     let section = section(&kinds, runs, rounds, &load_before);
     print!("{section}");
-    if let Some(results) = results {
-        let old = fs::read_to_string(results).unwrap_or_default();
-        fs::write(results, with_section(&old, &section)).unwrap();
-        eprintln!("written to {}", results.display());
-    }
 }
 
 fn section(kinds: &[Kind], runs: Vec<Runs>, rounds: usize, load_before: &str) -> String {
@@ -517,19 +511,6 @@ fn section(kinds: &[Kind], runs: Vec<Runs>, rounds: usize, load_before: &str) ->
         .unwrap();
     }
     text
-}
-
-/// `report` with its section replaced, or put before the section Xen, or at its end.
-fn with_section(report: &str, section: &str) -> String {
-    let (before, after) = match report.split_once("\n## Message queue\n") {
-        Some((before, old)) => (before, old.find("\n## ").map_or("", |at| &old[at + 1..])),
-        None => match report.find("\n## Xen\n") {
-            Some(at) => (&report[..at], &report[at + 1..]),
-            None => (report, ""),
-        },
-    };
-    let section = format!("{}\n\n{section}\n{after}", before.trim_end());
-    format!("{}\n", section.trim_end())
 }
 
 fn said(program: &str, arguments: &[&str]) -> String {

@@ -61,11 +61,10 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        ["all"] => all(None),
-        ["all", results] => all(Some(Path::new(results))),
+        ["all"] => all(),
         ["fetch", format, from, to] => fetch(format, Path::new(from), Path::new(to)),
         _ => {
-            eprintln!("usage: bench all [RESULTS] | bench fetch FORMAT FROM TO");
+            eprintln!("usage: bench all | bench fetch FORMAT FROM TO");
             return ExitCode::from(2);
         }
     }
@@ -116,7 +115,7 @@ impl Runs {
     }
 }
 
-fn all(results: Option<&Path>) {
+fn all() {
     let directory = std::env::var_os("XBEE_BENCH_DIR")
         .map_or_else(|| PathBuf::from("target/bench-staging"), PathBuf::from);
     fs::create_dir_all(&directory).unwrap();
@@ -210,24 +209,6 @@ fn all(results: Option<&Path>) {
         ),
     );
     print!("{section}");
-    if let Some(results) = results {
-        let old = fs::read_to_string(results).unwrap_or_default();
-        fs::write(results, with_section(&old, &section)).unwrap();
-        eprintln!("written to {}", results.display());
-    }
-}
-
-/// `report` with its section Staging replaced, or put before the section Xen, or at its end.
-fn with_section(report: &str, section: &str) -> String {
-    let (before, after) = match report.split_once("\n## Staging\n") {
-        Some((before, old)) => (before, old.find("\n## ").map_or("", |at| &old[at + 1..])),
-        None => match report.find("\n## Xen\n") {
-            Some(at) => (&report[..at], &report[at + 1..]),
-            None => (report, ""),
-        },
-    };
-    let section = format!("{}\n\n{section}\n{after}", before.trim_end());
-    format!("{}\n", section.trim_end())
 }
 
 fn said(program: &str, arguments: &[&str]) -> String {

@@ -1,4 +1,4 @@
-//! `make bench`: measures what SPECIFICATION.md promises and writes `bench/results.md`.
+//! `make bench`: measures what SPECIFICATION.md promises; `ci/results` puts it into `bench/results.md`.
 //!
 //! Figures on a shared machine are noisy: both sides of a comparison are interleaved in one run, and
 //! what counts is the ratio of their medians.
@@ -27,8 +27,6 @@ const TASKS: usize = 1000;
 const QUEUED: usize = 10_000;
 /// Ticks of `/proc/PID/stat` a second: USER_HZ, which Linux fixes at 100 for user space.
 const TICKS_PER_S: f64 = 100.0;
-/// Begin what is not measured here: by `make bench-staging` and `make xen-bench`.
-const OTHERS: [&str; 2] = ["\n## Staging\n", "\n## Xen\n"];
 
 fn main() {
     let Some(xbed) = qemu() else {
@@ -42,15 +40,7 @@ fn main() {
     scale(&mut report);
     queue(&mut report);
     streams(&mut report);
-    let path = root().join("bench/results.md");
-    fs::create_dir_all(path.parent().unwrap()).unwrap();
-    let old = fs::read_to_string(&path).unwrap_or_default();
-    if let Some(at) = OTHERS.iter().filter_map(|begin| old.find(begin)).min() {
-        report.push_str(&old[at..]);
-    }
-    fs::write(&path, &report).unwrap();
     print!("{report}");
-    eprintln!("written to {}", path.display());
 }
 
 /// vsock streams of a guest, beside those of another program and what the host does without either.
