@@ -6,9 +6,11 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod calendar;
+mod policy;
 mod queue;
 mod task;
 
 pub use calendar::NEVER_MS;
-pub use queue::{Capacity, Demand, Due, Policy, Queue, QueueError, Quota, Request};
+pub use policy::{Capacity, Demand, Due, Policy, QueueError, Quota, Request};
+pub use queue::Queue;
 pub use task::{Action, DomainFate, Failure, Input, Outcome, Phase, Step, Task, TransitionError};
