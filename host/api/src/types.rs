@@ -110,6 +110,17 @@ impl State {
     pub fn is_final(self) -> bool {
         matches!(self, State::Finished | State::Failed | State::Terminated)
     }
+
+    /// Its name, on the wire too.
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Pending => "Pending",
+            State::Running => "Running",
+            State::Finished => "Finished",
+            State::Failed => "Failed",
+            State::Terminated => "Terminated",
+        }
+    }
 }
 
 /// Sub-state, XenBEE's specialisation of the BES states.
@@ -133,6 +144,21 @@ pub enum SubState {
     /// Results are being sent.
     #[serde(rename = "Stage-Out")]
     StageOut,
+}
+
+impl SubState {
+    /// Its name, on the wire too.
+    pub fn name(self) -> &'static str {
+        match self {
+            SubState::Reserved => "Reserved",
+            SubState::Confirmed => "Confirmed",
+            SubState::StageIn => "Stage-In",
+            SubState::InstanceStarting => "Instance-Starting",
+            SubState::Executing => "Executing",
+            SubState::InstanceStopping => "Instance-Stopping",
+            SubState::StageOut => "Stage-Out",
+        }
+    }
 }
 
 /// How far a transfer is.
@@ -382,4 +408,29 @@ pub struct ErrorBody {
     pub code: String,
     /// What is wrong, where, what was expected, what to do.
     pub message: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_on_the_wire() {
+        use State::*;
+        use SubState::*;
+        for state in [Pending, Running, Finished, Failed, Terminated] {
+            assert_eq!(serde_json::to_value(state).unwrap(), state.name());
+        }
+        for substate in [
+            Reserved,
+            Confirmed,
+            StageIn,
+            InstanceStarting,
+            Executing,
+            InstanceStopping,
+            StageOut,
+        ] {
+            assert_eq!(serde_json::to_value(substate).unwrap(), substate.name());
+        }
+    }
 }

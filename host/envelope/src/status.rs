@@ -2,7 +2,7 @@
 
 use quick_xml::Writer;
 use quick_xml::events::{BytesDecl, BytesText, Event};
-use xbee_api::{State, SubState, TaskStatus};
+use xbee_api::{State, TaskStatus};
 
 use crate::{BES, XBE};
 
@@ -28,7 +28,7 @@ fn write(writer: &mut Xml, task: &TaskStatus) -> std::io::Result<()> {
         .write_inner_content(|writer| {
             if let Some(substate) = task.substate {
                 writer
-                    .create_element(format!("xbe:{}", self::substate(substate)))
+                    .create_element(format!("xbe:{}", substate.name()))
                     .write_empty()?;
             }
             writer
@@ -66,7 +66,7 @@ fn meta_data(writer: &mut Xml, task: &TaskStatus) -> std::io::Result<()> {
             .create_element("xbe:Transition")
             .with_attribute(("state", state(transition.state)));
         if let Some(substate) = transition.substate {
-            element = element.with_attribute(("substate", self::substate(substate)));
+            element = element.with_attribute(("substate", substate.name()));
         }
         element
             .with_attribute(("at", transition.at.as_str()))
@@ -78,23 +78,8 @@ fn meta_data(writer: &mut Xml, task: &TaskStatus) -> std::io::Result<()> {
 /// BES says `Cancelled` where XenBEE says `Terminated`.
 fn state(state: State) -> &'static str {
     match state {
-        State::Pending => "Pending",
-        State::Running => "Running",
-        State::Finished => "Finished",
-        State::Failed => "Failed",
         State::Terminated => "Cancelled",
-    }
-}
-
-fn substate(substate: SubState) -> &'static str {
-    match substate {
-        SubState::Reserved => "Reserved",
-        SubState::Confirmed => "Confirmed",
-        SubState::StageIn => "Stage-In",
-        SubState::InstanceStarting => "Instance-Starting",
-        SubState::Executing => "Executing",
-        SubState::InstanceStopping => "Instance-Stopping",
-        SubState::StageOut => "Stage-Out",
+        state => state.name(),
     }
 }
 
@@ -110,7 +95,7 @@ fn printable(text: &str) -> String {
 mod tests {
     use super::*;
     use quick_xml::Reader;
-    use xbee_api::Transition;
+    use xbee_api::{SubState, Transition};
 
     fn task() -> TaskStatus {
         let transition = |state, substate, second| Transition {

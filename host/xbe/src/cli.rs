@@ -183,26 +183,26 @@ pub struct Run {
 /// `submit`.
 #[derive(Debug, Args)]
 pub struct Submit {
-    /// The JSDL document; - is standard input
-    #[arg(value_hint = ValueHint::FilePath)]
-    pub file: PathBuf,
+    /// The job.
+    #[command(flatten)]
+    pub job: Job,
     /// Wait until the task has ended; the exit code is the job's
     #[arg(long)]
     pub wait: bool,
-    /// Publish the guest's TCP port GUEST at port HOST of the host's loopback; 0: any free one
-    #[arg(short, long, value_name = "HOST:GUEST", value_parser = units::published_port)]
-    pub publish: Vec<PublishedPort>,
-    /// What else is to be known of the job.
-    #[command(flatten)]
-    pub wishes: Wishes,
     /// Output for programs.
     #[command(flatten)]
     pub json: Json,
 }
 
-/// What is said of a job beside its document.
+/// A job's document, and what is said of it beside.
 #[derive(Debug, Args)]
-pub struct Wishes {
+pub struct Job {
+    /// The JSDL document; - is standard input
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub file: PathBuf,
+    /// Publish the guest's TCP port GUEST at port HOST of the host's loopback; 0: any free one
+    #[arg(short, long, value_name = "HOST:GUEST", value_parser = units::published_port)]
+    pub publish: Vec<PublishedPort>,
     /// Accept wrong element order and missing optional wrappers, and say so
     #[arg(long)]
     pub lenient: bool,
@@ -251,18 +251,12 @@ pub struct Reserve {
 pub struct Confirm {
     /// The reservation's ticket
     pub ticket: String,
-    /// The JSDL document; - is standard input
-    #[arg(value_hint = ValueHint::FilePath)]
-    pub file: PathBuf,
+    /// The job.
+    #[command(flatten)]
+    pub job: Job,
     /// Do not start it until `xbe start`
     #[arg(long)]
     pub no_start: bool,
-    /// Publish the guest's TCP port GUEST at port HOST of the host's loopback; 0: any free one
-    #[arg(short, long, value_name = "HOST:GUEST", value_parser = units::published_port)]
-    pub publish: Vec<PublishedPort>,
-    /// What else is to be known of the job.
-    #[command(flatten)]
-    pub wishes: Wishes,
     /// Output for programs.
     #[command(flatten)]
     pub json: Json,

@@ -43,7 +43,7 @@ pub async fn reserve(client: &Client, args: &cli::Reserve) -> Result<u8, Error> 
 pub async fn confirm(client: &Client, args: &cli::Confirm) -> Result<u8, Error> {
     let request = ConfirmRequest {
         ticket: args.ticket.clone(),
-        request: run::request(&args.file, &args.publish, &args.wishes)?,
+        request: run::request(&args.job)?,
         start: !args.no_start,
     };
     tell(&client.confirm(&request).await?, &args.json)

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use xbee_api::client::{Client, Log};
-use xbee_api::{PublishedPort, State, SubState, SubmitRequest, TaskStatus, chain};
+use xbee_api::{State, SubState, SubmitRequest, TaskStatus, chain};
 use xbee_jsdl::limits::MAX_DOCUMENT_BYTES;
 
 use crate::cli;
@@ -19,7 +19,7 @@ use crate::term::{self, Progress, note};
 
 /// `submit`.
 pub async fn submit(client: &Client, args: &cli::Submit) -> Result<u8, Error> {
-    let request = request(&args.file, &args.publish, &args.wishes)?;
+    let request = request(&args.job)?;
     let task = client.submit(&request).await?;
     if args.json.json {
         term::json(&task)?
@@ -37,17 +37,13 @@ pub async fn submit(client: &Client, args: &cli::Submit) -> Result<u8, Error> {
 }
 
 /// The request for a document.
-pub fn request(
-    file: &Path,
-    publish: &[PublishedPort],
-    wishes: &cli::Wishes,
-) -> Result<SubmitRequest, Error> {
+pub fn request(job: &cli::Job) -> Result<SubmitRequest, Error> {
     Ok(SubmitRequest {
-        jsdl: read_text(file)?,
-        lenient: wishes.lenient,
-        publish: publish.to_vec(),
-        priority: wishes.priority,
-        retries: wishes.retries,
+        jsdl: read_text(&job.file)?,
+        lenient: job.lenient,
+        publish: job.publish.clone(),
+        priority: job.priority,
+        retries: job.retries,
     })
 }
 

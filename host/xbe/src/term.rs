@@ -85,24 +85,10 @@ pub fn state(task: &TaskStatus, colours: bool) -> String {
 
 /// State and sub-state in the words of BES.
 pub fn state_name(state: State, substate: Option<SubState>) -> String {
-    let state = match state {
-        State::Pending => "Pending",
-        State::Running => "Running",
-        State::Finished => "Finished",
-        State::Failed => "Failed",
-        State::Terminated => "Terminated",
-    };
-    let substate = match substate {
-        None => return state.to_owned(),
-        Some(SubState::Reserved) => "Reserved",
-        Some(SubState::Confirmed) => "Confirmed",
-        Some(SubState::StageIn) => "Stage-In",
-        Some(SubState::InstanceStarting) => "Instance-Starting",
-        Some(SubState::Executing) => "Executing",
-        Some(SubState::InstanceStopping) => "Instance-Stopping",
-        Some(SubState::StageOut) => "Stage-Out",
-    };
-    format!("{state}: {substate}")
+    match substate {
+        None => state.name().to_owned(),
+        Some(substate) => format!("{}: {}", state.name(), substate.name()),
+    }
 }
 
 /// A time span for reading: `0.123 s`, `2 min 05 s`, `3 h 07 min`.
