@@ -106,6 +106,45 @@ fn files_go_in_and_results_come_out() {
 }
 
 #[test]
+fn what_is_staged_in_ends_with_its_domain_and_its_source_and_target_stay() {
+    let Some(xbed) = qemu() else { return };
+    let dir = xbed.scratch();
+    let (input, output) = (dir.join("input"), dir.join("copy"));
+    fs::write(&input, "kept").unwrap();
+    let stage_in = format!("{}:/data/in", input.display());
+    let text = xbed.xbe([
+        "run",
+        "--print-jsdl",
+        "-v",
+        &stage_in,
+        "--",
+        "/bin/cat",
+        "/data/in",
+    ]);
+    let text = text.ok().stdout;
+    for delete in ["true", "false"] {
+        // The order of its elements is the schema's.
+        let wanted =
+            format!("<jsdl:DeleteOnTermination>{delete}</jsdl:DeleteOnTermination><jsdl:Source>");
+        let target = format!(
+            "</jsdl:Source><jsdl:Target><jsdl:URI>file://{}</jsdl:URI></jsdl:Target>",
+            output.display()
+        );
+        let text = text
+            .replace("<jsdl:Source>", &wanted)
+            .replace("</jsdl:Source>", &target);
+        let path = xbed.document("job.xsdl", &text);
+        xbed.xbe(["submit".as_ref(), "--wait".as_ref(), path.as_os_str()])
+            .ok();
+        for kept in [&input, &output] {
+            assert_eq!(fs::read_to_string(kept).unwrap(), "kept", "{delete}");
+        }
+        fs::remove_file(&output).unwrap();
+        xbed.assert_nothing_left();
+    }
+}
+
+#[test]
 fn output_is_seen_while_the_job_runs() {
     let Some(xbed) = qemu() else { return };
     let mut run = xbed

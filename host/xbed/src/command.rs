@@ -16,11 +16,11 @@ use xbee_api::{
 };
 use xbee_engine::{Phase, QueueError};
 
-use crate::array::{Array, Sum};
+use crate::array::{Array, Members};
 use crate::export;
 use crate::host::{Host, fill_random};
 use crate::plan::Plan;
-use crate::store::{Entry, Job, Owner, Reservation, StoreError};
+use crate::store::{Entry, Owner, Reservation, StoreError};
 use crate::task::TaskHandle;
 use crate::translate::{PlanError, Planned};
 use crate::view;
@@ -68,7 +68,28 @@ pub enum CommandError {
     Plan(#[from] PlanError),
     /// The queue does not take it.
     #[error(transparent)]
-    Queue(#[from] QueueError),
+    Queue(QueueError),
+    /// Others have what is asked for, but not for ever.
+    #[error(
+        "there is not so much free at that time: from {from} on there is, for as long as you ask"
+    )]
+    RoomLater {
+        /// RFC 3339.
+        from: String,
+    },
+    /// The span of time makes no sense.
+    #[error("a reservation from {from} to {until} is over or has no length: give a time to come")]
+    NoSpan {
+        /// RFC 3339.
+        from: String,
+        /// RFC 3339.
+        until: String,
+    },
+    /// It is not one task.
+    #[error(
+        "the document is a parameter sweep: a reservation is for one task, so submit it without, or confirm one job of it"
+    )]
+    SweepReserved,
     /// Nothing is held under this ticket, or not for the caller.
     #[error(
         "501 TICKET_INVALID: no reservation of yours has this ticket; it may be over or cancelled, and `xbe ps -a` lists your tasks"
@@ -143,6 +164,24 @@ pub enum CommandError {
     NotWritten(Uuid),
 }
 
+impl From<QueueError> for CommandError {
+    /// The queue knows milliseconds, people want a date.
+    fn from(error: QueueError) -> Self {
+        match error {
+            QueueError::NoRoom {
+                earliest_ms: Some(at_ms),
+            } => CommandError::RoomLater {
+                from: view::rfc3339(at_ms),
+            },
+            QueueError::NoSpan { from_ms, until_ms } => CommandError::NoSpan {
+                from: view::rfc3339(from_ms),
+                until: view::rfc3339(until_ms),
+            },
+            error => CommandError::Queue(error),
+        }
+    }
+}
+
 impl CommandError {
     /// Stable code for programs.
     pub fn code(&self) -> &str {
@@ -156,6 +195,9 @@ impl CommandError {
                 | QueueError::TooMuchDisk { .. } => "no-capacity",
                 error => error.code(),
             },
+            CommandError::RoomLater { .. } => "no-room",
+            CommandError::NoSpan { .. } => "invalid-reservation",
+            CommandError::SweepReserved => "sweep-reserved",
             CommandError::TicketInvalid => "ticket-invalid",
             CommandError::AlreadyConfirmed(_) => "already-confirmed",
             CommandError::NotConfirmed(_) => "not-confirmed",
@@ -239,7 +281,7 @@ pub enum Changes {
     /// Of a task.
     Task(watch::Receiver<Vec<Entry>>),
     /// Of an array.
-    Array(watch::Receiver<Sum>),
+    Array(watch::Receiver<Members>),
 }
 
 impl Changes {
@@ -278,8 +320,8 @@ impl Commands {
     }
 
     /// Whether a job would be taken.
-    pub fn check(&self, request: &SubmitRequest) -> CheckReport {
-        let planned = Planned::read(request.clone(), &self.host.images);
+    pub async fn check(&self, request: SubmitRequest) -> CheckReport {
+        let planned = self.plan(request).await;
         let refused = match &planned {
             Ok((planned, _)) => {
                 let mut demands = planned.plans().map(Plan::demand);
@@ -295,6 +337,14 @@ impl Commands {
         }
     }
 
+    /// What a request means on this host, with warnings. A sweep of a thousand jobs is work.
+    async fn plan(&self, request: SubmitRequest) -> Result<(Planned, Vec<String>), PlanError> {
+        let host = self.host.clone();
+        tokio::task::spawn_blocking(move || Planned::read(request, &host.images))
+            .await
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+    }
+
     /// Takes a job. When this returns, the task is durable.
     pub async fn submit(
         &self,
@@ -302,23 +352,10 @@ impl Commands {
         request: SubmitRequest,
     ) -> Result<TaskStatus, CommandError> {
         self.check_wishes(caller, &request)?;
-        // A sweep of a thousand jobs is work.
-        let host = self.host.clone();
-        let planned = tokio::task::spawn_blocking(move || Planned::read(request, &host.images));
-        let planned = planned
-            .await
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
-        Ok(match planned?.0 {
+        Ok(match self.plan(request).await?.0 {
             Planned::One(job) => self.host.accept(caller.owner, *job).await?.status(),
             Planned::Sweep(jobs) => self.host.accept_array(caller.owner, jobs).await?.status(),
         })
-    }
-
-    /// What a request means on this host.
-    fn job(&self, caller: Caller, request: SubmitRequest) -> Result<Job, CommandError> {
-        self.check_wishes(caller, &request)?;
-        let (plan, _) = Plan::from_request(&request, &self.host.images)?;
-        Ok(Job { request, plan })
     }
 
     fn check_wishes(&self, caller: Caller, request: &SubmitRequest) -> Result<(), CommandError> {
@@ -379,7 +416,11 @@ impl Commands {
     ) -> Result<TaskStatus, CommandError> {
         let task = self.by_ticket(caller, &request.ticket)?;
         let id = task.record.id;
-        let job = Arc::new(self.job(caller, request.request)?);
+        self.check_wishes(caller, &request.request)?;
+        let Planned::One(job) = self.plan(request.request).await?.0 else {
+            return Err(CommandError::SweepReserved);
+        };
+        let job = Arc::new(*job);
         if task.job().is_some() {
             return Err(CommandError::AlreadyConfirmed(id));
         }
@@ -394,7 +435,7 @@ impl Commands {
             });
         }
         task.confirm(job.clone(), request.start);
-        self.written(&task, task.left(Phase::Reserved)).await?;
+        written(id, task.left(Phase::Reserved)).await?;
         match task.job() {
             Some(taken) if Arc::ptr_eq(taken, &job) => Ok(task.status()),
             Some(_) => Err(CommandError::AlreadyConfirmed(id)),
@@ -410,7 +451,7 @@ impl Commands {
             return Err(CommandError::NotConfirmed(task.record.id));
         }
         task.start();
-        self.written(&task, task.left(Phase::Held)).await?;
+        written(task.record.id, task.left(Phase::Held)).await?;
         Ok(task.status())
     }
 
@@ -418,15 +459,6 @@ impl Commands {
     pub async fn cancel(&self, caller: Caller, ticket: &str) -> Result<TaskStatus, CommandError> {
         let task = self.by_ticket(caller, ticket)?;
         self.end(&task, "its reservation was cancelled").await
-    }
-
-    async fn written(
-        &self,
-        task: &TaskHandle,
-        written: impl Future<Output = ()>,
-    ) -> Result<(), CommandError> {
-        let waited = tokio::time::timeout(WRITE_LIMIT, written).await;
-        waited.map_err(|_| CommandError::NotWritten(task.record.id))
     }
 
     /// The domain that a job would get.
@@ -551,9 +583,12 @@ impl Commands {
             Found::Array(array) => {
                 let tasks = self.tasks_of(array);
                 tasks.iter().for_each(|task| task.terminate(REASON));
-                for task in &tasks {
-                    self.written(task, task.ending()).await?;
-                }
+                let all = async {
+                    for task in &tasks {
+                        task.ending().await;
+                    }
+                };
+                written(array.id, all).await?;
                 Ok(array.status())
             }
         }
@@ -561,7 +596,7 @@ impl Commands {
 
     async fn end(&self, task: &TaskHandle, reason: &str) -> Result<TaskStatus, CommandError> {
         task.terminate(reason);
-        self.written(task, task.ending()).await?;
+        written(task.record.id, task.ending()).await?;
         Ok(task.status())
     }
 
@@ -593,6 +628,12 @@ impl Commands {
     }
 }
 
+/// Waits until it is written down what was asked of a task or an array.
+async fn written(id: Uuid, written: impl Future<Output = ()>) -> Result<(), CommandError> {
+    let waited = tokio::time::timeout(WRITE_LIMIT, written).await;
+    waited.map_err(|_| CommandError::NotWritten(id))
+}
+
 /// What is kept of a ticket.
 fn digest(ticket: &str) -> [u8; 32] {
     Sha256::digest(ticket.trim().to_ascii_lowercase()).into()
@@ -607,8 +648,7 @@ mod tests {
 
     use crate::config::{Config, Options};
 
-    #[tokio::test]
-    async fn a_ticket_is_its_owners_alone() {
+    async fn commands() -> (tempfile::TempDir, Commands) {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().to_str().unwrap();
         let options = Options::parse_from(["xbed", "--backend", "sim", "--data", data]);
@@ -616,10 +656,82 @@ mod tests {
         let sim = SimHost::new(SimConfig::new(config.domains()));
         let hypervisor = Arc::new(SimHypervisor::new(sim));
         let host = Host::open(config, hypervisor, Stager::new(Limits::default())).await;
-        let commands = Commands::new(host.unwrap());
-        let caller = |uid| Caller {
+        (dir, Commands::new(host.unwrap()))
+    }
+
+    fn caller(uid: u32) -> Caller {
+        Caller {
             owner: Owner { uid, gid: uid },
+        }
+    }
+
+    fn request(jsdl: &str) -> SubmitRequest {
+        SubmitRequest {
+            jsdl: jsdl.into(),
+            lenient: false,
+            publish: vec![],
+            priority: 0,
+            retries: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn more_than_others_is_the_operators_to_give() {
+        let (_dir, commands) = commands().await;
+        let stranger = rustix::process::geteuid().as_raw() + 1;
+        for (priority, retries, code) in
+            [(1, None, "priority"), (0, Some(1000), "too-many-retries")]
+        {
+            let asked = SubmitRequest {
+                priority,
+                retries,
+                ..request("")
+            };
+            let refused = commands.submit(caller(stranger), asked.clone()).await;
+            assert_eq!(refused.unwrap_err().code(), code);
+            // To root priority is no matter: the document is.
+            let refused = commands.submit(caller(0), asked).await.unwrap_err();
+            assert_eq!(matches!(refused, CommandError::Plan(_)), priority > 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reservation_that_cannot_be_is_answered_with_dates() {
+        let (_dir, commands) = commands().await;
+        let host = commands.host();
+        let wanted = |from_ms, duration_s| ReserveRequest {
+            name: None,
+            from_ms: Some(from_ms),
+            duration_s,
+            cpus: 1,
+            memory_bytes: host.memory_bytes,
+            disk_bytes: 0,
         };
+        let day = 86_400_000;
+        let begin = view::now_ms() / day * day + 2 * day;
+        commands
+            .reserve(caller(7), wanted(begin, 3600))
+            .await
+            .unwrap();
+        let refused = commands.reserve(caller(8), wanted(begin + 1000, 60)).await;
+        let refused = refused.unwrap_err();
+        let free = view::rfc3339(begin + 3_600_000);
+        assert!(refused.to_string().contains(&free), "{refused}");
+        assert_eq!(refused.code(), "no-room");
+        let refused = commands
+            .reserve(caller(8), wanted(day, 60))
+            .await
+            .unwrap_err();
+        assert!(
+            refused.to_string().contains("1970-01-02T00:01:00"),
+            "{refused}"
+        );
+        assert_eq!(refused.code(), "invalid-reservation");
+    }
+
+    #[tokio::test]
+    async fn a_ticket_is_its_owners_alone() {
+        let (_dir, commands) = commands().await;
         let request = ReserveRequest {
             name: None,
             from_ms: None,

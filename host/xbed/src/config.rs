@@ -518,6 +518,29 @@ mod tests {
     }
 
     #[test]
+    fn users_have_quotas_and_some_their_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("xbed.toml");
+        let load = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            Config::load(Options::parse_from([
+                "xbed",
+                "--config",
+                path.to_str().unwrap(),
+            ]))
+        };
+        let policy = load("[quota]\nvcpus = 4\ndisk-mib = 2\n[quotas.1000]\nvcpus = 9\n")
+            .unwrap()
+            .policy;
+        let own = policy.quotas[&1000];
+        assert_eq!((policy.quota.vcpus, policy.quota.disk_bytes), (4, 2 << 20));
+        assert_eq!((own.vcpus, own.disk_bytes), (9, 2 << 20));
+        assert_eq!(own.memory_bytes, u64::MAX);
+        let error = load("[quotas.alice]\nvcpus = 9\n").unwrap_err().to_string();
+        assert!(error.contains("\"alice\" is no user id"), "{error}");
+    }
+
+    #[test]
     fn addresses_of_domains_come_from_the_prefix() {
         let prefix = Prefix::try_from("fd00:1:2:3::/64".to_owned()).unwrap();
         assert_eq!(prefix.address(0x1_0002).to_string(), "fd00:1:2:3::1:2");

@@ -141,8 +141,10 @@ impl From<CommandError> for Failure {
             CommandError::Ambiguous { .. } | CommandError::Plan(_) | CommandError::NotFetched => {
                 StatusCode::BAD_REQUEST
             }
-            CommandError::Queue(QueueError::NoSpan { .. }) => StatusCode::BAD_REQUEST,
-            CommandError::Queue(QueueError::NoRoom { .. }) => StatusCode::CONFLICT,
+            CommandError::NoSpan { .. } | CommandError::SweepReserved => StatusCode::BAD_REQUEST,
+            CommandError::RoomLater { .. } | CommandError::Queue(QueueError::NoRoom { .. }) => {
+                StatusCode::CONFLICT
+            }
             CommandError::Queue(_) => StatusCode::SERVICE_UNAVAILABLE,
             CommandError::TicketInvalid | CommandError::Priority(_) => StatusCode::FORBIDDEN,
             CommandError::AlreadyConfirmed(_) | CommandError::NotConfirmed(_) => {
@@ -198,7 +200,7 @@ async fn check(
     State(commands): State<Commands>,
     request: Result<Json<SubmitRequest>, JsonRejection>,
 ) -> Answer<Json<CheckReport>> {
-    Ok(Json(commands.check(&body(request)?)))
+    Ok(Json(commands.check(body(request)?).await))
 }
 
 async fn export(

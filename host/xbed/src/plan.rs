@@ -17,9 +17,6 @@ pub struct Plan {
     pub vcpus: u32,
     /// Memory in bytes.
     pub memory_bytes: u64,
-    /// Disk in bytes that is held for it.
-    #[serde(default)]
-    pub disk_bytes: u64,
     /// Directories that must exist before files come: the working directory, mount points.
     pub directories: Vec<String>,
     /// Scripts of the image's author.
@@ -230,7 +227,7 @@ impl Plan {
         Demand {
             vcpus: self.vcpus,
             memory_bytes: self.memory_bytes,
-            disk_bytes: self.disk_bytes,
+            disk_bytes: 0,
         }
     }
 
@@ -276,7 +273,6 @@ impl Plan {
             },
             vcpus: 1,
             memory_bytes: 1 << 20,
-            disk_bytes: 0,
             directories: vec![],
             scripts: vec![],
             stage_in: vec![],

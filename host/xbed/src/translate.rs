@@ -231,7 +231,6 @@ fn resolve(
         boot,
         vcpus,
         memory_bytes,
-        disk_bytes: 0,
         directories,
         scripts,
         stage_in,
