@@ -12,13 +12,13 @@
 //! [`control`] is how domains come and go at run time.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod chain;
 pub mod conn;
 pub mod control;
 pub mod ether;
 pub mod packet;
 pub mod switch;
 
-mod chain;
 mod device;
 mod link;
 mod port;

@@ -248,7 +248,8 @@ pub struct Config {
     vcpus: Option<u32>,
     memory_mib: Option<u64>,
     disk_mib: Option<u64>,
-    domains: u32,
+    /// Domains at a time.
+    pub domains: u32,
     queue_length: usize,
     /// Order and bounds of the queue.
     pub policy: Policy,

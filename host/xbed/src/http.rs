@@ -10,7 +10,7 @@ use std::time::Duration;
 use axum::body::{Body, Bytes};
 use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Query, Request, State};
+use axum::extract::{self, DefaultBodyLimit, FromRequestParts, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -21,6 +21,7 @@ use futures::stream;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::net::{UnixListener, unix::UCred};
@@ -64,6 +65,7 @@ pub fn router(commands: Commands) -> Router {
         .route("/v1/tasks/{id}/exec", post(exec_upgrade))
         .route("/v1/tasks/{id}/forward", post(forward_upgrade))
         .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(commands)
 }
@@ -110,6 +112,33 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
                 "the kernel does not say who is at the other end of this connection",
             )),
         }
+    }
+}
+
+/// [`extract::Query`], refused as everything else is.
+struct Query<T>(T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        let query = extract::Query::from_request_parts(parts, state).await;
+        query
+            .map(|extract::Query(value)| Query(value))
+            .map_err(|refused| failure(refused.status(), "invalid-request", refused.body_text()))
+    }
+}
+
+/// [`extract::Path`], refused as everything else is.
+struct Path<T>(T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T> {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        let path = extract::Path::from_request_parts(parts, state).await;
+        path.map(|extract::Path(value)| Path(value))
+            .map_err(|refused| failure(refused.status(), "invalid-request", refused.body_text()))
     }
 }
 
@@ -170,15 +199,17 @@ impl From<CommandError> for Failure {
 type Answer<T> = Result<T, Failure>;
 
 async fn no_route(request: Request) -> Failure {
-    failure(
-        StatusCode::NOT_FOUND,
-        "no-such-route",
-        format!(
-            "{} {} is not part of the API",
-            request.method(),
-            request.uri().path()
-        ),
-    )
+    unknown(StatusCode::NOT_FOUND, &request)
+}
+
+async fn no_method(request: Request) -> Failure {
+    unknown(StatusCode::METHOD_NOT_ALLOWED, &request)
+}
+
+fn unknown(status: StatusCode, request: &Request) -> Failure {
+    let (method, path) = (request.method(), request.uri().path());
+    let message = format!("{method} {path} is not part of the API");
+    failure(status, "no-such-route", message)
 }
 
 async fn host(State(commands): State<Commands>) -> Json<HostInfo> {

@@ -1,0 +1,168 @@
+//! `xbed`, XenBEE's host manager.
+//!
+//! [`command`] is what can be asked; [`http`] is one front door to it. [`host`] holds the tasks;
+//! each has an actor ([`task`]) that drives the engine's state machine through [`steps`].
+//!
+//! It is a library only for the program and for `tests/fuzz`, which asks the API anything.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod array;
+mod backend;
+mod broker;
+mod command;
+mod config;
+mod exec;
+mod export;
+mod fault;
+mod host;
+mod http;
+mod images;
+mod logs;
+mod plan;
+mod retry;
+mod session;
+#[cfg(test)]
+mod soak;
+mod ssh;
+mod steps;
+mod store;
+mod task;
+mod translate;
+mod view;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+use tracing_subscriber::EnvFilter;
+use xbee_api::chain;
+
+use crate::command::Commands;
+use crate::config::{Command, Config, Options};
+use crate::host::Host;
+
+/// Why `xbed` ends.
+#[derive(Debug, thiserror::Error)]
+pub enum Fatal {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] config::ConfigError),
+    /// The message broker.
+    #[error(transparent)]
+    Broker(#[from] broker::BrokerError),
+    /// The hypervisor, or the data directory.
+    #[error(transparent)]
+    Backend(#[from] backend::BackendError),
+    /// What was stored.
+    #[error(transparent)]
+    Host(#[from] host::HostError),
+    /// The socket.
+    #[error(transparent)]
+    Listen(#[from] http::ListenError),
+    /// The socket, later.
+    #[error("the API's socket failed")]
+    Serve(#[source] std::io::Error),
+    /// Signals.
+    #[error("signals cannot be received")]
+    Signal(#[source] std::io::Error),
+    /// The runtime.
+    #[error("the runtime cannot be started")]
+    Runtime(#[source] std::io::Error),
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    let mut options = Options::parse();
+    let filter = EnvFilter::try_from_env("XBED_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::env::var_os("NO_COLOR").is_none() && is_terminal())
+        .init();
+    let result = match options.command.take() {
+        // It has a thread of its own and needs no further ones.
+        Some(Command::Broker(options)) => broker::run(options).map_err(Fatal::from),
+        None => tokio::runtime::Runtime::new()
+            .map_err(Fatal::Runtime)
+            .and_then(|runtime| runtime.block_on(run(options))),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Not through the log: a filter must not hide why nothing runs.
+            eprintln!("xbed: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_terminal() -> bool {
+    std::io::IsTerminal::is_terminal(&std::io::stderr())
+}
+
+/// Serves the API of a simulated host on `socket` until the future is dropped. No task ever begins there: files that a
+/// document names are neither read nor written.
+///
+/// # Errors
+/// What keeps an `xbed` from starting.
+pub async fn serve_simulated(data: &Path, socket: &Path) -> Result<(), Fatal> {
+    let options = Options::parse_from([
+        "xbed".as_ref(),
+        "--backend".as_ref(),
+        "sim".as_ref(),
+        "--data".as_ref(),
+        data.as_os_str(),
+        "--socket".as_ref(),
+        socket.as_os_str(),
+    ]);
+    let mut config = Config::load(options)?;
+    config.domains = 0;
+    let listener = http::listen(&config.socket)?;
+    let hypervisor = backend::open(&config).await?;
+    let stager = backend::stager(&config);
+    let host = Host::open(config, hypervisor, stager).await?;
+    http::serve(listener, Commands::new(host), std::future::pending())
+        .await
+        .map_err(Fatal::Serve)
+}
+
+async fn run(options: Options) -> Result<(), Fatal> {
+    fault::arm();
+    let config = Config::load(options)?;
+    let _lock = backend::lock(&config)?;
+    let listener = http::listen(&config.socket)?;
+    let hypervisor = backend::open(&config).await?;
+    let stager = backend::stager(&config);
+    let socket = config.socket.clone();
+    let host = Host::open(config, hypervisor, stager).await?;
+    host.recover().await?;
+    let about = host.info();
+    info!(
+        version = about.version,
+        backend = about.backend,
+        hypervisor = about.hypervisor,
+        accelerator = about.accelerator,
+        data = %host.config.data.display(),
+        "ready on {}",
+        socket.display()
+    );
+    let mut terminate = signal(SignalKind::terminate()).map_err(Fatal::Signal)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Fatal::Signal)?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    http::serve(listener, Commands::new(host.clone()), stop)
+        .await
+        .map_err(Fatal::Serve)?;
+    // Domains go on: the next xbed takes them up again.
+    info!("stopped; running domains go on");
+    if let Err(error) = std::fs::remove_file(&socket) {
+        host::log_teardown("socket not removed", &error);
+    }
+    Ok(())
+}
