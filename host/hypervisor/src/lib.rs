@@ -5,6 +5,7 @@
 //! (with the feature of that name) drives Xen through libvirt.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod bridge;
 mod domain;
 mod error;
 pub mod image;

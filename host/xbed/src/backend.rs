@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use xbee_hypervisor::Hypervisor;
-use xbee_hypervisor::qemu::{QemuConfig, QemuHypervisor};
+use xbee_hypervisor::qemu::{Bridge, QemuConfig, QemuHypervisor};
 use xbee_hypervisor::sim::{SimConfig, SimHost, SimHypervisor};
 use xbee_staging::{Limits, Stager};
 
-use crate::config::{Backend, Config};
+use crate::config::{Backend, Config, Firewall};
 use crate::images::ImageStore;
 
 /// Why there is no back end.
@@ -65,15 +65,21 @@ pub async fn open(config: &Config) -> Result<Arc<dyn Hypervisor>, BackendError> 
             let mut qemu = QemuConfig::new(config.domains());
             qemu.program.clone_from(&config.qemu);
             qemu.outbound.clone_from(&config.outbound);
+            qemu.bridge = config.bridge.clone().map(|name| Bridge {
+                name,
+                firewall: config.firewall == Firewall::Required,
+            });
             qemu.kvm_probe_kernel = ImageStore::new(config.images.clone()).kernel();
             Arc::new(QemuHypervisor::new(qemu).await?)
         }
         #[cfg(feature = "xen")]
         Backend::Xen => {
-            use crate::config::{Firewall, Guests};
+            use crate::config::Guests;
             use xbee_hypervisor::xen::{XenConfig, XenHypervisor};
             let mut xen = XenConfig::new(config.domains());
-            xen.bridge.clone_from(&config.bridge);
+            if let Some(bridge) = &config.bridge {
+                xen.bridge.clone_from(bridge);
+            }
             xen.paravirtual = config.guests == Guests::Pv;
             xen.firewall = config.firewall == Firewall::Required;
             Arc::new(XenHypervisor::new(xen).await?)

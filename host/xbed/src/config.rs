@@ -135,6 +135,8 @@ struct QemuFile {
     same_owner: Option<SameOwner>,
     #[serde(default)]
     outbound: Outbound,
+    bridge: Option<String>,
+    firewall: Option<Firewall>,
 }
 
 /// Reads `qemu = "PROGRAM"` or `[qemu]`.
@@ -269,12 +271,8 @@ pub struct Config {
     pub terminate_grace: Duration,
     /// Certificates (PEM) trusted for https beside the system's.
     pub ca_file: Option<PathBuf>,
-    /// Bridge that domains are on (back end `xen`).
-    #[cfg_attr(
-        not(feature = "xen"),
-        expect(dead_code, reason = "only that back end has bridges")
-    )]
-    pub bridge: String,
+    /// Bridge that domains are on; `None`, on the back end `qemu` only: they are on the switch's network.
+    pub bridge: Option<String>,
     /// Where their addresses are from; `None`: they have no network.
     pub prefix: Option<Prefix>,
     /// How guests are run (back end `xen`).
@@ -284,10 +282,6 @@ pub struct Config {
     )]
     pub guests: Guests,
     /// Who keeps domains on the bridge apart.
-    #[cfg_attr(
-        not(feature = "xen"),
-        expect(dead_code, reason = "only that back end has bridges")
-    )]
     pub firewall: Firewall,
     /// What domains of one owner may do on their network.
     pub same_owner: SameOwner,
@@ -320,6 +314,14 @@ pub enum ConfigError {
         /// The key.
         name: String,
     },
+    /// What a bridge lets out is not for this process to say.
+    #[error(
+        "[qemu] of the configuration file {path} has `bridge` and `outbound`: with a bridge, the host's own routing and firewall let domains out, so leave one of them away"
+    )]
+    BridgeAndOutbound {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file makes no sense.
     #[error("the configuration file {path} is not as expected")]
     Parse {
@@ -344,6 +346,19 @@ impl Config {
             Backend::Xen => (file.xen.prefix, file.xen.same_owner),
             Backend::Sim => (None, None),
         };
+        let (bridge, firewall) = match backend {
+            Backend::Qemu => (file.qemu.bridge, file.qemu.firewall),
+            Backend::Xen => {
+                let usual = || "xenbr0".to_owned();
+                (file.xen.bridge.or_else(|| Some(usual())), file.xen.firewall)
+            }
+            Backend::Sim => (None, None),
+        };
+        if backend == Backend::Qemu && bridge.is_some() && file.qemu.outbound != Outbound::Off {
+            return Err(ConfigError::BridgeAndOutbound {
+                path: options.config.unwrap_or_default(),
+            });
+        }
         let quota = file.quota.quota(Quota::UNLIMITED);
         let mut quotas = HashMap::new();
         for (name, of_user) in &file.quotas {
@@ -391,10 +406,10 @@ impl Config {
             shutdown_grace: Duration::from_secs(file.shutdown_grace_s.unwrap_or(30)),
             terminate_grace: Duration::from_secs(file.terminate_grace_s.unwrap_or(5)),
             ca_file: file.ca_file,
-            bridge: file.xen.bridge.unwrap_or_else(|| "xenbr0".to_owned()),
+            bridge,
             prefix,
             guests: file.xen.guests.unwrap_or(Guests::Pvh),
-            firewall: file.xen.firewall.unwrap_or(Firewall::Required),
+            firewall: firewall.unwrap_or(Firewall::Required),
             same_owner: same_owner.unwrap_or(SameOwner::Isolated),
             outbound: match backend {
                 Backend::Qemu => file.qemu.outbound,
@@ -513,9 +528,19 @@ mod tests {
         let error = load("[qemu]\noutbound = \"all\"\n", "qemu").unwrap_err();
         let cause = std::error::Error::source(&error).unwrap().to_string();
         assert!(cause.contains("neither \"off\" nor \"open\""), "{cause}");
-        let error = load("[qemu]\nbridge = \"b\"\n", "qemu").unwrap_err();
+        let error = load("[qemu]\nbridges = \"b\"\n", "qemu").unwrap_err();
         let cause = std::error::Error::source(&error).unwrap().to_string();
-        assert!(cause.contains("bridge"), "{cause}");
+        assert!(cause.contains("bridges"), "{cause}");
+        let on_a_bridge = load("[qemu]\nbridge = \"b\"\nfirewall = \"off\"\n", "qemu").unwrap();
+        assert_eq!(on_a_bridge.bridge.as_deref(), Some("b"));
+        assert_eq!(on_a_bridge.firewall, Firewall::Off);
+        assert_eq!(load("", "qemu").unwrap().bridge, None);
+        assert_eq!(load("", "xen").unwrap().bridge.as_deref(), Some("xenbr0"));
+        let error = load("[qemu]\nbridge = \"b\"\noutbound = \"open\"\n", "qemu").unwrap_err();
+        assert!(
+            error.to_string().contains("`bridge` and `outbound`"),
+            "{error}"
+        );
     }
 
     #[test]

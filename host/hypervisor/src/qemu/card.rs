@@ -1,4 +1,4 @@
-//! Network cards: sockets of the switch, which QEMU gets as descriptors.
+//! Network cards: their other sides are sockets of the switch or tap devices, which QEMU gets as descriptors.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,30 +9,51 @@ use serde_json::{Value, json};
 
 use crate::domain::Interface;
 
-/// Longest packet that a card takes, in bytes: all that IPv6 can be. The fewer there are, the less an
+/// Longest packet that a card of the switch takes, in bytes: all that IPv6 can be. The fewer there are, the less an
 /// emulated guest has to do.
 const MTU_BYTES: u32 = 65_535;
+
+/// What is at a card's other side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// The switch.
+    Switch,
+    /// A bridge of the host.
+    Bridge,
+}
 
 /// The card's name in QEMU, and that of its socket.
 pub(crate) fn id(mac: [u8; 6]) -> String {
     format!("net{}", mac.map(|byte| format!("{byte:02x}")).concat())
 }
 
-/// What QEMU calls the other side of a card. `descriptor`: a number that it has inherited, or the name of one
-/// it was given.
-pub(crate) fn backend(mac: [u8; 6], descriptor: &str) -> Value {
-    json!({
-        "type": "dgram", "id": format!("{}-socket", id(mac)),
-        "local": { "type": "fd", "str": descriptor },
-    })
+/// What QEMU calls the other side of a card.
+pub(crate) fn backend_id(mac: [u8; 6]) -> String {
+    format!("{}-socket", id(mac))
+}
+
+/// The other side of a card. `descriptor`: a number that QEMU has inherited, or the name of one it was given.
+pub(crate) fn backend(side: Side, mac: [u8; 6], descriptor: &str) -> Value {
+    match side {
+        Side::Switch => json!({
+            "type": "dgram", "id": backend_id(mac), "local": { "type": "fd", "str": descriptor },
+        }),
+        Side::Bridge => json!({
+            "type": "tap", "id": backend_id(mac), "fd": descriptor, "vhost": false,
+        }),
+    }
 }
 
 /// What the guest sees of it. No firmware boots from it.
-pub(crate) fn device(mac: [u8; 6]) -> Value {
-    json!({
-        "driver": "virtio-net-pci", "id": id(mac), "netdev": format!("{}-socket", id(mac)),
-        "mac": mac.map(|byte| format!("{byte:02x}")).join(":"), "host_mtu": MTU_BYTES, "romfile": "",
-    })
+pub(crate) fn device(side: Side, mac: [u8; 6]) -> Value {
+    let mut device = json!({
+        "driver": "virtio-net-pci", "id": id(mac), "netdev": backend_id(mac),
+        "mac": mac.map(|byte| format!("{byte:02x}")).join(":"), "romfile": "",
+    });
+    if side == Side::Switch {
+        device["host_mtu"] = MTU_BYTES.into();
+    }
+    device
 }
 
 /// What the switch is to know of it.

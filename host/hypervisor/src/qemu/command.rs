@@ -28,8 +28,8 @@ pub(crate) struct Descriptors {
     pub(crate) kernel: Option<RawFd>,
     /// In the order of the domain's disks.
     pub(crate) disks: Vec<DiskDescriptors>,
-    /// Connection of its network card, if it has one.
-    pub(crate) card: Option<RawFd>,
+    /// Connection of its network card, if it has one, and where to.
+    pub(crate) card: Option<(card::Side, RawFd)>,
 }
 
 /// The files of a disk.
@@ -152,9 +152,12 @@ pub(crate) fn args(
         );
     }
 
-    if let (Some(interface), Some(fd)) = (&spec.interface, fds.card) {
-        args.json("-netdev", &card::backend(interface.mac, &fd.to_string()));
-        args.json("-device", &card::device(interface.mac));
+    if let (Some(interface), Some((side, fd))) = (&spec.interface, fds.card) {
+        args.json(
+            "-netdev",
+            &card::backend(side, interface.mac, &fd.to_string()),
+        );
+        args.json("-device", &card::device(side, interface.mac));
     }
 
     for (index, (disk, files)) in spec.disks.iter().zip(&fds.disks).enumerate() {

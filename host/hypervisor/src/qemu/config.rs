@@ -19,6 +19,16 @@ pub enum Accelerator {
     Tcg,
 }
 
+/// A bridge that guests' interfaces are on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bridge {
+    /// Its name.
+    pub name: String,
+    /// Domains with an interface are started only where the rules of `xen-configs/dom0/xenbee.nft`
+    /// are loaded, and these are told of each. Otherwise something else must keep guests apart.
+    pub firewall: bool,
+}
+
 /// Settings of the QEMU back end.
 #[derive(Debug, Clone)]
 pub struct QemuConfig {
@@ -36,6 +46,9 @@ pub struct QemuConfig {
     pub gateway_program: Option<PathBuf>,
     /// What guests with a network may reach beyond it. It holds for interfaces from their start on.
     pub outbound: Outbound,
+    /// A bridge of the host that guests' interfaces are on, instead of the switch's network. It needs the right to make
+    /// network devices.
+    pub bridge: Option<Bridge>,
     /// What executes guests.
     pub accelerator: Accelerator,
     /// With root's rights, a domain's process runs as user and group `uid_base + cid`. The range
@@ -64,6 +77,7 @@ impl QemuConfig {
             cage_program: None,
             gateway_program: None,
             outbound: Outbound::Off,
+            bridge: None,
             accelerator: Accelerator::Auto,
             uid_base: 200_000,
             console_max_bytes: 4 << 20,

@@ -5,18 +5,19 @@
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
+use super::card::Side;
 use super::command::{self, PLUG_BUS, base_set, overlay_set};
-use super::config::QemuConfig;
 use super::domain::Domain;
 use super::qmp::{Qmp, QmpError};
-use super::switch::Switch;
-use super::{card, gateway};
+use super::{Net, card, gateway, tap};
+use crate::bridge::Network;
 use crate::domain::{Disk, DomainState, Hardware, Interface};
 use crate::error::Error;
 use crate::spec;
@@ -153,27 +154,57 @@ impl Domain {
         blocking(move || dir.remove_overlay(index)).await
     }
 
-    /// Has the switch serve a card, and connects to it for QEMU. Also starts what serves its guest's way out.
+    /// Makes a card's other side for QEMU: has the switch serve it, and starts what serves its guest's way out; or makes
+    /// a port of the bridge.
     pub(crate) async fn connect_card(
         &self,
         interface: &Interface,
-        switch: &Switch,
-        config: &QemuConfig,
-    ) -> Result<OwnedFd, Error> {
-        let socket = self.dir.card_socket(interface.mac);
-        let card = card::spec(self.spec.cid, &socket, interface);
-        switch.attach(self.spec.id, card).await?;
-        let uplink = self.dir.uplink_socket(interface.mac);
-        gateway::start(config, &self.spec, interface, &uplink, switch).await?;
-        card::connect(&socket).map_err(Error::io("connect to", socket))
+        net: Net<'_>,
+    ) -> Result<(Side, OwnedFd), Error> {
+        let Some(bridge) = net.bridge else {
+            let socket = self.dir.card_socket(interface.mac);
+            let card = card::spec(self.spec.cid, &socket, interface);
+            net.switch.attach(self.spec.id, card).await?;
+            let uplink = self.dir.uplink_socket(interface.mac);
+            gateway::start(net.config, &self.spec, interface, &uplink, net.switch).await?;
+            let connection = card::connect(&socket).map_err(Error::io("connect to", socket))?;
+            return Ok((Side::Switch, connection));
+        };
+        bridge.check(Some(interface)).await?;
+        let mac = interface.mac;
+        let tap = blocking(move || tap::create(mac)).await?;
+        let mut interfaces = self.hardware().interfaces;
+        interfaces.retain(|known| known.mac != mac);
+        interfaces.push(*interface);
+        self.note_ports(bridge, interfaces);
+        bridge.apply(Some(self.spec.id)).await?;
+        Ok((Side::Bridge, tap))
+    }
+
+    /// Tells the bridge of the ports that the domain has.
+    pub(crate) fn note_ports(&self, bridge: &Network, interfaces: Vec<Interface>) {
+        let named = interfaces
+            .into_iter()
+            .map(|interface| (tap::name(interface.mac), interface))
+            // Those of before the bridge was configured have none.
+            .filter(|(name, _)| Path::new("/sys/class/net").join(name).exists());
+        bridge.note(&self.spec, named.collect());
+    }
+
+    /// Takes away what was at a card's other side.
+    async fn disconnect_card(&self, mac: [u8; 6], net: Net<'_>) -> Result<(), Error> {
+        match net.bridge {
+            // The device itself goes with QEMU's descriptor.
+            Some(bridge) => bridge.leave_one(self.spec.id, mac).await,
+            None => net.switch.detach(self.spec.id, self.spec.cid, mac).await,
+        }
     }
 
     /// Attaches an interface. The caller holds `operation`.
     pub(crate) async fn attach_interface(
         self: &Arc<Self>,
         interface: Interface,
-        switch: &Switch,
-        config: &QemuConfig,
+        net: Net<'_>,
     ) -> Result<(), Error> {
         let qmp = self.control("attach an interface to")?;
         let hardware = self.hardware();
@@ -185,10 +216,10 @@ impl Domain {
         self.kept
             .change_hardware(move |hardware| hardware.interfaces.push(interface))
             .await?;
-        let connection = match self.connect_card(&interface, switch, config).await {
-            Ok(connection) => connection,
+        let (side, connection) = match self.connect_card(&interface, net).await {
+            Ok(connected) => connected,
             Err(error) => {
-                switch.detach(self.spec.id, self.spec.cid, mac).await?;
+                self.disconnect_card(mac, net).await?;
                 self.drop_interface(&qmp, mac).await?;
                 return Err(error);
             }
@@ -197,16 +228,16 @@ impl Domain {
             let name = card::id(mac);
             let fd = json!({ "fdname": name });
             qmp.give("getfd", fd, Some(connection)).await?;
-            qmp.give("netdev_add", card::backend(mac, &name), None)
+            qmp.give("netdev_add", card::backend(side, mac, &name), None)
                 .await?;
-            let mut device = card::device(mac);
+            let mut device = card::device(side, mac);
             device["bus"] = PLUG_BUS.into();
             device["addr"] = format!("{slot:x}").into();
             qmp.give("device_add", device, None).await
         };
         if let Err(error) = plugged.await {
             let error = self.failed("attach the interface", error);
-            switch.detach(self.spec.id, self.spec.cid, mac).await?;
+            self.disconnect_card(mac, net).await?;
             self.drop_interface(&qmp, mac).await?;
             return Err(error);
         }
@@ -217,7 +248,7 @@ impl Domain {
     pub(crate) async fn detach_interface(
         self: &Arc<Self>,
         mac: [u8; 6],
-        switch: &Switch,
+        net: Net<'_>,
     ) -> Result<(), Error> {
         let qmp = self.control("detach an interface from")?;
         let hardware = self.hardware();
@@ -231,7 +262,7 @@ impl Domain {
             .await
             .map_err(|error| self.failed("detach the interface", error))?;
         // Not only QEMU is told: it may be its guest's by now.
-        switch.detach(self.spec.id, self.spec.cid, mac).await?;
+        self.disconnect_card(mac, net).await?;
         self.drop_interface(&qmp, mac).await
     }
 
@@ -260,7 +291,7 @@ impl Domain {
 
     /// Removes what is behind an interface that no guest has.
     async fn drop_interface(self: &Arc<Self>, qmp: &Qmp, mac: [u8; 6]) -> Result<(), Error> {
-        let socket = json!({ "id": card::backend(mac, "")["id"] });
+        let socket = json!({ "id": card::backend_id(mac) });
         if let Err(error) = qmp.give("netdev_del", socket, None).await {
             // It may never have been made.
             tracing::debug!(domain = %self.spec.id, %error, "netdev_del");

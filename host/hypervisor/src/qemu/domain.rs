@@ -16,7 +16,9 @@ use tokio::time::Instant;
 use xbee_cage::{Identity, Plan, cgroup};
 use xbee_vswitch::switch::DomainSpec as Port;
 
+use super::Net;
 use super::agent_port::AgentPort;
+use super::card::Side;
 use super::command::{self, Descriptors, DiskDescriptors};
 use super::config::QemuConfig;
 use super::files::{CONSOLE_IN, CONSOLE_OUT, caged};
@@ -24,7 +26,6 @@ use super::host::{Host, KVM_DEVICE};
 use super::process::{self, Exit, Launch, Process};
 use super::qmp::{GuestStatus, Qmp};
 use super::supervisor::{Logs, Supervisor};
-use super::switch::Switch;
 use crate::domain::{
     DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
 };
@@ -104,25 +105,16 @@ impl Domain {
 
     /// Starts QEMU and waits until it answers. The caller holds `operation`. A domain that did not
     /// start has ended: half a start may have left traces.
-    pub(crate) async fn start(
-        self: &Arc<Self>,
-        host: &Host,
-        config: &QemuConfig,
-        switch: &Switch,
-    ) -> Result<(), Error> {
-        let started = self.try_start(host, config, switch).await;
+    pub(crate) async fn start(self: &Arc<Self>, host: &Host, net: Net<'_>) -> Result<(), Error> {
+        let started = self.try_start(host, net).await;
         if let Err(error) = &started {
             self.fail(format!("it did not start: {}", chain(error)))?;
         }
         started
     }
 
-    async fn try_start(
-        self: &Arc<Self>,
-        host: &Host,
-        config: &QemuConfig,
-        switch: &Switch,
-    ) -> Result<(), Error> {
+    async fn try_start(self: &Arc<Self>, host: &Host, net: Net<'_>) -> Result<(), Error> {
+        let Net { config, switch, .. } = net;
         let port = Port {
             cid: self.spec.cid,
             vhost_socket: self.dir.vhost_socket(),
@@ -133,7 +125,7 @@ impl Domain {
         };
         switch.add(self.spec.id, port, &host.cage).await?;
         let card = match &self.spec.interface {
-            Some(interface) => Some(self.connect_card(interface, switch, config).await?),
+            Some(interface) => Some(self.connect_card(interface, net).await?),
             None => None,
         };
         let (process, logs) = {
@@ -231,7 +223,7 @@ impl Domain {
         &self,
         host: &Host,
         config: &QemuConfig,
-        card: Option<OwnedFd>,
+        card: Option<(Side, OwnedFd)>,
     ) -> Result<(Process, Logs), Error> {
         let logs = Logs::open(&self.dir, config)?;
         let identity = identity(&self.spec, config).map(|id| Identity {
@@ -280,7 +272,7 @@ impl Domain {
                     overlay: disk.overlay.as_ref().map(AsRawFd::as_raw_fd),
                 })
                 .collect(),
-            card: card.as_ref().map(AsRawFd::as_raw_fd),
+            card: card.as_ref().map(|(side, fd)| (*side, fd.as_raw_fd())),
         };
         let has_boot_file = self.dir.boot_file().is_some();
         let args = command::args(&self.spec, host, &fds, has_boot_file)?;
@@ -299,7 +291,7 @@ impl Domain {
                 .into_iter()
                 .chain(fds.kernel)
                 .chain(of_disks.flatten())
-                .chain(fds.card)
+                .chain(fds.card.map(|(_, fd)| fd))
                 .collect(),
             cage: &host.cage,
             plan,

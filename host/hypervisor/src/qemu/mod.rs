@@ -16,6 +16,7 @@ mod process;
 mod qmp;
 mod supervisor;
 mod switch;
+mod tap;
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -28,18 +29,19 @@ use tokio::sync::{OnceCell, broadcast};
 use tokio::task::JoinSet;
 use xbee_protocol::{AGENT_VSOCK_PORT, Transport};
 
-pub use config::{Accelerator, QemuConfig};
+pub use config::{Accelerator, Bridge, QemuConfig};
 use domain::Domain;
 pub use gateway::router;
 use host::Host;
 use switch::Switch;
 pub use xbee_gateway::rules::Outbound;
 
+use crate::bridge::Network;
 use crate::domain::{
     AgentStream, Disk, DomainEvent, DomainId, DomainInfo, DomainSpec, DomainState, DomainStats,
     HostCapabilities, Interface, ShutdownOutcome,
 };
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::rundir::{self, Record, RunDir};
 use crate::work::{blocking, joined};
 use crate::{Hypervisor, image, spec};
@@ -61,8 +63,18 @@ struct Inner {
     boot_id: String,
     host: OnceCell<Host>,
     switch: Switch,
+    /// Where interfaces are, if not with the switch.
+    bridge: Option<Network>,
     domains: Mutex<HashMap<DomainId, Arc<Domain>>>,
     events: broadcast::Sender<DomainEvent>,
+}
+
+/// Where interfaces are put.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Net<'a> {
+    pub(crate) config: &'a QemuConfig,
+    pub(crate) switch: &'a Switch,
+    pub(crate) bridge: Option<&'a Network>,
 }
 
 impl QemuHypervisor {
@@ -95,11 +107,25 @@ impl QemuHypervisor {
         }
         let vswitch = config::companion(config.vswitch_program.as_deref(), "vswitch")?;
         let switch = Switch::new(vswitch, &config.domains_dir);
+        let bridge = config
+            .bridge
+            .as_ref()
+            .map(|bridge| Network::new(bridge.firewall, &bridge.name, |_| Ok(())));
+        if let Some(bridge) = &bridge {
+            for domain in domains.values() {
+                domain.note_ports(bridge, domain.hardware().interfaces);
+            }
+            // What is lacking here is an error where a domain is to start.
+            if let Err(error) = bridge.apply(None).await {
+                tracing::warn!(error = chain(&error), "guests' network");
+            }
+        }
         Ok(Self(Arc::new(Inner {
             config,
             boot_id,
             host: OnceCell::new(),
             switch,
+            bridge,
             domains: Mutex::new(domains),
             events,
         })))
@@ -138,6 +164,14 @@ impl Drop for QemuHypervisor {
 }
 
 impl Inner {
+    fn net(&self) -> Net<'_> {
+        Net {
+            config: &self.config,
+            switch: &self.switch,
+            bridge: self.bridge.as_ref(),
+        }
+    }
+
     fn find(&self, id: DomainId) -> Option<Arc<Domain>> {
         self.domains
             .lock()
@@ -192,7 +226,7 @@ impl Inner {
         let host = self.host().await?;
         let _operation = domain.operation.lock().await;
         match domain.life.get() {
-            DomainState::Created => domain.start(host, &self.config, &self.switch).await,
+            DomainState::Created => domain.start(host, self.net()).await,
             DomainState::Running | DomainState::Paused => Ok(()),
             DomainState::Stopped { .. } => Err(domain.life.wrong("start")),
         }
@@ -207,6 +241,12 @@ impl Inner {
         let _operation = domain.operation.lock().await;
         domain.kill(self.config.command_limit).await?;
         self.switch.remove(id, domain.spec.cid).await?;
+        if let Some(bridge) = &self.bridge
+            && let Err(error) = bridge.leave(id).await
+        {
+            // The next change tries again, and the port is not there any more.
+            tracing::warn!(domain = %id, error = chain(&error), "still in the firewall");
+        }
         let dir = domain.dir.clone();
         blocking(move || {
             dir.remove_cgroups()?;
@@ -302,9 +342,7 @@ impl Hypervisor for QemuHypervisor {
         let domain = self.domain(id)?;
         self.complete(|inner| async move {
             let _operation = domain.operation.lock().await;
-            domain
-                .attach_interface(interface, &inner.switch, &inner.config)
-                .await
+            domain.attach_interface(interface, inner.net()).await
         })
         .await
     }
@@ -313,7 +351,7 @@ impl Hypervisor for QemuHypervisor {
         let domain = self.domain(id)?;
         self.complete(|inner| async move {
             let _operation = domain.operation.lock().await;
-            domain.detach_interface(mac, &inner.switch).await
+            domain.detach_interface(mac, inner.net()).await
         })
         .await
     }

@@ -14,8 +14,9 @@ use super::config::XenConfig;
 use super::files;
 use super::libvirt::{Libvirt, Seen};
 use super::memory::{self, Promises};
-use super::network::Network;
+use super::port;
 use super::xml::{self, Mode};
+use crate::bridge::Network;
 use crate::domain::{
     AgentStream, DomainEvent, DomainSpec, DomainState, DomainStats, ShutdownOutcome, StopReason,
 };
@@ -159,24 +160,24 @@ impl Domain {
         let Some(domid) = self.libvirt.domid(self.spec.id).await? else {
             return Ok(false);
         };
-        let numbered = blocking(move || {
+        let named = blocking(move || {
             let mut store = channel::store()?;
             let broken = |error| channel::broken(&error);
             let path = format!("/local/domain/0/backend/vif/{domid}");
-            let mut numbered = Vec::new();
+            let mut named = Vec::new();
             for name in store.list(&path).map_err(broken)?.unwrap_or_default() {
                 let mac = store.read(&format!("{path}/{name}/mac")).map_err(broken)?;
                 let interface = (interfaces.iter()).find(|interface| {
                     Some(xml::mac(interface)) == mac.as_ref().map(|mac| mac.to_lowercase())
                 });
                 if let (Ok(number), Some(interface)) = (name.parse(), interface) {
-                    numbered.push((number, *interface));
+                    named.push((port::name(domid, number), *interface));
                 }
             }
-            Ok(numbered)
+            Ok(named)
         })
         .await?;
-        self.network.note(&self.spec, domid, numbered);
+        self.network.note(&self.spec, named);
         Ok(true)
     }
 

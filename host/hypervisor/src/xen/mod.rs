@@ -11,7 +11,6 @@ mod domain;
 mod files;
 mod libvirt;
 mod memory;
-mod network;
 mod peer;
 mod port;
 mod release;
@@ -35,9 +34,9 @@ pub use config::XenConfig;
 use domain::Domain;
 use libvirt::{Libvirt, Notice};
 use memory::Promises;
-use network::Network;
 use xml::Mode;
 
+use crate::bridge::Network;
 use crate::domain::{
     AgentStream, Description, DescriptionForm, Disk, DomainEvent, DomainId, DomainInfo, DomainSpec,
     DomainState, DomainStats, HostCapabilities, Interface, ShutdownOutcome,
@@ -108,7 +107,11 @@ impl XenHypervisor {
                         inner.noticed(notice);
                     }
                 })),
-                network: Arc::new(Network::new(config.firewall, &config.bridge)),
+                network: Arc::new(Network::new(
+                    config.firewall,
+                    &config.bridge,
+                    port::announce,
+                )),
                 config,
                 boot_id,
                 host: OnceCell::new(),

@@ -1,5 +1,7 @@
-//! The network between guests of QEMU: real guests, whose agent sets up what the host has chosen. What frames may
+//! The network between guests of QEMU, by the switch or on a bridge: real guests, whose agent sets up what the host has chosen. What frames may
 //! pass is tried frame by frame in the tests of `xbee-vswitch`.
+
+mod bridge;
 
 use std::io::Write;
 use std::net::{Ipv6Addr, TcpListener};

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use xbee_agent::protocol::{
     AGENT_VSOCK_PORT, BootConfig, Execute, GENERATION, Limits, Secret, Transport,
 };
-use xbee_hypervisor::qemu::{Outbound, QemuConfig, QemuHypervisor};
+use xbee_hypervisor::qemu::{Bridge, Outbound, QemuConfig, QemuHypervisor};
 use xbee_hypervisor::sim::{SimConfig, SimEvent, SimHost, SimHypervisor};
 #[cfg(feature = "xen")]
 use xbee_hypervisor::xen::{XenConfig, XenHypervisor};
@@ -282,6 +282,13 @@ impl Fixture {
     pub async fn open_outbound(&self, outbound: Outbound) -> Box<dyn Hypervisor> {
         let mut config = self.qemu_config(self.domains_dir());
         config.outbound = outbound;
+        Box::new(QemuHypervisor::new(config).await.unwrap())
+    }
+
+    /// Of QEMU: guests are on a bridge.
+    pub async fn open_bridge(&self, bridge: Bridge) -> Box<dyn Hypervisor> {
+        let mut config = self.qemu_config(self.domains_dir());
+        config.bridge = Some(bridge);
         Box::new(QemuHypervisor::new(config).await.unwrap())
     }
 

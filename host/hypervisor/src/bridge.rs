@@ -1,4 +1,5 @@
-//! Who is on the bridge, and may send what there: fills the sets of the firewall in `xen-configs/dom0/xenbee.nft`
+//! Guests' interfaces on a bridge of the host, for back ends that have one: puts them there, in place of scripts that run
+//! dozens of programs for each start and each end of a domain, and says who may send what there. It fills the sets of the firewall in `xen-configs/dom0/xenbee.nft`
 //! with the ports of running domains, through `nft` and its JSON (libnftables-json(5)).
 //!
 //! What is in the sets is made what it shall be, not changed by what happened: so a start that was
@@ -17,9 +18,9 @@ use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
-use super::port;
 use crate::domain::{DomainId, DomainSpec, Interface};
 use crate::error::{Error, chain};
+use crate::work::blocking;
 
 /// The tables; `install` in `xen-configs/dom0` makes them.
 const TABLE: &str = "xenbee";
@@ -30,18 +31,19 @@ const ADDRESSES: &str = "addresses";
 const TARGETS: &str = "targets";
 const SETS: [&str; 4] = [PAIRS, MACS, ADDRESSES, TARGETS];
 
-const REMEDY: &str = "run xen-configs/dom0/install and then nft -f /etc/nftables.d/xenbee.nft, or set \
-                      firewall = \"off\" in [xen] where other rules keep guests apart";
+const REMEDY: &str = "load xen-configs/dom0/xenbee.nft with nft -f (on a Xen host, xen-configs/dom0/install has it loaded at each \
+                      start), or set firewall = \"off\" in the back end's table of xbed's configuration where other rules keep \
+                      guests apart";
 
-/// No call of `nft` takes longer on a host that works.
-const NFT_LIMIT: Duration = Duration::from_secs(20);
+/// No call of `nft` or `ip` takes longer on a host that works.
+const CALL_LIMIT: Duration = Duration::from_secs(20);
 
 /// An interface's place on the bridge.
 #[derive(Debug, Clone)]
 struct Port {
-    domid: u32,
-    /// Xen's number of the interface among those of its domain.
-    device: u32,
+    /// The name that the host has for it; the rules want it to begin with `vif`.
+    name: String,
+    domain: DomainId,
     owner: String,
     interface: Interface,
     /// Seen to be on the bridge.
@@ -49,15 +51,14 @@ struct Port {
 }
 
 impl Port {
-    fn name(&self) -> String {
-        port::name(self.domid, self.device)
-    }
-
     fn sees(&self, other: &Port) -> bool {
         let both = self.interface.peers && other.interface.peers;
-        both && !self.owner.is_empty() && self.owner == other.owner && self.domid != other.domid
+        both && !self.owner.is_empty() && self.owner == other.owner && self.domain != other.domain
     }
 }
+
+/// Tells whom it concerns that a port is on the bridge.
+pub(crate) type Announce = fn(&str) -> Result<(), Error>;
 
 /// The ports of this process's domains and the firewall between them.
 #[derive(Debug)]
@@ -65,6 +66,7 @@ pub(crate) struct Network {
     /// `nft` and the arguments before its own; empty: no firewall is kept.
     nft: Vec<OsString>,
     bridge: String,
+    announce: Announce,
     ports: Mutex<BTreeMap<DomainId, Vec<Port>>>,
     turn: tokio::sync::Mutex<()>,
 }
@@ -74,15 +76,16 @@ type Element = (&'static str, [String; 2]);
 
 impl Network {
     /// `firewall`: whether rules are there and shall be kept.
-    pub(crate) fn new(firewall: bool, bridge: &str) -> Self {
+    pub(crate) fn new(firewall: bool, bridge: &str, announce: Announce) -> Self {
         let nft = firewall.then(|| "nft".into()).into_iter().collect();
-        Self::with(nft, bridge)
+        Self::with(nft, bridge, announce)
     }
 
-    fn with(nft: Vec<OsString>, bridge: &str) -> Self {
+    fn with(nft: Vec<OsString>, bridge: &str, announce: Announce) -> Self {
         Self {
             nft,
             bridge: bridge.to_owned(),
+            announce,
             ports: Mutex::default(),
             turn: tokio::sync::Mutex::default(),
         }
@@ -108,13 +111,13 @@ impl Network {
         Ok(())
     }
 
-    /// Notes what interfaces a domain that runs has, by Xen's numbers, without doing anything about it yet.
-    pub(crate) fn note(&self, spec: &DomainSpec, domid: u32, interfaces: Vec<(u32, Interface)>) {
+    /// Notes what interfaces a domain that runs has, each with its port's name, without doing anything about it yet.
+    pub(crate) fn note(&self, spec: &DomainSpec, interfaces: Vec<(String, Interface)>) {
         let ports: Vec<Port> = interfaces
             .into_iter()
-            .map(|(device, interface)| Port {
-                domid,
-                device,
+            .map(|(name, interface)| Port {
+                name,
+                domain: spec.id,
                 owner: spec.owner.clone(),
                 interface,
                 joined: false,
@@ -129,12 +132,21 @@ impl Network {
 
     /// Takes everything away from a domain that has ended.
     pub(crate) async fn leave(&self, id: DomainId) -> Result<(), Error> {
+        self.withdraw(id, |_| true).await
+    }
+
+    /// Takes away the port of an interface that its domain shall have no more.
+    pub(crate) async fn leave_one(&self, id: DomainId, mac: [u8; 6]) -> Result<(), Error> {
+        self.withdraw(id, |port| port.interface.mac == mac).await
+    }
+
+    async fn withdraw(&self, id: DomainId, which: impl Fn(&Port) -> bool) -> Result<(), Error> {
         let _turn = self.turn.lock().await;
         let before = wanted(&self.ports());
-        if self.lock().remove(&id).is_none() {
-            return Ok(());
+        if let Some(ports) = self.lock().get_mut(&id) {
+            ports.retain(|port| !which(port));
         }
-        tracing::debug!(domain = %id, "off the bridge");
+        self.lock().retain(|_, ports| !ports.is_empty());
         // What else there may be is for the next start to mend.
         self.change(difference(&before, &wanted(&self.ports()), |_| true))
             .await
@@ -149,8 +161,8 @@ impl Network {
         let mut result = Ok(());
         for (owner, ports) in ports {
             for port in ports.iter().filter(|port| !port.joined) {
-                match port::join(port.domid, port.device, &self.bridge).await {
-                    Ok(()) => self.joined(owner, port.device),
+                match self.join(&port.name).await {
+                    Ok(()) => self.joined(owner, &port.name),
                     Err(error) if Some(owner) == id => result = Err(error),
                     Err(error) => {
                         // One that has ended is seen in its turn.
@@ -162,10 +174,48 @@ impl Network {
         result
     }
 
-    fn joined(&self, id: DomainId, device: u32) {
+    fn joined(&self, id: DomainId, name: &str) {
         for port in self.lock().get_mut(&id).into_iter().flatten() {
-            port.joined |= port.device == device;
+            port.joined |= port.name == name;
         }
+    }
+
+    /// Puts a port on the bridge; one that is on it stays.
+    async fn join(&self, port: &str) -> Result<(), Error> {
+        let bridge = &self.bridge;
+        let lacking = |detail: String| Error::Bridge {
+            port: port.to_owned(),
+            bridge: bridge.clone(),
+            detail,
+        };
+        if !Path::new(&format!("/sys/class/net/{bridge}/brif/{port}")).exists() {
+            // A port of another size would give the whole bridge its size.
+            let mtu = tokio::fs::read_to_string(format!("/sys/class/net/{bridge}/mtu"))
+                .await
+                .map_err(|error| lacking(format!("the bridge: {error}")))?;
+            // The host itself has nothing to say there.
+            let settings = "multicast off arp off addrgenmode none up";
+            let output = tokio::time::timeout(
+                CALL_LIMIT,
+                Command::new("ip")
+                    .args(["link", "set", "dev", port, "mtu", mtu.trim()])
+                    .args(["master", bridge])
+                    .args(settings.split(' '))
+                    .stdin(Stdio::null())
+                    .kill_on_drop(true)
+                    .output(),
+            )
+            .await
+            .unwrap_or_else(|elapsed| Err(io::Error::new(io::ErrorKind::TimedOut, elapsed)))
+            .map_err(|error| lacking(format!("ip cannot be run: {error}")))?;
+            if !output.status.success() {
+                let said = String::from_utf8_lossy(&output.stderr);
+                let line = said.lines().next().unwrap_or("failed without a word");
+                return Err(lacking(format!("ip link set: {line}")));
+            }
+        }
+        let (announce, port) = (self.announce, port.to_owned());
+        blocking(move || announce(&port)).await
     }
 
     fn ports(&self) -> Vec<Port> {
@@ -181,7 +231,7 @@ impl Network {
         let present = self.elements().await?;
         let ports = self.ports();
         let commands = difference(&present, &wanted(&ports), |port| {
-            ports.iter().any(|ours| ours.name() == port)
+            ports.iter().any(|ours| ours.name == port)
                 || !Path::new("/sys/class/net").join(port).exists()
         });
         self.change(commands).await
@@ -254,7 +304,7 @@ impl Network {
             let ((), output) = tokio::join!(write, child.wait_with_output());
             output
         };
-        let output = tokio::time::timeout(NFT_LIMIT, run)
+        let output = tokio::time::timeout(CALL_LIMIT, run)
             .await
             .unwrap_or_else(|elapsed| Err(io::Error::new(io::ErrorKind::TimedOut, elapsed)))
             .map_err(|error| lacking(format!("nft cannot be run: {error}")))?;
@@ -287,7 +337,7 @@ fn objects<'a>(listing: &'a Value, kind: &'static str) -> impl Iterator<Item = &
 fn wanted(ports: &[Port]) -> BTreeSet<Element> {
     let mut elements = BTreeSet::new();
     for port in ports {
-        let mut add = |set, value| elements.insert((set, [port.name(), value]));
+        let mut add = |set, value| elements.insert((set, [port.name.clone(), value]));
         let mac = port.interface.mac;
         add(MACS, mac.map(|byte| format!("{byte:02x}")).join(":"));
         for address in [port.interface.address, link_local(mac)] {
@@ -295,7 +345,7 @@ fn wanted(ports: &[Port]) -> BTreeSet<Element> {
             add(TARGETS, format!("{:#x}", address.to_bits()));
         }
         for other in ports.iter().filter(|other| port.sees(other)) {
-            add(PAIRS, other.name());
+            add(PAIRS, other.name.clone());
         }
     }
     elements
@@ -342,8 +392,8 @@ mod tests {
 
     fn port(domid: u32, owner: &str, peers: bool) -> Port {
         Port {
-            domid,
-            device: 0,
+            name: format!("vif{domid}.0"),
+            domain: Uuid::from_u128(domid.into()),
             owner: owner.to_owned(),
             interface: Interface {
                 mac: [2, 0xbe, 0, 0, 0, domid as u8],
@@ -433,7 +483,7 @@ mod tests {
         let Some(namespace) = Namespace::new() else {
             return;
         };
-        let network = Network::with(namespace.nft(), "xenbr0");
+        let network = Network::with(namespace.nft(), "xenbr0", |_| Ok(()));
         let interface = port(1, "a", true).interface;
         let error = network.check(Some(&interface)).await.unwrap_err();
         assert_eq!(error.code(), "firewall");
@@ -463,7 +513,7 @@ mod tests {
         network.leave(ids[0]).await.unwrap();
         assert_eq!(network.elements().await.unwrap(), wanted(&ports[1..]));
         // What a process left that is no more.
-        let network = Network::with(namespace.nft(), "xenbr0");
+        let network = Network::with(namespace.nft(), "xenbr0", |_| Ok(()));
         network.apply(None).await.unwrap();
         assert_eq!(network.elements().await.unwrap(), BTreeSet::new());
     }
