@@ -1,7 +1,11 @@
-//! The client of the API: one connection a request, over a unix socket.
+//! The client of the API: one connection a request, over a unix socket or whatever a [`Connector`] makes.
 
+use std::ffi::OsString;
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
@@ -12,6 +16,7 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 
 use crate::{
@@ -33,7 +38,9 @@ const TASK_ID_CHARS: std::ops::RangeInclusive<usize> = 4..=36;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Not an address of `xbed`.
-    #[error("`{uri}` is no address of an xbed: expected unix:///PATH or the path of a socket")]
+    #[error(
+        "`{uri}` is no address of an xbed: expected unix:///PATH, the path of a socket, or stomp+ssl://HOST/QUEUE"
+    )]
     InvalidUri {
         /// What was given.
         uri: String,
@@ -76,6 +83,18 @@ pub enum Error {
         socket: PathBuf,
         /// The system's reason.
         source: io::Error,
+    },
+    /// What is no unix socket failed to connect.
+    #[error("cannot reach an xbed through {server}")]
+    Remote {
+        /// The address, without a password.
+        server: String,
+        /// Stable name for programs.
+        code: &'static str,
+        /// It may be there in a moment.
+        is_transient: bool,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The text cannot be the id of a task.
     #[error(
@@ -120,6 +139,7 @@ impl Error {
             Error::Forbidden { .. } => "forbidden",
             Error::Foreign { .. } => "foreign-server",
             Error::Connect { .. } => "cannot-connect",
+            Error::Remote { code, .. } => code,
             Error::InvalidTaskId { .. } => "invalid-task-id",
             Error::Refused { body, .. } => &body.code,
             Error::Lost(_) => "connection-lost",
@@ -130,7 +150,11 @@ impl Error {
 
     /// The server may be back in a moment: an open stream can be asked for again.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Error::NotRunning { .. } | Error::Lost(_))
+        match self {
+            Error::NotRunning { .. } | Error::Lost(_) => true,
+            Error::Remote { is_transient, .. } => *is_transient,
+            _ => false,
+        }
     }
 
     fn answer(what: &'static str) -> Self {
@@ -163,12 +187,38 @@ impl Log {
 /// A connection that has left HTTP.
 pub type Tunnel = TokioIo<Upgraded>;
 
+/// A connection to an `xbed`.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+/// A value to come.
+pub type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// What makes connections to an `xbed` that is not on a unix socket.
+pub trait Connector: fmt::Debug + Send + Sync {
+    /// A new connection; an [`Error::Remote`] otherwise.
+    fn connect(&self) -> Later<'_, Result<Box<dyn Stream>, Error>>;
+    /// Ends all connections, and waits until the other side can know of it.
+    fn close(&self) -> Later<'_, ()>;
+}
+
 /// The client.
 #[derive(Debug, Clone)]
 pub struct Client {
-    socket: PathBuf,
-    /// The socket was not chosen by the user: only the user's own `xbed` or root's is trusted.
-    is_default: bool,
+    way: Way,
+}
+
+#[derive(Debug, Clone)]
+enum Way {
+    Socket {
+        path: PathBuf,
+        /// It was not chosen by the user: only the user's own `xbed` or root's is trusted.
+        is_default: bool,
+    },
+    Other {
+        uri: String,
+        connector: Arc<dyn Connector>,
+    },
 }
 
 impl Client {
@@ -177,15 +227,14 @@ impl Client {
     pub fn local() -> Self {
         let own = crate::default_socket();
         let system = Path::new(crate::SYSTEM_SOCKET);
-        let socket = if !own.exists() && system.exists() {
+        let path = if !own.exists() && system.exists() {
             system.to_owned()
         } else {
             own
         };
-        Client {
-            socket,
-            is_default: true,
-        }
+        let is_default = true;
+        let way = Way::Socket { path, is_default };
+        Client { way }
     }
 
     /// The client of the `xbed` at `uri`: `unix:///PATH`, or a path alone.
@@ -202,15 +251,37 @@ impl Client {
                 });
             }
         };
-        Ok(Client {
-            socket: PathBuf::from(path),
+        let way = Way::Socket {
+            path: PathBuf::from(path),
             is_default: false,
-        })
+        };
+        Ok(Client { way })
     }
 
-    /// The socket it connects to.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    /// The client of the `xbed` that the connector reaches; `uri` names it for other processes.
+    pub fn through(uri: String, connector: Arc<dyn Connector>) -> Self {
+        let way = Way::Other { uri, connector };
+        Client { way }
+    }
+
+    /// The address that another process of this user needs to reach the same `xbed`. It may hold a password.
+    ///
+    /// # Errors
+    /// The current directory is not known, and the address relative to it.
+    pub fn server(&self) -> io::Result<OsString> {
+        match &self.way {
+            Way::Socket { path, .. } => Ok(std::path::absolute(path)?.into_os_string()),
+            Way::Other { uri, .. } => Ok(uri.into()),
+        }
+    }
+
+    /// Ends all connections, and waits until `xbed` can know of it.
+    pub async fn close(&self) {
+        match &self.way {
+            // The kernel tells it.
+            Way::Socket { .. } => {}
+            Way::Other { connector, .. } => connector.close().await,
+        }
     }
 
     /// `GET /v1/host`.
@@ -416,8 +487,11 @@ impl Client {
             .map_err(|_| Error::Timeout)?
     }
 
-    async fn connect(&self) -> Result<UnixStream, Error> {
-        let socket = self.socket.clone();
+    async fn connect(&self) -> Result<Box<dyn Stream>, Error> {
+        let (socket, is_default) = match &self.way {
+            Way::Socket { path, is_default } => (path.clone(), *is_default),
+            Way::Other { connector, .. } => return connector.connect().await,
+        };
         let stream = match UnixStream::connect(&socket).await {
             Ok(stream) => stream,
             Err(source) => {
@@ -436,7 +510,7 @@ impl Client {
             }
         };
         // Its directory may be in /tmp, where anybody could have made it first.
-        if self.is_default {
+        if is_default {
             let uid = match stream.peer_cred() {
                 Ok(peer) => peer.uid(),
                 Err(source) => return Err(Error::Connect { socket, source }),
@@ -445,7 +519,7 @@ impl Client {
                 return Err(Error::Foreign { socket, uid });
             }
         }
-        Ok(stream)
+        Ok(Box::new(stream))
     }
 }
 
@@ -584,14 +658,15 @@ mod tests {
             ("/run/x.sock", "/run/x.sock"),
             ("x", "x"),
         ] {
-            assert_eq!(Client::from_uri(uri).unwrap().socket(), Path::new(socket));
+            let server = Client::from_uri(uri).unwrap().server().unwrap();
+            assert_eq!(server, std::path::absolute(socket).unwrap());
         }
         for uri in ["", "unix://run/x", "http://host:80", "tcp://host:80"] {
             let error = Client::from_uri(uri).unwrap_err();
             assert_eq!(
                 error.to_string(),
                 format!(
-                    "`{uri}` is no address of an xbed: expected unix:///PATH or the path of a socket"
+                    "`{uri}` is no address of an xbed: expected unix:///PATH, the path of a socket, or stomp+ssl://HOST/QUEUE"
                 )
             );
         }

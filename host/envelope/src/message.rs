@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::str::FromStr;
 
+use openssl::base64;
 use time::{Date, OffsetDateTime, PrimitiveDateTime, Time};
 use uuid::Uuid;
 
@@ -155,7 +156,8 @@ pub struct Message {
 /// The kinds of messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Body {
-    /// The sender's certificate, in PEM. The only message that is sent unsealed: at first contact, by both sides.
+    /// The sender's certificate, in PEM. It is sent unsealed: at first contact, by both sides. Beside it only an
+    /// [`Body::Error`] may come unsealed, and is no more than a hint then.
     Certificate(String),
     /// Asks for capacity.
     ReservationRequest {
@@ -223,6 +225,41 @@ pub enum Body {
     ListCache,
     /// Answers [`Body::ListCache`] and [`Body::CacheFile`].
     CacheEntries(Vec<CacheEntry>),
+    /// Opens a connection to the daemon's API, which is HTTP/1.1. What both sides say is in further messages.
+    Connect {
+        /// Random, another one for each connection.
+        connection: Uuid,
+    },
+    /// A piece of what a side says on a connection.
+    Data {
+        /// The connection.
+        connection: Uuid,
+        /// How many bytes its sender has said before.
+        offset: u64,
+        /// The piece; base64 (RFC 4648) in XML.
+        bytes: Vec<u8>,
+    },
+    /// The sender has taken what comes before the offset, and lives.
+    Taken {
+        /// The connection.
+        connection: Uuid,
+        /// Bytes.
+        offset: u64,
+    },
+    /// The sender says no more on a connection.
+    End {
+        /// The connection.
+        connection: Uuid,
+        /// How many bytes it has said in all.
+        offset: u64,
+    },
+    /// A connection is no more.
+    Reset {
+        /// The connection.
+        connection: Uuid,
+        /// Why, for people.
+        reason: String,
+    },
     /// How a request ended, if there is nothing else to answer.
     Error {
         /// The kind.
@@ -300,6 +337,19 @@ faults! {
     Security = 503 "SECURITY_ERROR",
     /// No capacity for it.
     Busy = 504 "BUSY",
+}
+
+impl Body {
+    /// The connection that it belongs to and does not open: to nobody else it says anything.
+    pub fn within(&self) -> Option<Uuid> {
+        match self {
+            Body::Data { connection, .. }
+            | Body::Taken { connection, .. }
+            | Body::End { connection, .. }
+            | Body::Reset { connection, .. } => Some(*connection),
+            _ => None,
+        }
+    }
 }
 
 impl Message {
@@ -443,6 +493,31 @@ fn write(body: &Body) -> Element {
             }));
             "CacheEntries"
         }
+        Body::Connect { connection } => {
+            fields.push(leaf("Connection", connection));
+            "Connect"
+        }
+        Body::Data {
+            connection,
+            offset,
+            bytes,
+        } => {
+            fields.extend([leaf("Connection", connection), leaf("Offset", offset)]);
+            fields.push(leaf("Bytes", base64::encode_block(bytes)));
+            "Data"
+        }
+        Body::Taken { connection, offset } => {
+            fields.extend([leaf("Connection", connection), leaf("Offset", offset)]);
+            "Taken"
+        }
+        Body::End { connection, offset } => {
+            fields.extend([leaf("Connection", connection), leaf("Offset", offset)]);
+            "End"
+        }
+        Body::Reset { connection, reason } => {
+            fields.extend([leaf("Connection", connection), leaf("Reason", reason)]);
+            "Reset"
+        }
         Body::Error { fault, text } => {
             fields.extend([leaf("Code", fault.code()), leaf("Name", fault.name())]);
             fields.push(leaf("Text", text));
@@ -533,6 +608,27 @@ fn read(element: Element) -> Result<Body, Error> {
             }
             Body::CacheEntries(entries)
         }
+        "xbe:Connect" => Body::Connect {
+            connection: fields.value("xbe:Connection")?,
+        },
+        "xbe:Data" => Body::Data {
+            connection: fields.value("xbe:Connection")?,
+            offset: fields.value("xbe:Offset")?,
+            bytes: base64::decode_block(&fields.text("xbe:Bytes")?)
+                .map_err(|_| Error::Value("xbe:Bytes"))?,
+        },
+        "xbe:Taken" => Body::Taken {
+            connection: fields.value("xbe:Connection")?,
+            offset: fields.value("xbe:Offset")?,
+        },
+        "xbe:End" => Body::End {
+            connection: fields.value("xbe:Connection")?,
+            offset: fields.value("xbe:Offset")?,
+        },
+        "xbe:Reset" => Body::Reset {
+            connection: fields.value("xbe:Connection")?,
+            reason: fields.text("xbe:Reason")?,
+        },
         "xbe:Error" => {
             let code: u16 = fields.value("xbe:Code")?;
             let name = fields.text("xbe:Name")?;
@@ -628,6 +724,22 @@ pub(crate) mod tests {
             text().prop_map(|entry| Body::CacheRemove { entry }),
             Just(Body::ListCache),
             proptest::collection::vec(entry, 0..4).prop_map(Body::CacheEntries),
+            uuid().prop_map(|connection| Body::Connect { connection }),
+            (
+                uuid(),
+                any::<u64>(),
+                proptest::collection::vec(any::<u8>(), 0..20)
+            )
+                .prop_map(|(connection, offset, bytes)| Body::Data {
+                    connection,
+                    offset,
+                    bytes
+                }),
+            (uuid(), any::<u64>())
+                .prop_map(|(connection, offset)| Body::Taken { connection, offset }),
+            (uuid(), any::<u64>())
+                .prop_map(|(connection, offset)| Body::End { connection, offset }),
+            (uuid(), text()).prop_map(|(connection, reason)| Body::Reset { connection, reason }),
             (proptest::sample::select(Fault::ALL), text())
                 .prop_map(|(fault, text)| Body::Error { fault, text }),
         ]

@@ -1,5 +1,5 @@
-//! A small certification authority, for people who have none: a directory with `ca.pem`, `ca.key`, `crl.pem`, and
-//! `NAME.pem` and `NAME.key` of each that was issued. `openssl` reads all of them.
+//! A small certification authority, for people who have none: a directory with `ca.pem`, `ca.key`, `crl.pem`, `subjects`,
+//! and `NAME.pem` and `NAME.key` of each that was issued. `openssl` reads all of them but the list of subjects.
 //!
 //! Keys are in PKCS #8, unencrypted, and for their owner alone (mode 0600). A file is written whole or not at all.
 
@@ -23,6 +23,8 @@ use openssl::x509::{
     CrlNumber, X509, X509Builder, X509Crl, X509CrlBuilder, X509Name, X509Revoked,
     X509RevokedBuilder,
 };
+
+use crate::trust::{self, Role};
 
 /// For how long a CA's certificate is valid, days.
 pub const CA_DAYS: u32 = 3650;
@@ -72,6 +74,14 @@ pub enum Error {
         /// Why.
         source: ErrorStack,
     },
+    /// On the list of subjects in another role.
+    #[error("{} has {subject} in another role: change that line, if it is wrong", path.display())]
+    Listed {
+        /// The list.
+        path: PathBuf,
+        /// The subject.
+        subject: String,
+    },
     /// The certificate is of another CA.
     #[error("{} was not issued by this CA", .0.display())]
     Foreign(PathBuf),
@@ -89,6 +99,7 @@ impl Error {
             Error::Read { .. } => "cannot-read",
             Error::Write { .. } => "cannot-write",
             Error::Pem { .. } => "bad-pem",
+            Error::Listed { .. } => "listed",
             Error::Foreign(_) => "foreign-certificate",
             Error::OpenSsl(_) => "openssl",
         }
@@ -183,12 +194,51 @@ pub(crate) fn issue_for(dir: &Path, name: &str, kind: Kind, days: u32) -> Result
     save(dir, name, &builder.build(), &key)
 }
 
+/// Puts a name on the list of subjects (`subjects` in the directory), which is made if there is none; says where it is. A
+/// name that is on it in another role stays as it is, which is an error.
+pub fn list(dir: &Path, name: &str, role: Role) -> Result<PathBuf, Error> {
+    let known = common_name(name)?;
+    let subject = trust::subject(&known).map_err(|_| Error::Name(name.into()))?;
+    let lock = lock(dir)?;
+    let path = dir.join("subjects");
+    let mut text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(source) => return Err(Error::Read { path, source }),
+    };
+    let line = format!("{} {subject}", role.word());
+    if !text.lines().any(|known| known.trim() == line) {
+        let is_listed = |known: &str| {
+            known
+                .trim()
+                .split_once(' ')
+                .is_some_and(|(_, s)| s == subject)
+        };
+        if text.lines().any(is_listed) {
+            return Err(Error::Listed { path, subject });
+        }
+        if !text.is_empty() && !text.ends_with('\n') {
+            text.push('\n');
+        }
+        text.push_str(&line);
+        text.push('\n');
+        put(&path, text.as_bytes(), 0o644, true)?;
+    }
+    drop(lock);
+    Ok(path)
+}
+
+/// Keeps others from changing the same files, as long as it is held.
+fn lock(dir: &Path) -> Result<File, Error> {
+    let path = dir.join("ca.pem");
+    File::open(&path)
+        .and_then(|file| file.lock().map(|()| file))
+        .map_err(|source| Error::Read { path, source })
+}
+
 /// Puts the certificates on the revocation list, for good, and signs it again. Without certificates it is only signed.
 pub fn revoke(dir: &Path, certificates: &[PathBuf]) -> Result<(), Error> {
-    let lock = dir.join("ca.pem");
-    let lock = File::open(&lock)
-        .and_then(|file| file.lock().map(|()| file))
-        .map_err(|source| Error::Read { path: lock, source })?;
+    let lock = lock(dir)?;
     let ca = Ca::open(dir)?;
     let path = dir.join("crl.pem");
     let old = X509Crl::from_pem(&read(&path)?).map_err(|source| Error::Pem {

@@ -7,7 +7,8 @@
 //!
 //! A message is taken once, in the order in which it was sealed, and at most [`WINDOW_MS`] after or before the time it
 //! says. What a broker drops is not noticed: that takes an answer. How far each stream has come is kept in a file and
-//! written before a message is handed out, so that a restart opens nothing to replays.
+//! written before a message is handed out, so that a restart opens nothing to replays. Messages within a connection are not
+//! written down: the one that opened it is, and after a restart no connection is open.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -34,9 +35,12 @@ pub const WINDOW_MS: u64 = 300_000;
 /// Whom an endpoint knows at most.
 pub const MAX_PEERS: usize = 4096;
 /// Streams of one sender within the window.
-pub const MAX_STREAMS_OF_ONE: usize = 64;
+pub const MAX_STREAMS_OF_ONE: usize = 4096;
 /// Streams of all senders within the window.
-pub const MAX_STREAMS: usize = 4096;
+pub const MAX_STREAMS: usize = 16_384;
+
+/// Lines of the streams' file that matter no more, before it is written anew.
+const OLD_LINES: usize = 1024;
 
 /// `id-ct-authEnvelopedData` (RFC 5083) as DER has it. Without authentication, what comes out of a decryption that was
 /// tampered with would tell about the text (a padding oracle), so nothing else is decrypted.
@@ -187,8 +191,13 @@ struct State {
 }
 
 impl Endpoint {
-    /// `streams` is the file in which the streams of others are kept; it need not exist yet.
-    pub fn new(identity: Identity, trust: Trust, streams: PathBuf) -> Result<Self, Error> {
+    /// `streams` is the file in which the streams of others are kept; it need not exist yet. One that takes nothing but
+    /// answers and what is within its own connections needs none.
+    pub fn new(
+        identity: Identity,
+        trust: Trust,
+        streams: impl Into<Option<PathBuf>>,
+    ) -> Result<Self, Error> {
         Ok(Endpoint {
             identity,
             trust,
@@ -196,7 +205,7 @@ impl Endpoint {
             state: Mutex::new(State {
                 sequence: 0,
                 peers: HashMap::new(),
-                streams: Streams::open(streams)?,
+                streams: Streams::open(streams.into())?,
             }),
         })
     }
@@ -205,6 +214,23 @@ impl Endpoint {
     pub fn hello(&self, to: &str) -> Result<Vec<u8>, Error> {
         let pem = String::from_utf8_lossy(&self.identity.certificate.to_pem()?).into_owned();
         Ok(self.message(to, Body::Certificate(pem), None).to_xml()?)
+    }
+
+    /// A message, not sealed, to somebody to whom none can be sealed: a hint why.
+    pub fn refusal(
+        &self,
+        to: &str,
+        fault: Fault,
+        text: String,
+        answers: Option<Uuid>,
+    ) -> Result<Vec<u8>, Error> {
+        let body = Body::Error { fault, text };
+        Ok(self.message(to, body, answers).to_xml()?)
+    }
+
+    /// The own subject.
+    pub fn subject(&self) -> &str {
+        self.identity.subject()
     }
 
     /// Takes the certificate from another's [`Endpoint::hello`], if it is to be believed; says whose it is. It replaces
@@ -295,7 +321,8 @@ impl Endpoint {
             return Err(Error::Time(header.time));
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.streams.take(header, now)?;
+        let is_kept = message.body.within().is_none();
+        state.streams.take(header, now, is_kept)?;
         drop(state);
         Ok((message, role))
     }
@@ -390,10 +417,18 @@ fn verify(signed: &[u8], certificate: &X509Ref) -> Result<Vec<u8>, ErrorStack> {
     Ok(content)
 }
 
-/// How far the streams of others have come.
+/// How far the streams of others have come. The file has a line for each step; the last of a stream counts.
 struct Streams {
-    file: PathBuf,
+    file: Option<Kept>,
     at: HashMap<(String, Uuid), At>,
+}
+
+struct Kept {
+    path: PathBuf,
+    file: File,
+    lines: usize,
+    /// Its last line may be half a one.
+    torn: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -404,14 +439,19 @@ struct At {
 }
 
 impl Streams {
-    fn open(file: PathBuf) -> Result<Self, Error> {
-        let text = match fs::read_to_string(&file) {
+    fn open(path: Option<PathBuf>) -> Result<Self, Error> {
+        let mut at = HashMap::new();
+        let Some(path) = path else {
+            return Ok(Streams { file: None, at });
+        };
+        let text = match fs::read_to_string(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-            Err(source) => return Err(Error::Keep { path: file, source }),
+            Err(source) => return Err(Error::Keep { path, source }),
         };
-        let mut at = HashMap::new();
-        for (n, line) in text.lines().enumerate() {
+        // A line that was not written to its end was not acted upon.
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        for (n, line) in text[..whole].lines().enumerate() {
             let mut words = line.splitn(4, ' ');
             let mut parse = || {
                 let stream = words.next()?.parse().ok()?;
@@ -427,20 +467,29 @@ impl Streams {
                 ))
             };
             let Some((key, entry)) = parse() else {
-                return Err(Error::Kept {
-                    path: file,
-                    line: n + 1,
-                });
+                return Err(Error::Kept { path, line: n + 1 });
             };
             at.insert(key, entry);
         }
-        Ok(Streams { file, at })
+        match write_all(&path, &at) {
+            Ok(file) => {
+                let kept = Kept {
+                    path,
+                    file,
+                    lines: at.len(),
+                    torn: false,
+                };
+                Ok(Streams {
+                    file: Some(kept),
+                    at,
+                })
+            }
+            Err(source) => Err(Error::Keep { path, source }),
+        }
     }
 
     /// Takes a message's place in its stream, or refuses it; then nothing has changed.
-    fn take(&mut self, header: &Header, now: Millis) -> Result<(), Error> {
-        self.at
-            .retain(|_, at| at.latest_ms.saturating_add(WINDOW_MS) >= now.get());
+    fn take(&mut self, header: &Header, now: Millis, is_kept: bool) -> Result<(), Error> {
         let key = (header.from.clone(), header.stream);
         let old = self.at.get(&key).copied();
         let last = old.map_or(0, |at| at.sequence);
@@ -451,6 +500,8 @@ impl Streams {
             });
         }
         if old.is_none() {
+            self.at
+                .retain(|_, at| at.latest_ms.saturating_add(WINDOW_MS) >= now.get());
             let of_one = self.at.keys().filter(|(from, _)| *from == header.from);
             if of_one.count() >= MAX_STREAMS_OF_ONE || self.at.len() >= MAX_STREAMS {
                 return Err(Error::Full("streams"));
@@ -461,34 +512,63 @@ impl Streams {
             latest_ms: header.time.get().max(old.map_or(0, |at| at.latest_ms)),
         };
         self.at.insert(key.clone(), new);
-        self.save().map_err(|source| {
+        let (true, Some(kept)) = (is_kept, &mut self.file) else {
+            return Ok(());
+        };
+        kept.save(&key, &self.at).map_err(|source| {
             match old {
                 Some(old) => self.at.insert(key, old),
                 None => self.at.remove(&key),
             };
             Error::Keep {
-                path: self.file.clone(),
+                path: kept.path.clone(),
                 source,
             }
         })
     }
+}
 
-    fn save(&self) -> io::Result<()> {
-        let mut text = String::new();
-        for ((from, stream), at) in &self.at {
-            // A String takes everything.
-            let _ = writeln!(text, "{stream} {} {} {from}", at.sequence, at.latest_ms);
+impl Kept {
+    /// Adds the stream's line, or writes the file anew when most of it is old. On the disk on return.
+    fn save(&mut self, key: &(String, Uuid), at: &HashMap<(String, Uuid), At>) -> io::Result<()> {
+        if self.torn || self.lines > at.len() + OLD_LINES {
+            self.file = write_all(&self.path, at)?;
+            (self.lines, self.torn) = (at.len(), false);
+            return Ok(());
         }
-        let dir = match self.file.parent() {
-            Some(dir) if !dir.as_os_str().is_empty() => dir,
-            _ => Path::new("."),
-        };
-        let mut file = tempfile::NamedTempFile::new_in(dir)?;
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(&self.file).map_err(|error| error.error)?;
-        File::open(dir)?.sync_all()
+        let mut text = String::new();
+        if let Some(entry) = at.get(key) {
+            put_line(&mut text, key, entry);
+        }
+        self.torn = true;
+        self.file.write_all(text.as_bytes())?;
+        self.file.sync_data()?;
+        (self.lines, self.torn) = (self.lines + 1, false);
+        Ok(())
     }
+}
+
+fn put_line(text: &mut String, (from, stream): &(String, Uuid), at: &At) {
+    // A String takes everything.
+    let _ = writeln!(text, "{stream} {} {} {from}", at.sequence, at.latest_ms);
+}
+
+/// Writes the file as a whole, and opens it for more.
+fn write_all(path: &Path, at: &HashMap<(String, Uuid), At>) -> io::Result<File> {
+    let mut text = String::new();
+    for (key, entry) in at {
+        put_line(&mut text, key, entry);
+    }
+    let dir = match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    };
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    file.write_all(text.as_bytes())?;
+    file.as_file().sync_all()?;
+    let file = file.persist(path).map_err(|error| error.error)?;
+    File::open(dir)?.sync_all()?;
+    Ok(file)
 }
 
 #[cfg(test)]
@@ -511,34 +591,56 @@ mod tests {
     fn streams_are_kept_as_long_as_they_matter_and_no_longer() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("streams");
-        let mut streams = Streams::open(file.clone()).unwrap();
+        let mut streams = Streams::open(Some(file.clone())).unwrap();
         let now = Millis::new(1_000_000).unwrap();
         let most = MAX_STREAMS_OF_ONE as u128;
         for stream in 0..most {
             let header = header("CN=a b", stream, 7, now.get());
-            streams.take(&header, now).unwrap();
+            streams.take(&header, now, true).unwrap();
         }
         let one_more = header("CN=a b", most, 1, now.get());
-        let error = streams.take(&one_more, now).unwrap_err();
+        let error = streams.take(&one_more, now, true).unwrap_err();
         assert!(matches!(error, Error::Full("streams")), "{error}");
         let other = header("CN=c", most, 1, now.get());
-        streams.take(&other, now).unwrap();
+        streams.take(&other, now, true).unwrap();
 
-        let mut streams = Streams::open(file.clone()).unwrap();
+        let mut streams = Streams::open(Some(file.clone())).unwrap();
         assert_eq!(streams.at.len(), MAX_STREAMS_OF_ONE + 1);
         let again = header("CN=a b", 0, 7, now.get());
-        let error = streams.take(&again, now).unwrap_err();
+        let error = streams.take(&again, now, true).unwrap_err();
         assert!(matches!(error, Error::Order { last: 7, got: 7 }), "{error}");
         let end = Millis::new(now.get() + WINDOW_MS).unwrap();
-        assert!(streams.take(&again, end).is_err());
+        assert!(streams.take(&again, end, true).is_err());
         let later = Millis::new(end.get() + 1).unwrap();
         let one_more = header("CN=a b", most, 1, later.get());
-        streams.take(&one_more, later).unwrap();
+        streams.take(&one_more, later, true).unwrap();
         assert_eq!(streams.at.len(), 1);
+
+        // Half a line was not acted upon; what was kept is not lost by it, nor by what comes after it.
+        let mut text = std::fs::read_to_string(&file).unwrap();
+        text.push_str("half a li");
+        std::fs::write(&file, text).unwrap();
+        let mut streams = Streams::open(Some(file.clone())).unwrap();
+        assert_eq!(streams.at.len(), 1);
+        for sequence in 2..(2 * OLD_LINES as u64) {
+            let step = header("CN=a b", most, sequence, later.get());
+            streams
+                .take(&step, later, sequence < 5 || sequence % 2 == 0)
+                .unwrap();
+        }
+        let lines = std::fs::read_to_string(&file).unwrap().lines().count();
+        assert!(lines <= OLD_LINES + 2, "{lines}");
+        let mut streams = Streams::open(Some(file.clone())).unwrap();
+        // The last one was not to be kept.
+        let last = 2 * OLD_LINES as u64 - 1;
+        let before = header("CN=a b", most, last - 1, later.get());
+        assert!(streams.take(&before, later, true).is_err());
+        let last = header("CN=a b", most, last, later.get());
+        streams.take(&last, later, true).unwrap();
 
         std::fs::write(&file, "not a stream\n").unwrap();
         assert!(matches!(
-            Streams::open(file),
+            Streams::open(Some(file)),
             Err(Error::Kept { line: 1, .. })
         ));
     }

@@ -4,7 +4,7 @@ use quick_xml::Writer;
 use quick_xml::events::{BytesDecl, BytesText, Event};
 use xbee_api::{State, TaskStatus};
 
-use crate::{BES, XBE};
+use crate::{BES, TaskState, XBE};
 
 /// `bes:ActivityStatus` (GFD.108, section 5.1) with XenBEE's sub-state and, as `xbe:MetaData`, what else is known: the time
 /// of each transition, exit code, address, why it ended.
@@ -73,6 +73,18 @@ fn meta_data(writer: &mut Xml, task: &TaskStatus) -> std::io::Result<()> {
             .write_empty()?;
     }
     Ok(())
+}
+
+impl From<&TaskStatus> for TaskState {
+    fn from(task: &TaskStatus) -> TaskState {
+        TaskState {
+            task: task.id,
+            state: state(task.state).to_owned(),
+            substate: task.substate.map(|substate| substate.name().to_owned()),
+            exit_code: task.exit_code,
+            reason: task.reason.as_deref().map(printable),
+        }
+    }
 }
 
 /// BES says `Cancelled` where XenBEE says `Terminated`.

@@ -88,6 +88,16 @@ pub enum Role {
     Daemon,
 }
 
+impl Role {
+    /// As it stands in the list of subjects.
+    pub fn word(self) -> &'static str {
+        match self {
+            Role::User => "user",
+            Role::Daemon => "daemon",
+        }
+    }
+}
+
 /// Where it is written whom to believe. All in PEM but the subjects.
 #[derive(Debug, Clone)]
 pub struct Files {

@@ -46,7 +46,7 @@ pub struct ClientOptions {
     pub pause: Duration,
     /// The longest one.
     pub pause_max: Duration,
-    /// How long a connection that is lost is tried to make again.
+    /// How long a connection that is lost is tried to make again; zero: not at all.
     pub give_up_after: Duration,
     /// Messages that a subscription has without an acknowledgement.
     pub prefetch: usize,
@@ -154,6 +154,8 @@ type Answer = oneshot::Sender<Result<(), ClientError>>;
 enum Request {
     /// A frame whose receipt is waited for; of this connection or of any.
     Frame(Frame, Option<u64>, Answer),
+    /// A frame without receipt.
+    Post(Frame),
     Subscribe(String, Frame, mpsc::Sender<Received>, Answer),
     Unsubscribe(String),
     Close(Answer),
@@ -213,13 +215,22 @@ impl Client {
         headers: &Headers,
         body: impl Into<Vec<u8>>,
     ) -> Result<(), ClientError> {
-        let mut frame = Frame::new(Command::Send)
-            .header("destination", destination)
-            .body(body);
-        for (name, value) in headers.iter() {
-            frame.headers.push(name, value);
-        }
+        let frame = message(destination, headers, body);
         self.ask(|answer| Request::Frame(frame, None, answer)).await
+    }
+
+    /// Sends a message after those before it, and does not wait: it is lost with the connection, and nobody is told.
+    pub async fn post(
+        &self,
+        destination: &str,
+        headers: &Headers,
+        body: impl Into<Vec<u8>>,
+    ) -> Result<(), ClientError> {
+        let post = Request::Post(message(destination, headers, body));
+        self.requests
+            .send(post)
+            .await
+            .map_err(|_| ClientError::Closed)
     }
 
     /// Subscribes, and waits until the broker has understood.
@@ -282,6 +293,16 @@ impl Client {
             .map_err(|_| ClientError::Closed)?;
         answered.await.map_err(|_| ClientError::Closed)?
     }
+}
+
+fn message(destination: &str, headers: &Headers, body: impl Into<Vec<u8>>) -> Frame {
+    let mut frame = Frame::new(Command::Send)
+        .header("destination", destination)
+        .body(body);
+    for (name, value) in headers.iter() {
+        frame.headers.push(name, value);
+    }
+    frame
 }
 
 /// Messages of a destination. Dropped, it ends.
@@ -460,6 +481,9 @@ impl Task {
             if let End::Closed = end {
                 return;
             }
+            if options.give_up_after.is_zero() {
+                return;
+            }
             if since.elapsed() >= GOOD_AFTER {
                 pause = options.pause;
             }
@@ -595,6 +619,10 @@ impl Task {
                 return false;
             }
             Request::Frame(frame, _, answer) => (frame, answer),
+            Request::Post(frame) => {
+                frame.encode(Version::V1_2, out);
+                return false;
+            }
             Request::Subscribe(id, frame, sender, answer) => {
                 self.subscriptions.insert(id, (frame.clone(), sender));
                 (frame, answer)

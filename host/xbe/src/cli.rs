@@ -13,10 +13,18 @@ use crate::units::{self, StageIn, StageOut};
 #[derive(Debug, Parser)]
 #[command(name = "xbe", version, arg_required_else_help = true, after_help = exit::TABLE, max_term_width = 100)]
 pub struct Cli {
-    /// Address of the xbed to talk to: unix:///PATH, or the path of a socket [env: XBE_SERVER]
-    /// [default: this user's local socket, else root's]
+    /// Address of the xbed to talk to: unix:///PATH, the path of a socket, or a message broker's queue
+    /// as stomp+ssl://[USER:PASSWORD@]HOST[:PORT]/QUEUE [env: XBE_SERVER] [default: this user's local
+    /// socket, else root's]
     #[arg(long, global = true, value_name = "URI")]
     pub server: Option<String>,
+    /// Who you are to an xbed behind a message broker: DIR/NAME for DIR/NAME.pem and .key, beside ca.pem,
+    /// crl.pem and subjects, or DIR with one key [env: XBE_IDENTITY] [default: ~/.config/xbee/pki]
+    #[arg(long, global = true, value_name = "DIR[/NAME]", value_hint = ValueHint::AnyPath)]
+    pub identity: Option<PathBuf>,
+    /// Certificates (PEM) for stomp+ssl that are trusted beside the system's [env: XBE_BROKER_CA]
+    #[arg(long, global = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub broker_ca: Option<PathBuf>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -59,6 +67,8 @@ pub enum Command {
     Export(Export),
     /// Show the host: its capacity and images
     Host(Host),
+    /// Make certificates for sealed messages: a small certification authority
+    Pki(Pki),
     /// Say what this machine lacks to run domains, and what to do
     Doctor(Doctor),
     /// Print a script that completes xbe's command line
@@ -101,6 +111,47 @@ impl Command {
             _ => false,
         }
     }
+}
+
+/// A small certification authority.
+#[derive(Debug, Args)]
+pub struct Pki {
+    /// Directory of the authority; its ca.key is the one secret, keep it from all but its owner
+    #[arg(long, value_name = "DIR", default_value = "pki", value_hint = ValueHint::DirPath)]
+    pub dir: PathBuf,
+    /// What to do.
+    #[command(subcommand)]
+    pub action: PkiAction,
+}
+
+/// What an authority does.
+#[derive(Debug, Subcommand)]
+pub enum PkiAction {
+    /// Make an authority: ca.pem, ca.key, crl.pem
+    Init {
+        /// Its name
+        name: String,
+        /// Sign with RSA-3072, not with ECDSA on P-256
+        #[arg(long)]
+        rsa: bool,
+    },
+    /// Make a key and a certificate for a year: NAME.key, NAME.pem; and put it on the list of subjects
+    Issue {
+        /// Whose: the subject is CN=NAME
+        name: String,
+        /// For an xbed, which answers; else for a user, who asks
+        #[arg(long)]
+        daemon: bool,
+        /// An RSA key of 3072 bits, not one on P-256
+        #[arg(long)]
+        rsa: bool,
+    },
+    /// Put certificates on the revocation list, for good; with none, sign the list for another year
+    Revoke {
+        /// The certificates
+        #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
+        certificates: Vec<PathBuf>,
+    },
 }
 
 /// Output for programs.

@@ -43,6 +43,9 @@ pub enum Error {
     /// A value that no document can hold.
     #[error(transparent)]
     Document(#[from] xbee_jsdl::WriteError),
+    /// The certification authority.
+    #[error(transparent)]
+    Pki(#[from] xbee_envelope::pki::Error),
     /// Output that is not a stream.
     #[error("cannot write {}", path.display())]
     Write {
@@ -51,6 +54,9 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The address of a message broker's queue.
+    #[error("--server or XBE_SERVER")]
+    Address(#[source] xbee_carry::address::BadAddress),
     /// The stream of an exec or of a forwarded port broke.
     #[error("the connection to the guest was lost")]
     Tunnel(#[source] io::Error),
@@ -75,6 +81,8 @@ impl Error {
     pub fn code(&self) -> &str {
         match self {
             Error::Api(error) => error.code(),
+            Error::Pki(error) => error.code(),
+            Error::Address(_) => "invalid-server",
             Error::Read { .. } => "cannot-read",
             Error::NotAFile { .. } => "not-a-file",
             Error::NoDirectory { .. } => "no-directory",

@@ -13,6 +13,8 @@ mod exit;
 mod export;
 mod follow;
 mod generate;
+mod pki;
+mod remote;
 mod reserve;
 mod run;
 mod signals;
@@ -21,7 +23,7 @@ mod tasks;
 mod term;
 mod units;
 
-use std::env;
+use std::cell::OnceCell;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -31,9 +33,6 @@ use xbee_api::client::Client;
 
 use cli::{Cli, Command};
 use error::Error;
-
-/// Names the server where `--server` does not.
-const SERVER_VARIABLE: &str = "XBE_SERVER";
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -67,38 +66,49 @@ fn start(cli: &Cli) -> Result<u8, Error> {
 }
 
 async fn command(cli: &Cli) -> Result<u8, Error> {
-    let client = || {
-        // Not read by clap: its usage texts would show the option as one that was given.
-        let variable = || env::var_os(SERVER_VARIABLE).map(|uri| uri.to_string_lossy().into());
-        let server: Option<String> = cli.server.clone().or_else(variable);
-        match server.filter(|uri| !uri.is_empty()) {
-            Some(uri) => Client::from_uri(&uri),
-            None => Ok(Client::local()),
-        }
+    let opened = OnceCell::new();
+    let client = || match opened.get() {
+        Some(client) => Ok(client),
+        None => remote::client(cli).map(|client| opened.get_or_init(|| client)),
     };
+    let result = perform(cli, client).await;
+    if let Some(client) = opened.get() {
+        client.close().await;
+    }
+    result
+}
+
+async fn perform<'a>(
+    cli: &Cli,
+    client: impl Fn() -> Result<&'a Client, Error>,
+) -> Result<u8, Error> {
     match &cli.command {
         Command::Run(args) if args.print_jsdl => run::print_jsdl(args),
-        Command::Run(args) => run::run(&client()?, args).await,
-        Command::Submit(args) => run::submit(&client()?, args).await,
-        Command::Reserve(args) => reserve::reserve(&client()?, args).await,
-        Command::Confirm(args) => reserve::confirm(&client()?, args).await,
-        Command::Start(args) => reserve::start(&client()?, args).await,
-        Command::Cancel(args) => reserve::cancel(&client()?, args).await,
-        Command::Status(args) => tasks::status(&client()?, args).await,
-        Command::Watch(args) => tasks::watch(&client()?, args).await,
-        Command::Logs(args) => tasks::logs(&client()?, args).await,
-        Command::Terminate(args) => tasks::terminate(&client()?, args).await,
-        Command::Ps(args) => tasks::ps(&client()?, args).await,
-        Command::Rm(args) => tasks::rm(&client()?, args).await,
-        Command::Exec(args) => exec::exec(&client()?, args).await,
-        Command::Ssh(args) => ssh::ssh(&client()?, args).await,
-        Command::Check(args) if args.host => check::check(args, Some(&client()?)).await,
+        Command::Run(args) => run::run(client()?, args).await,
+        Command::Submit(args) => run::submit(client()?, args).await,
+        Command::Reserve(args) => reserve::reserve(client()?, args).await,
+        Command::Confirm(args) => reserve::confirm(client()?, args).await,
+        Command::Start(args) => reserve::start(client()?, args).await,
+        Command::Cancel(args) => reserve::cancel(client()?, args).await,
+        Command::Status(args) => tasks::status(client()?, args).await,
+        Command::Watch(args) => tasks::watch(client()?, args).await,
+        Command::Logs(args) => tasks::logs(client()?, args).await,
+        Command::Terminate(args) => tasks::terminate(client()?, args).await,
+        Command::Ps(args) => tasks::ps(client()?, args).await,
+        Command::Rm(args) => tasks::rm(client()?, args).await,
+        Command::Exec(args) => exec::exec(client()?, args).await,
+        Command::Ssh(args) => {
+            let client = client()?;
+            ssh::ssh(client, args, &remote::environment(cli, client)?).await
+        }
+        Command::Check(args) if args.host => check::check(args, Some(client()?)).await,
         Command::Check(args) => check::check(args, None).await,
-        Command::Export(args) => export::export(&client()?, args).await,
-        Command::Host(args) => tasks::host(&client()?, args).await,
+        Command::Export(args) => export::export(client()?, args).await,
+        Command::Host(args) => tasks::host(client()?, args).await,
+        Command::Pki(args) => pki::pki(args),
         Command::Doctor(args) => doctor::doctor(args).await,
         Command::Completions { shell } => generate::completions(*shell),
         Command::Man { dir } => generate::man(dir),
-        Command::Proxy { task, port } => exec::proxy(&client()?, task, *port).await,
+        Command::Proxy { task, port } => exec::proxy(client()?, task, *port).await,
     }
 }

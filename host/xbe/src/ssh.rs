@@ -18,7 +18,13 @@ use crate::exit;
 use crate::signals::listen;
 
 /// `ssh`.
-pub async fn ssh(client: &Client, args: &cli::Ssh) -> Result<u8, Error> {
+///
+/// `server` is what the environment of an `xbe` has to say to reach the same server.
+pub async fn ssh(
+    client: &Client,
+    args: &cli::Ssh,
+    server: &[(&str, OsString)],
+) -> Result<u8, Error> {
     let task = client.status(&args.task).await?.id.to_string();
     let access = client.ssh(&task).await?;
     let host = format!("xbee-{task}");
@@ -30,8 +36,8 @@ pub async fn ssh(client: &Client, args: &cli::Ssh) -> Result<u8, Error> {
             path: std::env::temp_dir(),
             source,
         })?;
-    let options = options(client, &task, &host, &access, dir.path())?;
-    let status = call(&options, &access, &host, &args.args).await;
+    let options = options(&task, &host, &access, dir.path())?;
+    let status = call(&options, server, &access, &host, &args.args).await;
     // The key goes in any case; an error of `ssh` is the one to report.
     let removed = dir.close().map_err(|source| Error::System {
         action: "remove the temporary directory of the key",
@@ -43,13 +49,7 @@ pub async fn ssh(client: &Client, args: &cli::Ssh) -> Result<u8, Error> {
 }
 
 /// Writes the key and the known host, and names them in OpenSSH's options.
-fn options(
-    client: &Client,
-    task: &str,
-    host: &str,
-    access: &SshAccess,
-    dir: &Path,
-) -> Result<Vec<OsString>, Error> {
+fn options(task: &str, host: &str, access: &SshAccess, dir: &Path) -> Result<Vec<OsString>, Error> {
     let mut key = access.private_key.clone();
     if !key.ends_with('\n') {
         key.push('\n');
@@ -74,13 +74,6 @@ fn options(
     let mut proxy = OsString::new();
     for word in [
         xbe.as_os_str(),
-        OsStr::new("--server"),
-        &std::path::absolute(client.socket())
-            .map_err(|source| Error::System {
-                action: "find out the current directory",
-                source,
-            })?
-            .into_os_string(),
         OsStr::new("proxy"),
         OsStr::new(task),
         OsStr::new(&access.port.to_string()),
@@ -138,6 +131,7 @@ fn path_option(path: &Path) -> OsString {
 /// Runs OpenSSH to its end, whatever signals come meanwhile: the key has to be removed.
 async fn call(
     options: &[OsString],
+    server: &[(&str, OsString)],
     access: &SshAccess,
     host: &str,
     args: &[String],
@@ -147,6 +141,7 @@ async fn call(
     let mut hangup = listen(SignalKind::hangup())?;
     let mut ssh = tokio::process::Command::new("ssh")
         .args(options)
+        .envs(server.iter().map(|(name, value)| (name, value)))
         .arg("-l")
         .arg(&access.user)
         .arg(host)

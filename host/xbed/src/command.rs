@@ -1,4 +1,4 @@
-//! What can be asked of `xbed`, whatever the front door: HTTP today, a message queue later.
+//! What can be asked of `xbed`, whatever the front door: the local socket or a message queue.
 //!
 //! A front door turns its requests into calls of [`Commands`] with the [`Caller`] it has
 //! authenticated, and answers or [`CommandError`]s into its own words.
@@ -15,6 +15,7 @@ use xbee_api::{
     SshAccess, SubmitRequest, TaskEvent, TaskStatus, chain,
 };
 use xbee_engine::{Phase, QueueError};
+use xbee_staging::{Scheme, Uri};
 
 use crate::array::{Array, Members};
 use crate::export;
@@ -45,7 +46,7 @@ impl Caller {
 
     fn is_operator(self) -> bool {
         let uid = self.owner.uid;
-        uid == 0 || uid == rustix::process::geteuid().as_raw()
+        !self.owner.is_remote() && (uid == 0 || uid == rustix::process::geteuid().as_raw())
     }
 }
 
@@ -128,6 +129,16 @@ pub enum CommandError {
         /// The bound.
         most: u32,
     },
+    /// A file of this host, for somebody who is not on it.
+    #[error(
+        "{0} is a file of xbed's host, whose files are not for users on other machines: take it from or bring it to a server"
+    )]
+    LocalFile(String),
+    /// A port of this host, for somebody who is not on it.
+    #[error(
+        "ports are published on xbed's host, which users on other machines do not reach: `xbe ssh TASK -L PORT:localhost:PORT` does it from here"
+    )]
+    LocalPort,
     /// It is not one task.
     #[error(
         "{0} is an array of tasks: name one of them, as {0}.1; `xbe ps -a --array {0}` lists them"
@@ -204,6 +215,8 @@ impl CommandError {
             CommandError::NotCovered { .. } => "not-covered",
             CommandError::Priority(_) => "priority",
             CommandError::Retries { .. } => "too-many-retries",
+            CommandError::LocalFile(_) => "local-file",
+            CommandError::LocalPort => "local-port",
             CommandError::IsArray(_) => "is-array",
             CommandError::NotFinal(_) => "task-not-final",
             CommandError::NoDomain(_) => "no-domain",
@@ -320,8 +333,8 @@ impl Commands {
     }
 
     /// Whether a job would be taken.
-    pub async fn check(&self, request: SubmitRequest) -> CheckReport {
-        let planned = self.plan(request).await;
+    pub async fn check(&self, caller: Caller, request: SubmitRequest) -> CheckReport {
+        let planned = self.plan(caller, request).await;
         let refused = match &planned {
             Ok((planned, _)) => {
                 let mut demands = planned.plans().map(Plan::demand);
@@ -338,9 +351,19 @@ impl Commands {
     }
 
     /// What a request means on this host, with warnings. A sweep of a thousand jobs is work.
-    async fn plan(&self, request: SubmitRequest) -> Result<(Planned, Vec<String>), PlanError> {
+    async fn plan(
+        &self,
+        caller: Caller,
+        request: SubmitRequest,
+    ) -> Result<(Planned, Vec<String>), CommandError> {
         let host = self.host.clone();
-        tokio::task::spawn_blocking(move || Planned::read(request, &host.images))
+        let read = move || {
+            let publishes = !request.publish.is_empty();
+            let planned = Planned::read(request, &host.images)?;
+            check_reach(caller, publishes, planned.0.plans())?;
+            Ok(planned)
+        };
+        tokio::task::spawn_blocking(read)
             .await
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
     }
@@ -352,7 +375,7 @@ impl Commands {
         request: SubmitRequest,
     ) -> Result<TaskStatus, CommandError> {
         self.check_wishes(caller, &request)?;
-        Ok(match self.plan(request).await?.0 {
+        Ok(match self.plan(caller, request).await?.0 {
             Planned::One(job) => self.host.accept(caller.owner, *job).await?.status(),
             Planned::Sweep(jobs) => self.host.accept_array(caller.owner, jobs).await?.status(),
         })
@@ -417,7 +440,7 @@ impl Commands {
         let task = self.by_ticket(caller, &request.ticket)?;
         let id = task.record.id;
         self.check_wishes(caller, &request.request)?;
-        let Planned::One(job) = self.plan(request.request).await?.0 else {
+        let Planned::One(job) = self.plan(caller, request.request).await?.0 else {
             return Err(CommandError::SweepReserved);
         };
         let job = Arc::new(*job);
@@ -469,6 +492,7 @@ impl Commands {
         form: ExportForm,
     ) -> Result<DomainExport, CommandError> {
         let (plan, _) = Plan::from_request(request, &self.host.images)?;
+        check_reach(caller, !request.publish.is_empty(), [&plan])?;
         export::of_job(&self.host, caller.owner, &plan, form)
     }
 
@@ -632,6 +656,26 @@ impl Commands {
 async fn written(id: Uuid, written: impl Future<Output = ()>) -> Result<(), CommandError> {
     let waited = tokio::time::timeout(WRITE_LIMIT, written).await;
     waited.map_err(|_| CommandError::NotWritten(id))
+}
+
+/// What is only of this host is not for those who are not on it.
+fn check_reach<'a>(
+    caller: Caller,
+    publishes: bool,
+    plans: impl IntoIterator<Item = &'a Plan>,
+) -> Result<(), CommandError> {
+    if !caller.owner.is_remote() {
+        return Ok(());
+    }
+    if publishes {
+        return Err(CommandError::LocalPort);
+    }
+    let is_local = |uri: &&str| {
+        let uri = uri.parse::<Uri>();
+        uri.is_ok_and(|uri| uri.scheme() == Scheme::File)
+    };
+    let local = plans.into_iter().flat_map(Plan::uris).find(is_local);
+    local.map_or(Ok(()), |uri| Err(CommandError::LocalFile(uri.to_owned())))
 }
 
 /// What is kept of a ticket.

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
+use xbee_carry::Address;
+use xbee_carry::address::BadAddress;
 use xbee_engine::{Capacity, Policy, Quota};
 use xbee_hypervisor::qemu::Outbound;
 
@@ -87,6 +89,19 @@ struct File {
     ca_file: Option<PathBuf>,
     #[serde(default)]
     xen: XenFile,
+    message_queue: Option<MessageQueueFile>,
+}
+
+/// The table `[message-queue]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct MessageQueueFile {
+    uri: String,
+    identity: PathBuf,
+    broker_ca: Option<PathBuf>,
+    authorities: Option<PathBuf>,
+    revoked: Option<PathBuf>,
+    subjects: Option<PathBuf>,
 }
 
 /// The table `[queue]`.
@@ -287,6 +302,47 @@ pub struct Config {
     pub same_owner: SameOwner,
     /// What domains may reach beyond their network (back end `qemu`).
     pub outbound: Outbound,
+    /// The queue that users on other machines ask through.
+    pub message_queue: Option<MessageQueue>,
+}
+
+/// A queue of a message broker.
+#[derive(Debug, Clone)]
+pub struct MessageQueue {
+    /// Where it is.
+    pub address: Address,
+    /// How to reach the broker.
+    pub options: xbee_carry::Options,
+    /// Who this `xbed` is there, and whom it believes.
+    pub identity: xbee_carry::identity::Files,
+}
+
+impl MessageQueueFile {
+    fn read(self, path: &Path) -> Result<MessageQueue, ConfigError> {
+        let address = self.uri.parse().map_err(|source| ConfigError::Queue {
+            path: path.into(),
+            source,
+        })?;
+        let mut identity =
+            xbee_carry::identity::Files::find(&self.identity).map_err(ConfigError::Identity)?;
+        let trust = &mut identity.trust;
+        for (file, other) in [
+            (&mut trust.authorities, self.authorities),
+            (&mut trust.revoked, self.revoked),
+            (&mut trust.subjects, self.subjects),
+        ] {
+            if let Some(other) = other {
+                *file = other;
+            }
+        }
+        Ok(MessageQueue {
+            address,
+            options: xbee_carry::Options {
+                broker_ca: self.broker_ca,
+            },
+            identity,
+        })
+    }
 }
 
 /// Virtual CPUs given out for each logical CPU of the host, unless configured: most domains wait most of the time.
@@ -322,6 +378,18 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
+    /// The message queue has no address.
+    #[error("`uri` in [message-queue] of the configuration file {path}")]
+    Queue {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: BadAddress,
+    },
+    /// Nobody to be on the message queue.
+    #[error("`identity` in [message-queue] of the configuration file")]
+    Identity(#[source] xbee_carry::identity::Error),
     /// The file makes no sense.
     #[error("the configuration file {path} is not as expected")]
     Parse {
@@ -359,6 +427,10 @@ impl Config {
                 path: options.config.unwrap_or_default(),
             });
         }
+        let message_queue = file.message_queue.map(|queue| {
+            let path = options.config.clone().unwrap_or_default();
+            queue.read(&path)
+        });
         let quota = file.quota.quota(Quota::UNLIMITED);
         let mut quotas = HashMap::new();
         for (name, of_user) in &file.quotas {
@@ -380,6 +452,7 @@ impl Config {
             reservations: file.queue.reservations.unwrap_or(usual.reservations),
         };
         Ok(Config {
+            message_queue: message_queue.transpose()?,
             policy,
             staging_allowance: Duration::from_secs(file.queue.staging_allowance_s.unwrap_or(600)),
             retries: file.queue.retries.unwrap_or(0),
@@ -587,6 +660,42 @@ mod tests {
         assert!(
             cause.contains("line 2") && cause.contains("backends"),
             "{cause}"
+        );
+    }
+
+    #[test]
+    fn a_message_queue_has_an_address_and_an_identity() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("xbed.toml");
+        let load = |lines: &str| {
+            std::fs::write(&path, format!("[message-queue]\n{lines}")).unwrap();
+            Config::load(Options::parse_from([
+                "xbed",
+                "--config",
+                path.to_str().unwrap(),
+            ]))
+        };
+        let uri = "uri = \"stomp://me:secret@h/q\"\n";
+        let config = load(&format!("{uri}identity = \"/p/x\"\nrevoked = \"/r\"\n"));
+        let queue = config.unwrap().message_queue.unwrap();
+        assert_eq!(queue.address.destination(), "/queue/q");
+        let files = &queue.identity;
+        assert_eq!(files.key, Path::new("/p/x.key"));
+        assert_eq!(files.trust.authorities, Path::new("/p/ca.pem"));
+        assert_eq!(files.trust.revoked, Path::new("/r"));
+        // A directory stands for the one key in it.
+        let identity = format!("{uri}identity = {:?}\n", dir.path());
+        let why = |error: ConfigError| xbee_api::chain(&error);
+        assert!(why(load(&identity).unwrap_err()).contains("has 0 keys"));
+        for name in ["ca.key", "me.key"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let queue = load(&identity).unwrap().message_queue.unwrap();
+        assert_eq!(queue.identity.certificate, dir.path().join("me.pem"));
+        let wrong = why(load("uri = \"http://me:secret@h\"\nidentity = \"/p\"\n").unwrap_err());
+        assert!(
+            wrong.contains("stomp+ssl://") && !wrong.contains("secret"),
+            "{wrong}"
         );
     }
 }

@@ -1,6 +1,6 @@
 //! `xbed`, XenBEE's host manager.
 //!
-//! [`command`] is what can be asked; [`http`] is one front door to it. [`host`] holds the tasks;
+//! [`command`] is what can be asked; [`http`] and [`message_queue`] are front doors to it. [`host`] holds the tasks;
 //! each has an actor ([`task`]) that drives the engine's state machine through [`steps`].
 //!
 //! It is a library only for the program and for `tests/fuzz`, which asks the API anything.
@@ -18,6 +18,7 @@ mod host;
 mod http;
 mod images;
 mod logs;
+mod message_queue;
 mod plan;
 mod retry;
 mod session;
@@ -35,6 +36,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 use xbee_api::chain;
@@ -61,6 +63,9 @@ pub enum Fatal {
     /// The socket.
     #[error(transparent)]
     Listen(#[from] http::ListenError),
+    /// The own identity there.
+    #[error("there is no message queue for this xbed")]
+    MessageQueue(#[source] xbee_carry::Error),
     /// The socket, later.
     #[error("the API's socket failed")]
     Serve(#[source] std::io::Error),
@@ -136,6 +141,7 @@ async fn run(options: Options) -> Result<(), Fatal> {
     let hypervisor = backend::open(&config).await?;
     let stager = backend::stager(&config);
     let socket = config.socket.clone();
+    let message_queue = config.message_queue.clone();
     let host = Host::open(config, hypervisor, stager).await?;
     host.recover().await?;
     let about = host.info();
@@ -150,6 +156,15 @@ async fn run(options: Options) -> Result<(), Fatal> {
     );
     let mut terminate = signal(SignalKind::terminate()).map_err(Fatal::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Fatal::Signal)?;
+    let stopped = CancellationToken::new();
+    let queue = match message_queue {
+        Some(queue) => {
+            let door = message_queue::Door::new(host.clone());
+            let queue = message_queue::serve(queue, door, stopped.clone());
+            Some(tokio::spawn(queue.map_err(Fatal::MessageQueue)?))
+        }
+        None => None,
+    };
     let stop = async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -159,6 +174,11 @@ async fn run(options: Options) -> Result<(), Fatal> {
     http::serve(listener, Commands::new(host.clone()), stop)
         .await
         .map_err(Fatal::Serve)?;
+    stopped.cancel();
+    if let Some(queue) = queue {
+        // It has a limit of its own, and nothing to say.
+        let _ = queue.await;
+    }
     // Domains go on: the next xbed takes them up again.
     info!("stopped; running domains go on");
     if let Err(error) = std::fs::remove_file(&socket) {

@@ -240,6 +240,25 @@ impl Plan {
         }
     }
 
+    /// Where all its files are from and go to.
+    pub fn uris(&self) -> impl Iterator<Item = &str> {
+        let boot = match &self.boot {
+            Boot::Store { .. } => [None, None, None],
+            Boot::Instance {
+                kernel,
+                initrd,
+                image,
+                ..
+            } => [kernel.as_ref(), initrd.as_ref(), Some(image)],
+            Boot::Package { package } => [Some(package), None, None],
+        };
+        let scripts = self.scripts.iter().map(|script| &script.source);
+        let files = self.stage_in.iter().map(|file| &file.source);
+        let sources = boot.into_iter().flatten().chain(scripts).chain(files);
+        let targets = self.stage_out.iter().map(|file| file.uri.as_str());
+        sources.map(|source| source.uri.as_str()).chain(targets)
+    }
+
     /// Scripts for one occasion, with their place among all.
     pub fn scripts_at(&self, when: When) -> impl Iterator<Item = (usize, &Script)> {
         self.scripts

@@ -34,6 +34,14 @@ CREATE TABLE journal (
 ) STRICT, WITHOUT ROWID;
 ";
 
+/// Users on other machines, added when the tables above were in use already.
+const SUBJECTS: &str = "
+CREATE TABLE IF NOT EXISTS subject (
+    uid      INTEGER PRIMARY KEY AUTOINCREMENT,
+    subject  TEXT NOT NULL UNIQUE
+) STRICT;
+";
+
 /// A task as it was accepted.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TaskRecord {
@@ -100,6 +108,16 @@ pub struct Owner {
     pub uid: u32,
     /// Primary group id.
     pub gid: u32,
+}
+
+impl Owner {
+    /// Numbers from here on are not of the kernel's users but of those who ask through a message queue.
+    pub const FIRST_REMOTE: u32 = 1 << 31;
+
+    /// Nobody on this host: none of its files are this owner's.
+    pub fn is_remote(self) -> bool {
+        self.uid >= Owner::FIRST_REMOTE
+    }
 }
 
 /// An entry of a task's journal.
@@ -240,10 +258,41 @@ impl Store {
                 });
             }
         }
+        connection.execute_batch(SUBJECTS).map_err(failed)?;
         Ok(Store {
             path: path.into(),
             connection: Mutex::new(connection),
         })
+    }
+
+    /// The number of the user with this certificate: the same for ever, and never another's. Durable on return.
+    pub fn remote(&self, subject: &str) -> Result<Owner, StoreError> {
+        let mut connection = self.lock();
+        let find = |connection: &mut Connection| {
+            let known = "SELECT uid FROM subject WHERE subject = ?1";
+            let known = connection
+                .prepare_cached(known)?
+                .query_row([subject], |row| row.get::<_, u32>(0));
+            match known {
+                Err(rusqlite::Error::QueryReturnedNoRows) => {}
+                known => return known,
+            }
+            let transaction = connection.transaction()?;
+            let next: i64 = transaction.query_row(
+                "SELECT coalesce(max(uid) + 1, ?1) FROM subject",
+                [Owner::FIRST_REMOTE],
+                |row| row.get(0),
+            )?;
+            // The last one means nobody to the kernel.
+            let uid = u32::try_from(next).ok().filter(|uid| *uid < u32::MAX);
+            let uid = uid.ok_or(rusqlite::Error::IntegralValueOutOfRange(0, next))?;
+            let insert = "INSERT INTO subject (uid, subject) VALUES (?1, ?2)";
+            transaction.execute(insert, params![uid, subject])?;
+            transaction.commit()?;
+            Ok(uid)
+        };
+        let uid = find(&mut connection).map_err(|e| self.failed(e))?;
+        Ok(Owner { uid, gid: uid })
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
@@ -576,5 +625,28 @@ mod tests {
             .unwrap();
         let error = Store::open(&path).unwrap_err().to_string();
         assert!(error.contains("version 99"), "{error}");
+    }
+
+    #[test]
+    fn a_subject_has_its_number_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tasks.sqlite");
+        let number = |store: &Store, subject: &str| {
+            let owner = store.remote(subject).unwrap();
+            assert!(owner.is_remote());
+            (owner.uid - Owner::FIRST_REMOTE, owner.gid == owner.uid)
+        };
+        let store = Store::open(&path).unwrap();
+        assert_eq!(number(&store, "CN=a"), (0, true));
+        assert_eq!(number(&store, "CN=b"), (1, true));
+        drop(store);
+        let store = Store::open(&path).unwrap();
+        assert_eq!(number(&store, "CN=c"), (2, true));
+        assert_eq!(number(&store, "CN=a"), (0, true));
+        // The last number means nobody to the kernel.
+        let last = "INSERT INTO subject (uid, subject) VALUES (?1, 'CN=z')";
+        store.lock().execute(last, [u32::MAX - 1]).unwrap();
+        store.remote("CN=z").unwrap();
+        assert!(store.remote("CN=d").is_err());
     }
 }

@@ -1,0 +1,109 @@
+//! Connections to `xbed` through a message broker, from behind whatever network: bytes of an HTTP/1.1 connection in sealed
+//! messages, both ways.
+//!
+//! A daemon listens on a queue, which clients know from their [`address`]. Client and daemon have a topic of their own
+//! each, with a random name for each connection to the broker, which the other learns from the header `reply-to`; a topic
+//! goes with its listener, on every broker, and leaves nothing behind. The first message of a client to the queue, and the
+//! answer to it, are certificates. From then on all is sealed, to the daemon that answered.
+//!
+//! [`Remote`] is the client's end, [`serve`] the daemon's. How bytes go over a connection is in [`stream`]: nothing is
+//! ever missing silently, whatever the broker loses, repeats or exchanges.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod address;
+mod client;
+pub mod identity;
+mod server;
+pub mod stream;
+mod wire;
+
+use std::path::PathBuf;
+
+use xbee_envelope::{Fault, MessageError};
+use xbee_mq::client::{ClientError, ClientOptions};
+
+pub use address::Address;
+pub use client::Remote;
+pub use server::{Answer, Service, serve};
+
+/// How to reach the broker.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Certificates (PEM) of authorities that the broker's may come from, beside the platform's.
+    pub broker_ca: Option<PathBuf>,
+}
+
+impl Options {
+    fn client(&self) -> ClientOptions {
+        ClientOptions {
+            ca_file: self.broker_ca.clone(),
+            // What was under way is lost then, and who uses it has to know.
+            give_up_after: std::time::Duration::ZERO,
+            ..ClientOptions::default()
+        }
+    }
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The broker.
+    #[error(transparent)]
+    Broker(#[from] ClientError),
+    /// The own identity.
+    #[error(transparent)]
+    Identity(#[from] identity::Error),
+    /// A message cannot be made, or is not to be believed.
+    #[error("no sealed message")]
+    Seal(#[from] xbee_envelope::seal::Error),
+    /// What should be a message is none.
+    #[error("the answer is no message")]
+    Message(#[from] MessageError),
+    /// Nobody.
+    #[error(
+        "no xbed answers on {0} within {limit} s: is it running, and on this queue?",
+        limit = client::ANSWER_LIMIT.as_secs()
+    )]
+    NoAnswer(String),
+    /// The daemon's refusal, which cannot be sealed to somebody who is not believed.
+    #[error("{} {}: {text}", fault.code(), fault.name())]
+    Refused {
+        /// The kind.
+        fault: Fault,
+        /// For people.
+        text: String,
+    },
+    /// Somebody who is believed, but is no daemon.
+    #[error("{0} answers, who is in the list of subjects, but not as a daemon")]
+    NoDaemon(String),
+    /// The connection to the broker.
+    #[error("the connection to the broker was lost")]
+    Lost,
+}
+
+impl Error {
+    /// Stable code for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Error::Broker(error) => error.code(),
+            Error::Identity(error) => error.code(),
+            Error::Seal(_) | Error::Message(_) | Error::NoDaemon(_) => "not-believed",
+            Error::NoAnswer(_) => "no-answer",
+            Error::Refused { .. } => "refused",
+            Error::Lost => "connection-lost",
+        }
+    }
+
+    /// It may be better in a moment.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Error::Broker(error) => matches!(
+                error,
+                ClientError::Connect { .. } | ClientError::Interrupted | ClientError::Closed
+            ),
+            Error::NoAnswer(_) | Error::Lost => true,
+            _ => false,
+        }
+    }
+}

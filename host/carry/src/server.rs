@@ -1,0 +1,211 @@
+//! The daemon's end.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+use uuid::Uuid;
+use xbee_envelope::seal::{self, Endpoint};
+use xbee_envelope::trust::{self, Role};
+use xbee_envelope::{Body, Fault, Message};
+use xbee_mq::client::Received;
+use xbee_mq::session::AckMode;
+
+use crate::stream::{Carried, Peer};
+use crate::wire::{Post, Wire, is_unsealed, reply_to};
+use crate::{Address, Error, Options};
+
+/// Connections of one user at a time.
+pub const CONNECTIONS_OF_ONE: usize = 64;
+/// Connections of all.
+pub const CONNECTIONS: usize = 512;
+/// Requests in messages of their own that are answered at a time.
+const REQUESTS: usize = 64;
+
+/// An answer to come.
+pub type Answer = Pin<Box<dyn Future<Output = Body> + Send>>;
+
+/// What a daemon does for those whom it believes. Subjects are of certificates.
+pub trait Service: Send + Sync {
+    /// Serves a connection to the API; returns at once.
+    fn connection(&self, subject: &str, stream: Carried);
+    /// Answers a request that is one message.
+    fn request(&self, subject: &str, body: Body) -> Answer;
+}
+
+/// Serves a queue until `stop` resolves, or the connection to the broker is lost, which is an error; connections are over
+/// then. `ready` is called when it listens.
+///
+/// # Errors
+/// See [`Error`].
+pub async fn serve(
+    address: &Address,
+    options: &Options,
+    endpoint: Arc<Endpoint>,
+    service: Arc<dyn Service>,
+    ready: impl FnOnce(),
+    stop: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    let (wire, mut own) = Wire::open(address, options, endpoint).await?;
+    let mut shared = wire
+        .mq
+        .subscribe(&address.destination(), AckMode::Auto)
+        .await?;
+    ready();
+    let server = Server {
+        wire,
+        service,
+        queue: address.destination(),
+        requests: Arc::new(Semaphore::new(REQUESTS)),
+    };
+    tokio::pin!(stop);
+    loop {
+        let message = tokio::select! {
+            message = own.next() => message,
+            message = shared.next() => message,
+            () = &mut stop => {
+                server.wire.close("xbed ends").await;
+                return Ok(());
+            }
+        };
+        let Some(message) = message else {
+            server
+                .wire
+                .cut(None, "the connection to the broker was lost");
+            return Err(Error::Lost);
+        };
+        server.take(message).await;
+    }
+}
+
+struct Server {
+    wire: Arc<Wire>,
+    service: Arc<dyn Service>,
+    queue: String,
+    requests: Arc<Semaphore>,
+}
+
+impl Server {
+    async fn take(&self, message: Received) {
+        let Some(destination) = reply_to(&message) else {
+            tracing::debug!("a message that wants no answer");
+            return;
+        };
+        // It would be an answer to oneself.
+        if destination == self.queue || destination == self.wire.topic {
+            return;
+        }
+        let peer = |subject: String| Peer {
+            subject,
+            destination: destination.clone(),
+        };
+        if is_unsealed(&message.body) {
+            return self.meet(&message.body, destination);
+        }
+        match self.wire.unseal(message.body).await {
+            Ok((message, Role::User)) => {
+                let from = peer(message.header.from.clone());
+                self.serve(message, from);
+            }
+            Ok((message, Role::Daemon)) => {
+                tracing::warn!(from = message.header.from, "a daemon asks");
+                let from = peer(message.header.from);
+                self.refuse(from, Fault::Unauthorized, Some(message.header.id));
+            }
+            Err(error) => {
+                if let seal::Error::Trust(
+                    trust::Error::NotListed(subject)
+                    | trust::Error::Usage(subject)
+                    | trust::Error::Chain { subject, .. },
+                ) = &error
+                {
+                    self.wire
+                        .cut(Some(subject), "its user is not believed any more");
+                }
+                self.refuse(peer(String::new()), error.fault(), None);
+            }
+        }
+    }
+
+    /// Takes the certificate of somebody, and shows the own.
+    fn meet(&self, hello: &[u8], destination: String) {
+        let id = match Message::from_xml(hello) {
+            // Not answered, or two daemons would never end.
+            Ok(Message {
+                body: Body::Error { .. },
+                ..
+            }) => return,
+            Ok(message) => Some(message.header.id),
+            Err(_) => None,
+        };
+        match self.wire.endpoint.meet(hello) {
+            Ok((_, Role::Daemon)) => {}
+            Ok((subject, Role::User)) => self.aside(move |wire: Arc<Wire>| async move {
+                let own = match wire.endpoint.hello(&subject) {
+                    Ok(own) => own,
+                    Err(error) => return tracing::warn!(%error, "no certificate can be shown"),
+                };
+                if let Err(error) = wire.mq.post(&destination, &wire.headers(), own).await {
+                    tracing::debug!(%error, "no answer can be sent");
+                }
+            }),
+            Err(error) => {
+                let subject = String::new();
+                let to = Peer {
+                    subject,
+                    destination,
+                };
+                self.refuse(to, error.fault(), id);
+            }
+        }
+    }
+
+    fn refuse(&self, to: Peer, fault: Fault, answers: Option<Uuid>) {
+        self.aside(move |wire: Arc<Wire>| async move { wire.refuse(&to, fault, answers).await });
+    }
+
+    /// Answers beside what is read next, if not too many do already.
+    fn aside<F: Future<Output = ()> + Send + 'static>(&self, answer: impl FnOnce(Arc<Wire>) -> F) {
+        let Ok(permit) = self.requests.clone().try_acquire_owned() else {
+            tracing::warn!("too many requests at a time: one has no answer");
+            return;
+        };
+        let answer = answer(self.wire.clone());
+        tokio::spawn(async move {
+            answer.await;
+            drop(permit);
+        });
+    }
+
+    fn serve(&self, message: Message, from: Peer) {
+        let id = message.header.id;
+        match message.body {
+            body if body.within().is_some() => self.wire.deliver(from, body),
+            Body::Connect { connection } => self.connect(connection, from),
+            body => {
+                let answer = self.service.request(&from.subject, body);
+                self.aside(move |wire: Arc<Wire>| async move {
+                    let mut post = Post::new(from, answer.await);
+                    post.answers = Some(id);
+                    wire.post(post).await;
+                });
+            }
+        }
+    }
+
+    fn connect(&self, connection: Uuid, from: Peer) {
+        let (of_one, of_all) = self.wire.count(&from.subject);
+        let carried = match of_one < CONNECTIONS_OF_ONE && of_all < CONNECTIONS {
+            true => self.wire.connect(connection, from.clone()),
+            false => None,
+        };
+        match carried {
+            Some(carried) => self.service.connection(&from.subject, carried),
+            None => {
+                let reason = "too many connections at a time".to_owned();
+                self.wire
+                    .try_post(Post::new(from, Body::Reset { connection, reason }));
+            }
+        }
+    }
+}

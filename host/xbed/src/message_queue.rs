@@ -1,0 +1,237 @@
+//! The front door for users on other machines: connections and requests in sealed messages, through a message broker.
+//! Certificates say who asks; each subject has a number of its own for ever, as the kernel's users have.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+use xbee_api::{ConfirmRequest, ReserveRequest, SubmitRequest, chain};
+use xbee_carry::stream::Carried;
+use xbee_carry::{Answer, Service};
+use xbee_engine::QueueError;
+use xbee_envelope::{Body, Fault, TaskState};
+
+use crate::command::{Caller, CommandError, Commands};
+use crate::config::MessageQueue;
+use crate::host::Host;
+use crate::store::StoreError;
+
+/// Shortest and longest wait before a broker is tried again.
+const PAUSE: Duration = Duration::from_millis(200);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A connection that has held so long was a good one: the next wait is short again.
+const GOOD_AFTER: Duration = Duration::from_secs(30);
+/// File in the data directory: how far the streams of messages have come.
+const STREAMS: &str = "message-streams";
+
+/// Serves the queue until it is stopped; a broker that goes away is tried again without end. Fails at once without an
+/// identity.
+pub fn serve(
+    queue: MessageQueue,
+    door: Door,
+    stopped: CancellationToken,
+) -> Result<impl Future<Output = ()>, xbee_carry::Error> {
+    let MessageQueue {
+        address,
+        options,
+        identity,
+    } = queue;
+    let streams = door.host.config.data.join(STREAMS);
+    let endpoint = Arc::new(identity.open(Some(streams))?);
+    let door: Arc<dyn Service> = Arc::new(door);
+    Ok(async move {
+        let mut pause = PAUSE;
+        while !stopped.is_cancelled() {
+            let begun = Instant::now();
+            let listening = || info!("listening on {address} as {}", endpoint.subject());
+            let stop = stopped.cancelled();
+            let serving = xbee_carry::serve(
+                &address,
+                &options,
+                endpoint.clone(),
+                door.clone(),
+                listening,
+                stop,
+            );
+            // A broker that is not there does not hold up the end either.
+            let served = tokio::select! {
+                served = serving => served,
+                () = late(&stopped) => return,
+            };
+            if let Err(error) = served {
+                warn!("not on the message queue {address}: {}", chain(&error));
+            }
+            if begun.elapsed() >= GOOD_AFTER {
+                pause = PAUSE;
+            }
+            tokio::select! {
+                () = stopped.cancelled() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    })
+}
+
+/// Resolves when the end was to be over.
+async fn late(stopped: &CancellationToken) {
+    stopped.cancelled().await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+}
+
+/// What answers those who are believed.
+pub struct Door {
+    commands: Commands,
+    host: Arc<Host>,
+}
+
+impl Door {
+    /// For this host.
+    pub fn new(host: Arc<Host>) -> Door {
+        Door {
+            commands: Commands::new(host.clone()),
+            host,
+        }
+    }
+}
+
+/// Who a subject is here.
+async fn caller(host: Arc<Host>, subject: String) -> Result<Caller, StoreError> {
+    let owner = tokio::task::spawn_blocking(move || host.store.remote(&subject)).await;
+    let owner = owner.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
+    Ok(Caller { owner })
+}
+
+impl Service for Door {
+    fn connection(&self, subject: &str, stream: Carried) {
+        let (host, commands) = (self.host.clone(), self.commands.clone());
+        let subject = subject.to_owned();
+        tokio::spawn(async move {
+            let caller = match caller(host, subject.clone()).await {
+                Ok(caller) => caller,
+                Err(error) => return warn!(subject, error = chain(&error), "not served"),
+            };
+            let router = TowerToHyperService::new(crate::http::router(commands));
+            let service = service_fn(move |mut request: Request<Incoming>| {
+                request.extensions_mut().insert(caller);
+                router.call(request)
+            });
+            let connection = http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service)
+                .with_upgrades();
+            if let Err(error) = connection.await {
+                tracing::debug!(subject, %error, "a connection was lost");
+            }
+        });
+    }
+
+    fn request(&self, subject: &str, body: Body) -> Answer {
+        let (host, commands) = (self.host.clone(), self.commands.clone());
+        let subject = subject.to_owned();
+        Box::pin(async move {
+            let caller = match caller(host, subject).await {
+                Ok(caller) => caller,
+                Err(error) => return fault(&error.into()),
+            };
+            match answer(&commands, caller, body).await {
+                Ok(body) => body,
+                Err(error) => fault(&error),
+            }
+        })
+    }
+}
+
+/// Carries out a request that is one message.
+async fn answer(commands: &Commands, caller: Caller, body: Body) -> Result<Body, CommandError> {
+    let done = |what: &str| Body::Error {
+        fault: Fault::Ok,
+        text: what.to_owned(),
+    };
+    Ok(match body {
+        Body::ReservationRequest {
+            name,
+            from,
+            duration_s,
+            cpus,
+            memory_bytes,
+            disk_bytes,
+        } => {
+            let request = ReserveRequest {
+                name,
+                from_ms: from.map(|from| from.get()),
+                duration_s,
+                cpus,
+                memory_bytes,
+                disk_bytes,
+            };
+            let reserved = commands.reserve(caller, request).await?;
+            Body::ReservationResponse {
+                ticket: reserved.ticket,
+                task: reserved.task.id,
+            }
+        }
+        Body::ConfirmReservation { ticket, job, start } => {
+            let request = SubmitRequest {
+                jsdl: job,
+                ..SubmitRequest::default()
+            };
+            let confirm = ConfirmRequest {
+                ticket,
+                start,
+                request,
+            };
+            commands.confirm(caller, confirm).await?;
+            done("confirmed")
+        }
+        Body::StartRequest { ticket } => {
+            commands.start(caller, &ticket).await?;
+            done("started")
+        }
+        Body::StatusRequest { task: None } => {
+            let list = commands.list(caller, true);
+            Body::StatusList(list.iter().map(TaskState::from).collect())
+        }
+        Body::StatusRequest { task: Some(id) } => {
+            let status = commands.find(caller, &id.to_string())?.status();
+            Body::StatusList(vec![TaskState::from(&status)])
+        }
+        Body::TerminateRequest { task, .. } => {
+            let found = commands.find(caller, &task.to_string())?;
+            commands.terminate(&found).await?;
+            done("terminating")
+        }
+        Body::CacheFile { .. } | Body::CacheRemove { .. } | Body::ListCache => Body::Error {
+            fault: Fault::BadRequest,
+            text: "this xbed keeps no cache of fetched files".to_owned(),
+        },
+        _ => Body::Error {
+            fault: Fault::BadRequest,
+            text: "this message is no request".to_owned(),
+        },
+    })
+}
+
+/// Why not, in the words of messages.
+fn fault(error: &CommandError) -> Body {
+    let fault = match error {
+        CommandError::NotFound(_) => Fault::NotFound,
+        CommandError::TicketInvalid => Fault::TicketInvalid,
+        CommandError::RoomLater { .. }
+        | CommandError::Queue(
+            QueueError::NoRoom { .. } | QueueError::Full { .. } | QueueError::TooManyWaiting { .. },
+        ) => Fault::Busy,
+        CommandError::Store(_) | CommandError::NotWritten(_) => Fault::Internal,
+        _ => Fault::BadRequest,
+    };
+    Body::Error {
+        fault,
+        text: chain(error).chars().filter(|c| !c.is_control()).collect(),
+    }
+}
