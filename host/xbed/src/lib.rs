@@ -65,7 +65,7 @@ pub enum Fatal {
     Listen(#[from] http::ListenError),
     /// The own identity there.
     #[error("there is no message queue for this xbed")]
-    MessageQueue(#[source] xbee_carry::Error),
+    MessageQueue(#[source] xbee_carry::identity::Error),
     /// The socket, later.
     #[error("the API's socket failed")]
     Serve(#[source] std::io::Error),

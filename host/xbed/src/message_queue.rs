@@ -37,7 +37,7 @@ pub fn serve(
     queue: MessageQueue,
     door: Door,
     stopped: CancellationToken,
-) -> Result<impl Future<Output = ()>, xbee_carry::Error> {
+) -> Result<impl Future<Output = ()>, xbee_carry::identity::Error> {
     let MessageQueue {
         address,
         options,

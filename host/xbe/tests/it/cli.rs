@@ -73,6 +73,43 @@ fn no_server() {
 }
 
 #[test]
+fn pki() {
+    let mut session = Session::new();
+    session.run(&["pki", "issue", "alice"]);
+    session.run(&["pki", "init", "site"]);
+    session.run(&["pki", "init", "site"]);
+    session.run(&["pki", "issue", "--daemon", "host1"]);
+    session.run(&["pki", "issue", "alice"]);
+    session.run(&["pki", "issue", "alice"]);
+    session.run(&["pki", "issue", "../alice"]);
+    session.run(&["pki", "revoke", "pki/alice.pem"]);
+    let subjects = std::fs::read_to_string(session.path().join("pki/subjects")).unwrap();
+    assert_eq!(subjects, "daemon CN=host1\nuser CN=alice\n");
+    // A name whose certificate was taken away by hand keeps its line, and its role.
+    for end in ["pem", "key"] {
+        std::fs::remove_file(session.path().join(format!("pki/alice.{end}"))).unwrap();
+    }
+    session.run(&["pki", "issue", "--daemon", "alice"]);
+    // What a queue needs is looked for before anybody is asked.
+    session.run(&["--server", "stomp://localhost:1/a/b", "ps"]);
+    session.run(&[
+        "--server",
+        "stomp://localhost:1/a",
+        "--identity",
+        "pki/bob",
+        "ps",
+    ]);
+    session.run(&[
+        "--server",
+        "stomp://localhost:1/a",
+        "--identity",
+        "pki/host1",
+        "ps",
+    ]);
+    session.expect("pki");
+}
+
+#[test]
 fn the_default_socket_is_the_users_own() {
     let session = Session::new();
     let socket = xbee_api::default_socket();
