@@ -611,7 +611,7 @@ impl<'a> Stranger<'a> {
         String::from_utf8(message).unwrap()
     }
 
-    fn from_base64(&self, text: &str) -> String {
+    fn decode_base64(&self, text: &str) -> String {
         fs::write(self.site.path("base64"), text).unwrap();
         let mut base64 = Command::new("openssl");
         let base64 = base64
@@ -666,7 +666,7 @@ fn what_is_lost_or_repeated_breaks_the_connection() {
         if reason == broken {
             stranger.say(&connect(&connection));
             let answer = stranger.ask(&data(&connection, 0, get));
-            let bytes = stranger.from_base64(text_of(&answer, "Bytes"));
+            let bytes = stranger.decode_base64(text_of(&answer, "Bytes"));
             assert!(bytes.starts_with("HTTP/1.1 200 OK"), "{bytes}");
         }
         let answer = stranger.ask(&data(&connection, offset, get));
