@@ -75,6 +75,11 @@ impl Job {
         }
     }
 
+    /// Its fate comes as soon as it executes, which is not for long.
+    fn meets_while_it_executes(&self) -> bool {
+        matches!(self.fate, Fate::AgentKilled | Fate::QemuStopped)
+    }
+
     fn script(&self) -> String {
         format!(
             "i=0; while [ $i -lt {} ]; do echo line $i; i=$((i+1)); sleep 0.05; done; exit {}",
@@ -182,7 +187,7 @@ impl Soak {
             if is_over(&status) {
                 break status;
             }
-            if !disturbed && begun.elapsed() >= job.after {
+            if !disturbed && (job.meets_while_it_executes() || begun.elapsed() >= job.after) {
                 disturbed = self.disturb(job, &task, &status);
             }
             assert!(
