@@ -26,7 +26,7 @@ fuzz: ## fuzz for SECONDS (60) each what reads strangers' bytes
 	@ci/install fuzz
 	@ci/fuzz $(or $(SECONDS),60)
 
-soak: ## the longer tests: 100,000 simulated tasks, kills at each point, all those on Xen
+soak: ## the longer tests: 100,000 simulated tasks, 500 virtual machines, kills at each point, full disks, stress, vsock, Xen
 	@ci/soak
 
 lint: ## formatting, clippy, licences, spelling

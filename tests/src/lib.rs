@@ -25,7 +25,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// How long `xbed` may take to answer after its start.
-const START_LIMIT: Duration = Duration::from_secs(60);
+const START_LIMIT: Duration = Duration::from_secs(180);
 /// How long anything else may take before a test gives up. Guests are emulated and the machine may
 /// be loaded: this finds hangs, not slowness.
 pub const PATIENCE: Duration = Duration::from_secs(240);

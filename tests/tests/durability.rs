@@ -431,6 +431,58 @@ fn a_virtual_machine_outlives_its_xbed_in_each_state_and_its_output_has_no_gap()
     });
 }
 
+/// Pid of the one virtual machine.
+fn machine(xbed: &Xbed) -> u32 {
+    let processes = xbed.processes();
+    let machines: Vec<_> = processes
+        .iter()
+        .filter(|(_, line)| line.contains("qemu-system"))
+        .collect();
+    let [(pid, _)] = machines[..] else {
+        panic!("not one machine: {processes:?}\n{}", xbed.log());
+    };
+    *pid
+}
+
+#[test]
+fn a_virtual_machine_that_boots_is_taken_up_by_the_next_xbed() {
+    if !images().join("base/image.toml").exists() {
+        println!("skipped: the image base is missing: run `make images`");
+        return;
+    }
+    let mut xbed = Xbed::start_with("qemu", &[], &[("XBED_DIE_AT", "started".into())]);
+    assert!(xbed.came_up(), "{}", xbed.log());
+    let script = "echo x >> /ran; cat /ran";
+    let args = ["run", "--print-jsdl", "--", "/bin/sh", "-c", script];
+    let document = xbed.xbe(args).ok().stdout;
+    let document = xbed.document("job.xsdl", &document);
+    xbed.xbe(["submit".as_ref(), document.as_os_str()]);
+    wait_for_death(&mut xbed);
+    let first = machine(&xbed);
+    for _ in 0..2 {
+        xbed.restart(&[("XBED_DIE_AT", "boots already".into())]);
+        wait_for_death(&mut xbed);
+    }
+    // The agent has come, and nothing has been asked of it.
+    xbed.restart(&[("XBED_DIE_AT", "agent came".into())]);
+    wait_for_death(&mut xbed);
+    // All has been asked of it, and nobody will know.
+    xbed.restart(&[("XBED_DIE_AT", "furnished".into())]);
+    wait_for_death(&mut xbed);
+    assert_eq!(machine(&xbed), first, "{}", xbed.log());
+    xbed.restart(&[("XBED_DIE_AT", "executing".into())]);
+    wait_for_death(&mut xbed);
+    assert_ne!(machine(&xbed), first, "{}", xbed.log());
+    xbed.restart(&[]);
+    assert!(xbed.came_up(), "{}", xbed.log());
+    let tasks = xbed.xbe(["ps", "-a", "--json"]).json();
+    let task = tasks[0]["id"].as_str().unwrap();
+    let status = until(&mut xbed, task, None);
+    assert_eq!(status["state"], "Finished", "{status:#}\n{}", xbed.log());
+    assert_eq!(xbed.xbe(["logs", task]).ok().stdout, "x\n");
+    xbed.assert_nothing_left();
+}
+
 #[test]
 fn a_clean_up_script_runs_once_though_its_xbed_is_killed() {
     if !images().join("base/image.toml").exists() {

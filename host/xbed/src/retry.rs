@@ -9,7 +9,7 @@ use crate::view;
 
 /// Failures that may have passed when it is tried again: of the network, of servers, of what others held on this host.
 /// All else would fail in the same way.
-const MAY_PASS: [&str; 12] = [
+const MAY_PASS: [&str; 13] = [
     "connect",
     "transfer",
     "timeout",
@@ -18,6 +18,7 @@ const MAY_PASS: [&str; 12] = [
     "disk-full",
     "no-memory-now",
     "start-failed",
+    "start-interrupted",
     "hypervisor-control",
     "agent-never-came",
     "agent-silent",

@@ -23,7 +23,7 @@ use crate::steps::{Identity, address};
 use crate::task::TaskHandle;
 
 /// How long a domain that runs may go without a connection to its agent.
-const CONTACT_TIMEOUT: Duration = Duration::from_secs(30);
+pub const CONTACT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long to wait for room on the disk before output is written again.
 const ROOM_RETRY: Duration = Duration::from_secs(1);
 /// Connections through published ports at a time, for each port.
@@ -71,14 +71,21 @@ pub fn script_conversation(task: Uuid, index: usize) -> Uuid {
 #[derive(Debug)]
 pub struct Session {
     progress: watch::Receiver<Progress>,
+    /// Why there will be no connection any more.
+    lost: watch::Receiver<Option<Failure>>,
     scripts: watch::Receiver<ScriptRuns>,
     // Dropping the set ends what runs in it.
     workers: Mutex<JoinSet<()>>,
 }
 
 impl Session {
-    /// Begins to wait for the agent of the task's domain and publishes the task's ports.
-    pub async fn open(host: Arc<Host>, task: Arc<TaskHandle>) -> Result<Session, Failure> {
+    /// Begins to wait for the agent of the task's domain and publishes the task's ports. `boot`: how long it may take to boot, if it
+    /// has not been heard of yet.
+    pub async fn open(
+        host: Arc<Host>,
+        task: Arc<TaskHandle>,
+        boot: Option<Duration>,
+    ) -> Result<Session, Failure> {
         let log = LogWriter::open(&task.spool, task.lengths.clone()).map_err(log_failure)?;
         let mut workers = JoinSet::new();
         let mut ports = vec![];
@@ -98,9 +105,16 @@ impl Session {
         let known =
             clean_up.map(|(index, _)| (script_conversation(id, index), ScriptRun::default()));
         let (runs, scripts) = watch::channel(known.collect());
-        workers.spawn(keep(host, task, log, sender, runs));
+        let (loss, lost) = watch::channel(None);
+        let tell = Tell {
+            progress: sender,
+            lost: loss,
+            scripts: runs,
+        };
+        workers.spawn(keep(host, task, boot, log, tell));
         Ok(Session {
             progress,
+            lost,
             scripts,
             workers: Mutex::new(workers),
         })
@@ -109,6 +123,35 @@ impl Session {
     /// What is known of the task, now and later.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.clone()
+    }
+
+    /// The agent of the task's domain, as soon as there is a connection to it.
+    pub async fn agent(&self, task: &TaskHandle) -> Result<Agent, Failure> {
+        let mut agent = task.agent.subscribe();
+        let lost = self.lost();
+        tokio::pin!(lost);
+        loop {
+            if let Some(agent) = agent.borrow_and_update().clone() {
+                return Ok(agent);
+            }
+            tokio::select! {
+                // The handle keeps the sender.
+                _ = agent.changed() => {}
+                failure = &mut lost => return Err(failure),
+            }
+        }
+    }
+
+    /// Waits until there will be no connection any more, whatever became of the task before.
+    pub async fn lost(&self) -> Failure {
+        let mut lost = self.lost.clone();
+        match lost.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(failure)) => failure.clone(),
+            _ => Failure {
+                code: "internal".into(),
+                reason: "the session ended without a word".into(),
+            },
+        }
     }
 
     /// What is known of the clean-up scripts, now and later.
@@ -122,34 +165,42 @@ impl Session {
     }
 }
 
-async fn keep(
-    host: Arc<Host>,
-    task: Arc<TaskHandle>,
-    mut log: LogWriter,
+/// Whom a session tells what it hears.
+struct Tell {
     progress: watch::Sender<Progress>,
+    lost: watch::Sender<Option<Failure>>,
     scripts: watch::Sender<ScriptRuns>,
-) {
-    let secret = Secret(task.record.secret);
-    let id = task.record.id;
-    let lost = |code: &str, what: String| {
-        // The end of a domain whose task has ended is no loss.
-        progress.send_if_modified(|now| {
+}
+
+impl Tell {
+    /// Nothing more will be heard.
+    fn lose(&self, task: &TaskHandle, code: &str, what: String) {
+        let failure = with_console(&task.console_path(), code, what);
+        // The end of a domain whose task has ended is no loss of it, but of what was still in there.
+        self.progress.send_if_modified(|now| {
             let open = *now == Progress::Open;
             if open {
-                let failure = with_console(&task.console_path(), code, what);
-                warn!(task = %id, code, reason = failure.reason, "domain lost");
-                *now = Progress::Failed(failure);
+                warn!(task = %task.record.id, code, reason = failure.reason, "domain lost");
+                *now = Progress::Failed(failure.clone());
             }
             open
         });
-    };
-    let mut first = true;
+        self.lost.send_replace(Some(failure));
+    }
+}
+
+async fn keep(
+    host: Arc<Host>,
+    task: Arc<TaskHandle>,
+    mut boot: Option<Duration>,
+    mut log: LogWriter,
+    tell: Tell,
+) {
+    let secret = Secret(task.record.secret);
+    let id = task.record.id;
+    let lost = |code: &str, what: String| tell.lose(&task, code, what);
     loop {
-        let limit = if first {
-            host.config.boot_timeout
-        } else {
-            CONTACT_TIMEOUT
-        };
+        let limit = boot.unwrap_or(CONTACT_TIMEOUT);
         let contact = async {
             loop {
                 let stream = host.hypervisor.channel(id).await?;
@@ -176,8 +227,9 @@ async fn keep(
                 lost("domain-lost", chain(&error));
                 return;
             }
-            Err(_) if first => {
-                let seconds = limit.as_secs();
+            Err(_) if boot.is_some() => {
+                // Of which `limit` may be what was left after a restart.
+                let seconds = host.config.boot_timeout.as_secs();
                 lost(
                     "agent-never-came",
                     format!(
@@ -195,15 +247,15 @@ async fn keep(
                 return;
             }
         };
-        first = false;
+        boot = None;
         info!(task = %id, "agent connected");
         task.agent.send_replace(Some(agent.clone()));
         while let Some(event) = events.recv().await {
-            let Some(event) = take_scripts(event, &agent, &scripts) else {
+            let Some(event) = take_scripts(event, &agent, &tell.scripts) else {
                 continue;
             };
-            if let Err(failure) = take(event, &agent, &mut log, &progress).await {
-                progress.send_replace(Progress::Failed(failure));
+            if let Err(failure) = take(event, &agent, &mut log, &tell.progress).await {
+                tell.progress.send_replace(Progress::Failed(failure));
             }
         }
         task.agent.send_replace(None);
@@ -405,6 +457,54 @@ async fn forward(mut client: TcpStream, port: u16, task: Arc<TaskHandle>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::{Owner, StoredTask, TaskRecord};
+
+    #[tokio::test]
+    async fn a_domain_that_is_lost_after_its_task_has_ended_is_said_to_be() {
+        let spool = tempfile::tempdir().unwrap();
+        let record = TaskRecord {
+            id: Uuid::new_v4(),
+            owner: Owner { uid: 0, gid: 0 },
+            secret: [0; 32],
+            member: None,
+            reservation: None,
+            job: None,
+        };
+        let stored = StoredTask {
+            number: 1,
+            record,
+            journal: vec![],
+        };
+        let task = TaskHandle::new(stored, spool.path().into(), None);
+        let exited = Progress::Exited(Exited {
+            status: xbee_agent::protocol::ExitStatus::Code(0),
+            cause: None,
+            stdout_bytes: 0,
+            stderr_bytes: 0,
+            wall_clock_ms: 0,
+            cpu_ms: 0,
+            max_resident_kib: 0,
+        });
+        let (progress, seen) = watch::channel(exited.clone());
+        let (loss, lost) = watch::channel(None);
+        let (scripts, runs) = watch::channel(ScriptRuns::new());
+        let tell = Tell {
+            progress,
+            lost: loss,
+            scripts,
+        };
+        let session = Session {
+            progress: seen,
+            lost,
+            scripts: runs,
+            workers: Mutex::default(),
+        };
+        tell.lose(&task, "domain-lost", "the domain ended".into());
+        drop(tell);
+        assert_eq!(*session.progress().borrow(), exited);
+        let failure = session.agent(&task).await.unwrap_err();
+        assert_eq!(failure.code, "domain-lost", "{failure:?}");
+    }
 
     #[test]
     fn the_console_is_quoted_without_control_characters() {

@@ -195,6 +195,7 @@ impl Soak {
         let end = status
             .reason_code
             .unwrap_or_else(|| format!("{:?}", status.state));
+        assert_ne!(end, "internal", "{id}: {:?}", status.reason);
         *self.ends.lock().unwrap().entry(end).or_default() += 1;
         self.host.forget(&task).await.unwrap();
         assert!(!task.spool.exists(), "{id}: its spool is left");

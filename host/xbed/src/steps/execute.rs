@@ -30,9 +30,9 @@ pub async fn perform(context: &StepContext) -> Result<Option<i32>, Failure> {
             }
         }
         Work::Continuous => {
-            let mut progress = session(context).await?.progress();
+            let session = session(context).await?;
             tokio::select! {
-                failure = lost(&mut progress) => Err(failure),
+                failure = session.lost() => Err(failure),
                 () = context.cancel.cancelled() => Err(fail("cancelled", "cancelled")),
             }
         }
@@ -73,18 +73,10 @@ async fn run(context: &StepContext, command: &Command) -> Result<i32, Failure> {
 pub(super) async fn drop_contact(context: &StepContext, lost: Agent) -> Result<(), Failure> {
     drop(lost);
     let mut agent = context.task.agent.subscribe();
-    let mut progress = session(context).await?.progress();
+    let session = session(context).await?;
     tokio::select! {
         _ = agent.changed() => Ok(()),
-        failure = self::lost(&mut progress) => Err(failure),
-    }
-}
-
-async fn lost(progress: &mut tokio::sync::watch::Receiver<Progress>) -> Failure {
-    let failed = progress.wait_for(|now| matches!(now, Progress::Failed(_)));
-    match failed.await.as_deref() {
-        Ok(Progress::Failed(failure)) => failure.clone(),
-        _ => fail("internal", "the session ended without a word"),
+        failure = session.lost() => Err(failure),
     }
 }
 

@@ -15,13 +15,15 @@ use crate::plan::{Creation, StageIn, StageOut};
 use crate::task::StepContext;
 
 /// What a spool holds only while its task is under way.
-pub const TEMPORARY: [&str; 6] = [
+pub const TEMPORARY: [&str; 8] = [
     "in",
     "out",
     "boot",
     "scripts",
     "boot.json",
     super::stage_in::BOOT_DRAFT,
+    super::attempt::FILE,
+    super::attempt::DRAFT,
 ];
 /// Largest file that comes out of a domain, bytes.
 const MAX_RESULT_BYTES: u64 = 1 << 40;

@@ -1,6 +1,7 @@
 //! The steps of a task. Each can be performed again after a crash; what they made is undone by
 //! [`release`].
 
+mod attempt;
 mod execute;
 mod files;
 mod release;
@@ -21,7 +22,7 @@ use xbee_engine::{Failure, Step};
 use crate::exec::exit_code;
 use crate::fault;
 use crate::plan::When;
-use crate::session::{Progress, Session, script_conversation};
+use crate::session::{Session, script_conversation};
 use crate::task::StepContext;
 
 pub use files::has_results;
@@ -87,31 +88,15 @@ fn io_failure(what: impl std::fmt::Display, error: &std::io::Error) -> Failure {
     fail(code, format!("{what}: {error}"))
 }
 
-/// The session of the task's domain; opened if this is the first step that needs it.
+/// The session of the task's domain; opened if this is the first step that needs it. Its agent was heard of before.
 async fn session(context: &StepContext) -> Result<&Session, Failure> {
-    let open = || Session::open(context.host.clone(), context.task.clone());
+    let open = || Session::open(context.host.clone(), context.task.clone(), None);
     context.session.get_or_try_init(open).await
 }
 
 /// The agent, as soon as there is a connection to it.
 async fn agent(context: &StepContext) -> Result<Agent, Failure> {
-    let mut progress = session(context).await?.progress();
-    let mut agent = context.task.agent.subscribe();
-    loop {
-        if let Some(agent) = agent.borrow_and_update().clone() {
-            return Ok(agent);
-        }
-        let lost = || fail("internal", "the session ended without a word");
-        tokio::select! {
-            changed = agent.changed() => changed.map_err(|_| lost())?,
-            changed = progress.changed() => {
-                if let Progress::Failed(failure) = progress.borrow_and_update().clone() {
-                    return Err(failure);
-                }
-                changed.map_err(|_| lost())?;
-            }
-        }
-    }
+    session(context).await?.agent(&context.task).await
 }
 
 /// Runs the scripts of one occasion in the guest. A clean-up script, whose domain may have been taken up again,

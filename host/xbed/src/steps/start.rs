@@ -1,20 +1,23 @@
 //! Instance-Starting: the domain is made and boots, and gets its files.
 
 use std::net::Ipv6Addr;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use uuid::Uuid;
 use xbee_agent::protocol::{BootConfig, GENERATION, MountRoot, Network, Secret, StartMode};
+use xbee_api::chain;
 use xbee_engine::Failure;
 use xbee_hypervisor::qemu::{self, Outbound};
-use xbee_hypervisor::{DomainSpec, Interface};
+use xbee_hypervisor::{DomainInfo, DomainSpec, DomainState, Interface};
 
+use super::attempt::Attempt;
 use super::stage_in::BootFiles;
-use super::{agent, agent_failure, fail, files, hypervisor_failure, run_scripts, session};
+use super::{agent, agent_failure, fail, files, hypervisor_failure, run_scripts};
 use crate::config::{Config, Prefix, SameOwner};
 use crate::fault;
 use crate::host::Host;
 use crate::plan::{Plan, When};
+use crate::session::Session;
 use crate::ssh;
 use crate::store::Owner;
 use crate::task::{StepContext, TaskHandle};
@@ -24,26 +27,77 @@ const FIRST_CID: i64 = 3;
 /// Context identifiers are 32 bits wide, and the largest one means "any".
 const CIDS: i64 = (u32::MAX as i64) - FIRST_CID;
 
-/// Makes the domain and waits until its agent has taken all files.
+/// Makes the domain, or takes up one that boots already, and waits until its agent has taken all files.
 pub async fn perform(context: &StepContext) -> Result<(), Failure> {
-    let hypervisor = &context.host.hypervisor;
-    let id = context.task.record.id;
-    let boot = BootFiles::load(&context.task.spool)?;
-    // After an interruption half a domain may be there.
-    let failed = |error| hypervisor_failure(&error);
-    hypervisor.destroy(id).await.map_err(failed)?;
-    fault::point("create");
+    let spool = &context.task.spool;
+    let boot = BootFiles::load(spool)?;
     let spec = spec(context, &boot);
-    hypervisor.create(&spec).await.map_err(failed)?;
-    fault::point("created");
-    let console = hypervisor.console(id).await.map_err(failed)?;
-    context.task.console.send_replace(Some(console));
-    hypervisor.start(id).await.map_err(failed)?;
-    fault::point("started");
-    session(context).await?;
+    let before = Attempt::load(spool)?;
+    let (mut attempt, limit) = match taken_up(context, before.as_ref(), &spec).await? {
+        Some(taken_up) => taken_up,
+        None => make(context, before.as_ref(), &spec).await?,
+    };
+    let open = || Session::open(context.host.clone(), context.task.clone(), Some(limit));
+    context.session.get_or_try_init(open).await?;
     let agent = agent(context).await?;
     fault::point("agent came");
+    attempt.furnishing(spool)?;
     furnish(context, &agent, &boot).await
+}
+
+/// The domain that an earlier `xbed` had started, if nothing is missing but its agent's first word; with the time it has left for
+/// that.
+async fn taken_up(
+    context: &StepContext,
+    before: Option<&Attempt>,
+    spec: &DomainSpec,
+) -> Result<Option<(Attempt, Duration)>, Failure> {
+    let (hypervisor, spool) = (&context.host.hypervisor, &context.task.spool);
+    let Some(mut attempt) = before.cloned() else {
+        return Ok(None);
+    };
+    let list = hypervisor.list().await;
+    let list = list.map_err(|error| hypervisor_failure(&error))?;
+    let runs = |domain: &DomainInfo| {
+        domain.id == spec.id && matches!(domain.state, DomainState::Running | DomainState::Paused)
+    };
+    if !list.iter().any(runs) {
+        return Ok(None);
+    }
+    // Of a domain that is there, this says whether it is the same in all, the secret of its boot included.
+    if let Err(error) = hypervisor.create(spec).await {
+        tracing::warn!(task = %spec.id, error = chain(&error), "its domain is another");
+        return Ok(None);
+    }
+    let left = attempt.take_up(spool)?;
+    if let Some(left) = left {
+        tracing::info!(task = %spec.id, ?left, "its domain boots already");
+        fault::point("boots already");
+    }
+    Ok(left.map(|left| (attempt, left)))
+}
+
+/// Makes a domain and starts it, and says how long its agent may take.
+async fn make(
+    context: &StepContext,
+    before: Option<&Attempt>,
+    spec: &DomainSpec,
+) -> Result<(Attempt, Duration), Failure> {
+    let (hypervisor, spool) = (&context.host.hypervisor, &context.task.spool);
+    let failed = |error| hypervisor_failure(&error);
+    let mut attempt = Attempt::begin(before, spool)?;
+    // After an interruption half a domain may be there.
+    hypervisor.destroy(spec.id).await.map_err(failed)?;
+    fault::point("create");
+    hypervisor.create(spec).await.map_err(failed)?;
+    fault::point("created");
+    let console = hypervisor.console(spec.id).await.map_err(failed)?;
+    context.task.console.send_replace(Some(console));
+    hypervisor.start(spec.id).await.map_err(failed)?;
+    let limit = context.host.config.boot_timeout;
+    attempt.booting(limit, spool)?;
+    fault::point("started");
+    Ok((attempt, limit))
 }
 
 async fn furnish(
@@ -178,7 +232,7 @@ async fn put_ssh_keys(
         user,
         &Identity::of_task(&context.task).hostname(),
     )
-    .map_err(|error| fail("ssh-keys", xbee_api::chain(&error)))?;
+    .map_err(|error| fail("ssh-keys", chain(&error)))?;
     let home = if user == "root" {
         "/root".to_owned()
     } else {
