@@ -8,6 +8,10 @@ xen=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=ci/lib.sh
 . "$xen/../lib.sh"
 
+# Without the date that images' scripts export: a C library's build script that sees another date runs again, and all that
+# needs the library is built again, by everybody in turn.
+cargo() { env -u SOURCE_DATE_EPOCH cargo "$@"; }
+
 seconds_since() {
     local ms=$(($(now_ms) - $1))
     printf '%d.%d' $((ms / 1000)) $((ms % 1000 / 100))
