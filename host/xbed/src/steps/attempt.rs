@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 use xbee_engine::Failure;
 
 use super::{fail, io_failure};
@@ -49,13 +50,18 @@ pub struct Attempt {
 }
 
 impl Attempt {
-    /// The one under way, if there is one.
+    /// The one under way, if there is one. What a power cut left of its file says only that there was one, and that its
+    /// domain is no more.
     pub fn load(spool: &Path) -> Result<Option<Attempt>, Failure> {
         let path = spool.join(FILE);
         match std::fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text)
-                .map(Some)
-                .map_err(|why| fail("spool-damaged", format!("{}: {why}", path.display()))),
+            Ok(text) => Ok(Some(serde_json::from_slice(&text).unwrap_or_else(|why| {
+                warn!(path = %path.display(), %why, "the start is begun anew");
+                Attempt {
+                    begun: 1,
+                    stage: Stage::Making,
+                }
+            }))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(io_failure(path.display(), &error)),
         }
@@ -118,7 +124,7 @@ impl Attempt {
         self.save(spool)
     }
 
-    /// Not forced to the disk: a power cut ends the domain as well.
+    /// Not forced to the disk, because a power cut ends the domain as well; so it may leave an empty file.
     fn save(&self, spool: &Path) -> Result<(), Failure> {
         let (path, draft) = (spool.join(FILE), spool.join(DRAFT));
         let saved = serde_json::to_vec(self)
@@ -158,6 +164,20 @@ mod tests {
         let before = Attempt::load(spool.path()).unwrap();
         let refused = Attempt::begin(before.as_ref(), spool.path()).unwrap_err();
         assert_eq!(refused.code, "start-interrupted");
+    }
+
+    #[test]
+    fn a_file_that_a_power_cut_emptied_is_a_start_to_begin_anew() {
+        let spool = tempfile::tempdir().unwrap();
+        let spool = spool.path();
+        for left in [&b""[..], &[0; 40], br#"{"begun":1,"#] {
+            std::fs::write(spool.join(FILE), left).unwrap();
+            let mut before = Attempt::load(spool).unwrap().unwrap();
+            assert_eq!(before.take_up(spool).unwrap(), None);
+            let attempt = Attempt::begin(Some(&before), spool).unwrap();
+            assert_eq!(attempt.begun, 2);
+            assert_eq!(Attempt::load(spool).unwrap(), Some(attempt));
+        }
     }
 
     #[test]
