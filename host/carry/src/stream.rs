@@ -284,7 +284,7 @@ impl Side {
     fn take(&mut self, event: Event) -> Result<(), Broken> {
         match event {
             Event::Data(offset, bytes) => {
-                self.expect(offset)?;
+                self.check_next(offset)?;
                 self.heard += bytes.len() as u64;
                 if self.heard - self.taken > WINDOW
                     || self.waiting.len() >= PIECES
@@ -307,14 +307,15 @@ impl Side {
                 }
             }
             Event::End(offset) => {
-                self.expect(offset)?;
+                self.check_next(offset)?;
                 self.peer_ended = true;
             }
         }
         Ok(())
     }
 
-    fn expect(&self, offset: u64) -> Result<(), Broken> {
+    /// Whether this is where the other side's next word belongs.
+    fn check_next(&self, offset: u64) -> Result<(), Broken> {
         if offset != self.heard || self.peer_ended {
             return Err(broken(format!(
                 "the broker has lost or repeated a message: byte {offset} came where byte {} was to come",

@@ -170,11 +170,12 @@ impl<K: Copy + Eq + Hash> Calendar<K> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const CAPACITY: Capacity = Capacity {
+    /// What the hosts of tests have.
+    pub(crate) const CAPACITY: Capacity = Capacity {
         vcpus: 4,
         memory_bytes: 1000,
         disk_bytes: 1000,

@@ -1,13 +1,6 @@
 use super::*;
+use crate::calendar::tests::CAPACITY;
 use proptest::prelude::*;
-
-const CAPACITY: Capacity = Capacity {
-    vcpus: 4,
-    memory_bytes: 1000,
-    disk_bytes: 1000,
-    domains: 3,
-    queue_length: 8,
-};
 
 const NONE: [usize; 0] = [];
 

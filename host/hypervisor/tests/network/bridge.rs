@@ -113,20 +113,7 @@ async fn guests_on_a_bridge_are_who_they_are_and_see_whom_they_may() {
     assert_eq!(two.sh(&fetch).await.0, said);
 
     // Another's address, another's card; then as before.
-    let from = format!("ping6 -c 2 -W 2 -I fd58:454e::66 {}", two.address());
-    one.sh("ip -6 addr add fd58:454e::66/64 dev eth0").await;
-    let (answer, reached) = one.sh(&from).await;
-    assert!(
-        !reached && answer.contains("0 packets received"),
-        "{answer}"
-    );
-    one.sh("ip -6 addr del fd58:454e::66/64 dev eth0").await;
-    let card = |mac| format!("ip link set eth0 address 02:be:00:00:00:{mac}");
-    let (said, done) = one.sh(&card("05")).await;
-    assert!(done, "{said}");
-    assert!(!one.reaches(&two.address()).await);
-    one.sh(&card("03")).await;
-    assert!(one.reaches(&two.address()).await);
+    one.cannot_be_others(&two).await;
 
     // A second card, while it runs.
     let second = Interface {

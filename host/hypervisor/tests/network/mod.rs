@@ -91,6 +91,25 @@ impl Host {
         (text, status == ExitStatus::Code(0))
     }
 
+    /// Takes another's address (`::66`) and another's card (`05`), with which it is not to reach its peer; then its own
+    /// again, `03`.
+    async fn cannot_be_others(&self, peer: &Host) {
+        let from = format!("ping6 -c 2 -W 2 -I fd58:454e::66 {}", peer.address());
+        let (said, _) = self.sh("ip -6 addr add fd58:454e::66/64 dev eth0").await;
+        let (answer, reached) = self.sh(&from).await;
+        assert!(
+            !reached && answer.contains("0 packets received"),
+            "{said} {answer}"
+        );
+        self.sh("ip -6 addr del fd58:454e::66/64 dev eth0").await;
+        let card = |mac| format!("ip link set eth0 address 02:be:00:00:00:{mac}");
+        let (said, done) = self.sh(&card("05")).await;
+        assert!(done, "{said}");
+        assert!(!self.reaches(&peer.address()).await);
+        self.sh(&card("03")).await;
+        assert!(self.reaches(&peer.address()).await);
+    }
+
     async fn reaches(&self, address: &str) -> bool {
         let (text, reached) = self.sh(&format!("ping6 -c 2 -W 2 {address}")).await;
         println!("{}: {text}", self.address());
@@ -152,20 +171,7 @@ async fn guests_of_one_owner_have_a_network_and_cannot_be_others() {
     assert!(!other.sh(&fetch).await.1);
 
     // Another's address, another's card; then as before.
-    let from = format!("ping6 -c 2 -W 2 -I fd58:454e::66 {}", two.address());
-    let (said, _) = one.sh("ip -6 addr add fd58:454e::66/64 dev eth0").await;
-    let (answer, reached) = one.sh(&from).await;
-    assert!(
-        !reached && answer.contains("0 packets received"),
-        "{said} {answer}"
-    );
-    one.sh("ip -6 addr del fd58:454e::66/64 dev eth0").await;
-    let card = |mac| format!("ip link set eth0 address 02:be:00:00:00:{mac}");
-    let (said, done) = one.sh(&card("05")).await;
-    assert!(done, "{said}");
-    assert!(!one.reaches(&two.address()).await);
-    one.sh(&card("03")).await;
-    assert!(one.reaches(&two.address()).await);
+    one.cannot_be_others(&two).await;
 
     // Without the manager, and with a new one.
     drop((one.agent, other.agent));
