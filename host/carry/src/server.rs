@@ -140,15 +140,19 @@ impl Server {
         };
         match self.wire.endpoint.meet(hello) {
             Ok((_, Role::Daemon)) => {}
-            Ok((subject, Role::User)) => self.aside(move |wire: Arc<Wire>| async move {
-                let own = match wire.endpoint.hello(&subject) {
-                    Ok(own) => own,
-                    Err(error) => return tracing::warn!(%error, "no certificate can be shown"),
-                };
-                if let Err(error) = wire.mq.post(&destination, &wire.headers(), own).await {
-                    tracing::debug!(%error, "no answer can be sent");
-                }
-            }),
+            Ok((subject, Role::User)) => {
+                self.aside(move |wire: Arc<Wire>| async move {
+                    let own = match wire.endpoint.hello(&subject) {
+                        Ok(own) => own,
+                        Err(error) => {
+                            return tracing::warn!(%error, "no certificate can be shown");
+                        }
+                    };
+                    if let Err(error) = wire.mq.post(&destination, &wire.headers(), own).await {
+                        tracing::debug!(%error, "no answer can be sent");
+                    }
+                });
+            }
             Err(error) => {
                 let subject = String::new();
                 let to = Peer {
@@ -164,17 +168,21 @@ impl Server {
         self.aside(move |wire: Arc<Wire>| async move { wire.refuse(&to, fault, answers).await });
     }
 
-    /// Answers beside what is read next, if not too many do already.
-    fn aside<F: Future<Output = ()> + Send + 'static>(&self, answer: impl FnOnce(Arc<Wire>) -> F) {
+    /// Answers beside what is read next; `false` if too many do already.
+    fn aside<F: Future<Output = ()> + Send + 'static>(
+        &self,
+        answer: impl FnOnce(Arc<Wire>) -> F,
+    ) -> bool {
         let Ok(permit) = self.requests.clone().try_acquire_owned() else {
-            tracing::warn!("too many requests at a time: one has no answer");
-            return;
+            tracing::warn!("more than {REQUESTS} requests at a time: one is not answered");
+            return false;
         };
         let answer = answer(self.wire.clone());
         tokio::spawn(async move {
             answer.await;
             drop(permit);
         });
+        true
     }
 
     fn serve(&self, message: Message, from: Peer) {
@@ -184,11 +192,17 @@ impl Server {
             Body::Connect { connection } => self.connect(connection, from),
             body => {
                 let answer = self.service.request(&from.subject, body);
-                self.aside(move |wire: Arc<Wire>| async move {
-                    let mut post = Post::new(from, answer.await);
-                    post.answers = Some(id);
-                    wire.post(post).await;
+                let to = from.clone();
+                let is_begun = self.aside(move |wire: Arc<Wire>| async move {
+                    wire.post(Post::answer(to, answer.await, id)).await;
                 });
+                if !is_begun {
+                    let busy = Body::Error {
+                        fault: Fault::Busy,
+                        text: format!("{REQUESTS} requests are being answered: ask again"),
+                    };
+                    self.wire.try_post(Post::answer(from, busy, id));
+                }
             }
         }
     }

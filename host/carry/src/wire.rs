@@ -9,7 +9,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 use xbee_envelope::seal::{self, Endpoint};
 use xbee_envelope::trust::Role;
-use xbee_envelope::{Body, Fault, Message};
+use xbee_envelope::{Body, Fault, MAX_MESSAGE_BYTES, Message, MessageError};
 use xbee_mq::client::{Client, Received, Subscription};
 use xbee_mq::frame::Headers;
 use xbee_mq::session::AckMode;
@@ -35,6 +35,15 @@ pub(crate) struct Post {
 impl Post {
     pub fn new(peer: Peer, body: Body) -> Post {
         let answers = None;
+        Post {
+            peer,
+            body,
+            answers,
+        }
+    }
+
+    pub fn answer(peer: Peer, body: Body, to: Uuid) -> Post {
+        let answers = Some(to);
         Post {
             peer,
             body,
@@ -220,6 +229,17 @@ impl Wire {
         }
     }
 
+    async fn seal(
+        &self,
+        to: &Peer,
+        body: Body,
+        answers: Option<Uuid>,
+    ) -> Result<Vec<u8>, seal::Error> {
+        let (endpoint, to) = (self.endpoint.clone(), to.subject.clone());
+        let sealed = tokio::task::spawn_blocking(move || endpoint.seal(&to, body, answers)).await;
+        sealed.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+    }
+
     /// Says, unsealed, that nothing is sealed to somebody.
     pub async fn refuse(&self, to: &Peer, fault: Fault, answers: Option<Uuid>) {
         let text = match fault {
@@ -271,9 +291,17 @@ async fn seal_all(wire: std::sync::Weak<Wire>, mut jobs: mpsc::Receiver<Job>) {
             }
         };
         let Some(wire) = wire.upgrade() else { return };
-        let (endpoint, to) = (wire.endpoint.clone(), peer.subject.clone());
-        let sealed = tokio::task::spawn_blocking(move || endpoint.seal(&to, body, answers)).await;
-        let sealed = sealed.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+        let sealed = match (wire.seal(&peer, body, answers).await, answers) {
+            // Who asked for it can be told, and keeps the connections that there are.
+            (Err(seal::Error::Message(MessageError::Large(bytes))), Some(_)) => {
+                let fault = Fault::BadRequest;
+                let text = format!(
+                    "the answer has {bytes} bytes, a message at most {MAX_MESSAGE_BYTES}: ask for less, as the status of one task"
+                );
+                wire.seal(&peer, Body::Error { fault, text }, answers).await
+            }
+            (sealed, _) => sealed,
+        };
         match sealed {
             Ok(bytes) => {
                 if let Err(error) = wire
