@@ -45,6 +45,11 @@ impl Drop for Inner {
 }
 
 impl Agent {
+    /// Whether both are of one connection.
+    pub fn is_same(&self, other: &Agent) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// Shakes hands with the agent at the other end of `stream`: both sides prove that they know
     /// the boot's `secret`. `resume` says how much of each task's output is durable here already.
     /// The receiver yields what happens with tasks, [`Event::Lost`] last.

@@ -71,11 +71,12 @@ async fn run(context: &StepContext, command: &Command) -> Result<i32, Failure> {
 
 /// Waits until a connection that is known to be lost is no longer offered.
 pub(super) async fn drop_contact(context: &StepContext, lost: Agent) -> Result<(), Failure> {
-    drop(lost);
     let mut agent = context.task.agent.subscribe();
     let session = session(context).await?;
+    let is_other = |now: &Option<Agent>| now.as_ref().is_none_or(|now| !now.is_same(&lost));
     tokio::select! {
-        _ = agent.changed() => Ok(()),
+        // The handle keeps the sender.
+        _ = agent.wait_for(is_other) => Ok(()),
         failure = session.lost() => Err(failure),
     }
 }

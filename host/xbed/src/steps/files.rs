@@ -10,7 +10,8 @@ use xbee_agent::protocol::{MakeDirectory, MakeSymlink, code};
 use xbee_agent::{Agent, Error as AgentError, FileMeta};
 use xbee_engine::Failure;
 
-use super::{agent_failure, fail, io_failure};
+use super::execute::drop_contact;
+use super::{agent, agent_failure, fail, io_failure};
 use crate::plan::{Creation, StageIn, StageOut};
 use crate::task::StepContext;
 
@@ -27,6 +28,8 @@ pub const TEMPORARY: [&str; 8] = [
 ];
 /// Largest file that comes out of a domain, bytes.
 const MAX_RESULT_BYTES: u64 = 1 << 40;
+/// How often a result is begun, as long as each time only the connection broke.
+const TAKE_ATTEMPTS: u32 = 5;
 /// Deepest directory of an unpacked archive.
 const MAX_DEPTH: usize = 64;
 
@@ -275,10 +278,9 @@ async fn put_tree(agent: &Agent, from: &Path, to: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Takes a result out of the guest to the spool.
+/// Takes a result out of the guest to the spool; from its beginning again over a new connection, if the one breaks.
 pub async fn take_from_guest(
     context: &StepContext,
-    agent: &Agent,
     index: usize,
     file: &StageOut,
 ) -> Result<(), Failure> {
@@ -287,17 +289,26 @@ pub async fn take_from_guest(
     if let Some(parent) = to.parent() {
         fs::create_dir_all(parent).await.map_err(failed)?;
     }
-    let mut sink = fs::File::create(&to).await.map_err(failed)?;
     let path = &file.path;
-    match agent.get_file(path, &mut sink, MAX_RESULT_BYTES).await {
-        Ok(_) => sink.flush().await.map_err(failed),
-        Err(AgentError::Failed { code, .. }) if code == code::FILE_NOT_FOUND => Err(fail(
-            "result-missing",
-            format!("{path}, to be staged out, is not there: the task did not make it"),
-        )),
-        Err(error) => Err(agent_failure(
-            &format!("{path} could not be taken out of the domain"),
-            &error,
-        )),
+    let mut attempt = 1;
+    loop {
+        let agent = agent(context).await?;
+        let mut sink = fs::File::create(&to).await.map_err(failed)?;
+        return match agent.get_file(path, &mut sink, MAX_RESULT_BYTES).await {
+            Ok(_) => sink.flush().await.map_err(failed),
+            Err(AgentError::Failed { code, .. }) if code == code::FILE_NOT_FOUND => Err(fail(
+                "result-missing",
+                format!("{path}, to be staged out, is not there: the task did not make it"),
+            )),
+            Err(error) if error.is_lost() && attempt < TAKE_ATTEMPTS => {
+                attempt += 1;
+                drop_contact(context, agent).await?;
+                continue;
+            }
+            Err(error) => Err(agent_failure(
+                &format!("{path} could not be taken out of the domain"),
+                &error,
+            )),
+        };
     }
 }
