@@ -40,11 +40,12 @@ bench: ## measure, into bench/results.md
 
 bench-staging: ## stage-in of a packed image against lbzip2, pigz and zstd; into bench/results.md
 	@ci/install bench
-	@ci/results Staging cargo run --release -p xbee-staging --example bench all
+	@ci/results Staging cargo run --release -p xbee-staging --example bench-staging all
 
-bench-mq: ## the message broker against RabbitMQ and ActiveMQ; into bench/results.md
+bench-mq: ## the message broker against RabbitMQ and ActiveMQ, and what sealing costs; into bench/results.md
 	@ci/install mq
-	@ci/results 'Message queue' cargo run --release -p xbee-mq --example bench all
+	@ci/results 'Message queue' cargo run --release -p xbee-mq --example bench-mq all
+	@ci/results 'Sealed messages' cargo run --release -p xbee-carry --example bench-sealed all
 
 xen-bench: ## the experiments on a real Xen, which runs in QEMU; into bench/results.md
 	@ci/results Xen ci/xen/bench
