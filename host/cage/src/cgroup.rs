@@ -14,6 +14,10 @@ use crate::Error;
 /// What is limited.
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 
+/// Name of a group of version 2 beside which, not below which, others are made: `DelegateSubgroup=` of a systemd unit. The
+/// kernel hands controllers on only from a group that has no process of its own.
+pub const SUBGROUP: &str = "xbed";
+
 /// The time over which processors are counted, in microseconds (the kernel's default).
 const CPU_PERIOD_US: u64 = 100_000;
 
@@ -32,7 +36,7 @@ pub struct Limits {
     pub cpus: u64,
 }
 
-/// Where groups can be made: below this process's own.
+/// Where groups can be made: below this process's own, or beside it if that is [`SUBGROUP`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
     /// For each directory what is limited there.
@@ -77,7 +81,9 @@ impl Place {
         !self.lacking().contains(&"memory")
     }
 
-    pub(crate) fn version(&self) -> &'static str {
+    /// Which control groups these are, for people.
+    #[must_use]
+    pub fn version(&self) -> &'static str {
         match (&self.unified, self.directories.len()) {
             (None, _) => "version 1",
             (Some(_), 1) => "version 2",
@@ -267,6 +273,10 @@ fn hierarchies(mounts: &str, own: &str) -> Vec<Hierarchy> {
         let Some(below) = path.and_then(|path| Path::new(path).strip_prefix(root).ok()) else {
             continue;
         };
+        let below = match below.parent() {
+            Some(parent) if unified && below.ends_with(SUBGROUP) => parent,
+            _ => below,
+        };
         let directory: PathBuf = Path::new(at).join(below).components().collect();
         if found
             .iter()
@@ -326,6 +336,20 @@ mod tests {
                 ("/sys/fs/cgroup/unified/u", true, String::new()),
             ]
         );
+    }
+
+    #[test]
+    fn beside_the_subgroup_of_a_service_others_are_made() {
+        let mounts = "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw";
+        for (own, made) in [
+            ("0::/system.slice/xbed.service/xbed", "system.slice/xbed.service"),
+            ("0::/system.slice/xbed.service", "system.slice/xbed.service"),
+            ("0::/xbed", ""),
+        ] {
+            let found = hierarchies(mounts, own);
+            let made = Path::new("/sys/fs/cgroup").join(made);
+            assert_eq!(found[0].directory, made.components().collect::<PathBuf>());
+        }
     }
 
     #[test]
