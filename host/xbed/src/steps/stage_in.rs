@@ -13,7 +13,8 @@ use xbee_engine::Failure;
 use xbee_hypervisor::{Disk, DiskFormat};
 use xbee_staging::{Compression, Destination, Digest, FetchRequest, Identity, Uri};
 
-use super::{fail, files, io_failure};
+use super::{cached, fail, files, io_failure};
+use crate::cache::{self, Room, Wanted};
 use crate::fault;
 use crate::images::{DEFAULT_IMAGE, Image};
 use crate::plan::{Boot, Source, redacted};
@@ -283,18 +284,33 @@ fn has_magic(path: &Path, magic: &[u8]) -> Result<bool, Failure> {
 
 /// A file of the host with the source's content: the source itself if that will do.
 async fn local(context: &StepContext, source: &Source, to: PathBuf) -> Result<PathBuf, Failure> {
-    let here = uri(source)?.file_path();
-    match here {
+    if cache::named(&source.uri).is_some() {
+        fetch(context, source, Destination::File(to.clone())).await?;
+        return Ok(to);
+    }
+    let uri = uri(source)?;
+    match uri.file_path() {
         Some(path) if source.compression.is_none() => {
             // Checks the owner's right to read it, and the digest.
             fetch(context, source, Destination::Verify).await?;
-            Ok(path)
+            return Ok(path);
         }
-        _ => {
-            fetch(context, source, Destination::File(to.clone())).await?;
-            Ok(to)
-        }
+        _ => {}
     }
+    let hash = digest(source)?;
+    if context.host.cache.is_on() && cache::serves(&uri, hash.as_ref()) {
+        let wanted = Wanted {
+            owner: context.task.record.owner,
+            source: source.clone(),
+            uri,
+            hash,
+            compression: compression(source)?,
+        };
+        cached::image(context, wanted, &to).await?;
+    } else {
+        fetch(context, source, Destination::File(to.clone())).await?;
+    }
+    Ok(to)
 }
 
 pub(super) fn uri(source: &Source) -> Result<Uri, Failure> {
@@ -312,39 +328,57 @@ fn compression(source: &Source) -> Result<Option<Compression>, Failure> {
     parsed.map_err(|error| fail("unknown-compression", chain(&error)))
 }
 
+fn digest(source: &Source) -> Result<Option<Digest>, Failure> {
+    let Some((algorithm, hex)) = &source.hash else {
+        return Ok(None);
+    };
+    let invalid = |reason: String| {
+        let what = format!("{}: {reason}", redacted(&source.uri));
+        fail("invalid-hash", what)
+    };
+    let algorithm = algorithm.parse().map_err(|e| invalid(chain(&e)))?;
+    let digest = Digest::from_hex(algorithm, hex).map_err(|e| invalid(chain(&e)))?;
+    Ok(Some(digest))
+}
+
 async fn fetch(
     context: &StepContext,
     source: &Source,
     destination: Destination,
 ) -> Result<(), Failure> {
-    let digest = match &source.hash {
-        Some((algorithm, hex)) => {
-            let invalid = |reason: String| {
-                fail(
-                    "invalid-hash",
-                    format!("{}: {reason}", redacted(&source.uri)),
-                )
-            };
-            let algorithm = algorithm.parse().map_err(|e| invalid(chain(&e)))?;
-            Some(Digest::from_hex(algorithm, hex).map_err(|e| invalid(chain(&e)))?)
-        }
-        None => None,
-    };
+    let (hash, compression) = (digest(source)?, compression(source)?);
+    if let Some(id) = cache::named(&source.uri) {
+        return cached::entry(context, source, id, hash, compression, destination).await;
+    }
     let request = FetchRequest {
         uri: uri(source)?,
-        hash: digest,
-        compression: compression(source)?,
+        hash,
+        compression,
         destination,
         identity: identity(context),
     };
-    let (progress, seen) = watch::channel(xbee_staging::Progress::default());
-    let transfer = context
-        .host
-        .stager
-        .fetch(request, progress, &context.cancel);
-    let fetched = with_progress(context, &source.uri, seen, transfer).await;
-    fetched.map_err(|error| fail(error.code(), chain(&error)))?;
-    Ok(())
+    let fetched = transfer(context, &source.uri, request).await;
+    fetched.map_err(|error| fail(error.code(), chain(&error)))
+}
+
+/// Fetches, and shows how far it is. A full disk is made room on by the cache, once.
+pub(super) async fn transfer(
+    context: &StepContext,
+    uri: &str,
+    request: FetchRequest,
+) -> Result<(), xbee_staging::Error> {
+    let host = &context.host;
+    let once = async |request| {
+        let (progress, seen) = watch::channel(xbee_staging::Progress::default());
+        let transfer = host.stager.fetch(request, progress, &context.cancel);
+        with_progress(context, uri, seen, transfer).await
+    };
+    match once(request.clone()).await {
+        Err(error) if error.code() == "disk-full" && cache::make_room(host, Room::Disk(None)).await => {
+            once(request).await.map(drop)
+        }
+        fetched => fetched.map(drop),
+    }
 }
 
 /// Whose rights open `file:` URIs.
