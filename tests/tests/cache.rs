@@ -106,17 +106,22 @@ fn answer(mut stream: TcpStream, shared: &(Mutex<Files>, Condvar)) -> std::io::R
     }
     let mut files = shared.0.lock().unwrap();
     let Some((content, etag)) = files.files.get(&path).cloned() else {
-        return stream.write_all(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        return stream
+            .write_all(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
     };
     let is_known = known.as_ref() == Some(&etag);
-    files.log.push((path, if is_known { Did::Unchanged } else { Did::Sent }));
+    files
+        .log
+        .push((path, if is_known { Did::Unchanged } else { Did::Sent }));
     drop(files);
     if is_known {
         let head = format!("HTTP/1.1 304 x\r\nETag: {etag}\r\nConnection: close\r\n\r\n");
         return stream.write_all(head.as_bytes());
     }
     let length = content.len();
-    let head = format!("HTTP/1.1 200 x\r\nETag: {etag}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
+    let head = format!(
+        "HTTP/1.1 200 x\r\nETag: {etag}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+    );
     stream.write_all(head.as_bytes())?;
     stream.write_all(&content[..length / 2])?;
     let files = shared.0.lock().unwrap();
@@ -125,13 +130,18 @@ fn answer(mut stream: TcpStream, shared: &(Mutex<Files>, Condvar)) -> std::io::R
 }
 
 /// A job with an image of its own, which is at `uri` as `location` says beside.
-fn document(kernel: &str, uri: &str, location: &str, script: &str) -> String {
+fn document(kernel: &str, uri: &str, location: &str, command: &[&str]) -> String {
+    let arguments = command[1..].iter();
+    let arguments: String = arguments
+        .map(|argument| format!("<p:Argument>{argument}</p:Argument>"))
+        .collect();
+    let program = command[0];
     format!(
         r#"<j:JobDefinition xmlns:j="http://schemas.ggf.org/jsdl/2005/11/jsdl"
         xmlns:p="http://schemas.ggf.org/jsdl/2005/11/jsdl-posix"
         xmlns:x="http://www.example.com/schemas/xbe/2007/01/xsdl"><j:JobDescription>
-        <j:Application><p:POSIXApplication><p:Executable>/bin/sh</p:Executable>
-        <p:Argument>-c</p:Argument><p:Argument>{script}</p:Argument></p:POSIXApplication></j:Application>
+        <j:Application><p:POSIXApplication><p:Executable>{program}</p:Executable>
+        {arguments}</p:POSIXApplication></j:Application>
         <j:Resources><x:InstanceDefinition><x:InstanceDescription><x:Instance>
         <x:Kernel><x:Location><x:URI>{kernel}</x:URI></x:Location></x:Kernel>
         <x:Image><x:Location><x:URI>{uri}</x:URI>{location}</x:Location></x:Image></x:Instance>
@@ -140,8 +150,8 @@ fn document(kernel: &str, uri: &str, location: &str, script: &str) -> String {
 }
 
 /// A job on the simulator whose image and kernel are the same file.
-fn simulated(uri: &str, script: &str) -> String {
-    document(uri, uri, "", script)
+fn simulated(uri: &str) -> String {
+    document(uri, uri, "", &["true"])
 }
 
 fn entries(xbed: &Xbed) -> Vec<Value> {
@@ -197,7 +207,7 @@ fn an_image_is_fetched_once_for_machines_that_boot_from_it() {
     let kernel = format!("file://{}", images().join("kernel/vmlinux").display());
     let uri = server.uri("/root.img.gz");
     let gzip = "<x:Compression algorithm=\"gzip\"/>";
-    let job = |script: &str| document(&kernel, &uri, gzip, script);
+    let job = |script: &str| document(&kernel, &uri, gzip, &["/bin/sh", "-c", script]);
     let output = |job: &str| {
         let task = finished(&xbed, job);
         xbed.xbe(["logs", task.as_str()]).ok().stdout
@@ -213,20 +223,28 @@ fn an_image_is_fetched_once_for_machines_that_boot_from_it() {
     };
     // Unpacked, with its holes.
     assert_eq!(entry["size_bytes"], 16 << 20);
-    assert!(entry["allocated_bytes"].as_u64().unwrap() < 12 << 20, "{entry}");
+    assert!(
+        entry["allocated_bytes"].as_u64().unwrap() < 12 << 20,
+        "{entry}"
+    );
 
     // One that runs has the very file, and keeps it.
-    let file = xbed.data().join("cache").join(entry["id"].as_str().unwrap());
+    let file = xbed
+        .data()
+        .join("cache")
+        .join(entry["id"].as_str().unwrap());
     let runs = xbed.submit(&job("echo up; until [ -e /tmp/go ]; do sleep 0.1; done; cat /bin/busybox &gt; /dev/null; echo read"));
     xbed.wait_for_output(&runs, "up\n");
     let spool = xbed.data().join("tasks").join(&runs);
     let image = fs::metadata(spool.join("boot/image")).unwrap();
     assert_eq!(fs::metadata(&file).unwrap().ino(), image.ino());
     assert_eq!(entries(&xbed)[0]["in_use"], true);
-    xbed.xbe(["cache", "rm", entry["id"].as_str().unwrap()]).ok();
+    xbed.xbe(["cache", "rm", entry["id"].as_str().unwrap()])
+        .ok();
     assert_eq!(entries(&xbed), [Value::Null; 0]);
     assert!(!file.exists());
-    xbed.xbe(["exec", &runs, "--", "/bin/touch", "/tmp/go"]).ok();
+    xbed.xbe(["exec", &runs, "--", "/bin/touch", "/tmp/go"])
+        .ok();
     xbed.wait_for(&runs, "Finished");
     assert_eq!(xbed.xbe(["logs", runs.as_str()]).ok().stdout, "up\nread\n");
 
@@ -253,7 +271,10 @@ fn entries_are_added_named_and_removed() {
     let uri = server.uri("/in").replace("http://", "http://me:secret@");
     let id = xbed.xbe(["cache", "add", &uri]).line();
     let listed = xbed.xbe(["cache", "ls"]).ok().stdout;
-    assert!(listed.contains(&id) && !listed.contains("secret"), "{listed}");
+    assert!(
+        listed.contains(&id) && !listed.contains("secret"),
+        "{listed}"
+    );
     let source = format!("cache:{}:/data/in", &id[..8]);
     let ran = xbed.xbe(["run", "-v", &source, "--", "cat", "/data/in"]);
     assert_eq!((ran.code, ran.stdout.as_str()), (0, "content\n"), "{ran:?}");
@@ -266,24 +287,39 @@ fn entries_are_added_named_and_removed() {
     assert_ne!(other, id);
     assert_eq!(entries(&xbed).len(), 1);
     let refused = xbed.xbe(["run", "-v", &source, "--", "cat", "/data/in"]);
-    let told = format!("xbe: no entry {} of yours is in the cache; `xbe cache ls` lists those there are\n", &id[..8]);
+    let told = format!(
+        "xbe: no entry {} of yours is in the cache; `xbe cache ls` lists those there are\n",
+        &id[..8]
+    );
     assert_eq!((refused.code, refused.stderr), (125, told));
     let none = xbed.xbe(["cache", "add", &server.uri("/none")]);
-    assert!(none.stderr.contains("/none: not found (HTTP status 404)"), "{none:?}");
+    assert!(
+        none.stderr.contains("/none: not found (HTTP status 404)"),
+        "{none:?}"
+    );
     // Its hash is looked at again.
     let wrong = "<j:DataStaging><j:FileName>/in</j:FileName><j:CreationFlag>overwrite</j:CreationFlag><j:Source><j:URI>cache:";
-    let hash = format!("</j:URI><x:Hash xmlns:x=\"http://www.example.com/schemas/xbe/2007/01/xsdl\" algorithm=\"sha256\">{}</x:Hash></j:Source></j:DataStaging></j:JobDescription>", "0".repeat(64));
-    let text = document("cache:1", "cache:1", "", "true");
+    let hash = format!(
+        "</j:URI><x:Hash xmlns:x=\"http://www.example.com/schemas/xbe/2007/01/xsdl\" algorithm=\"sha256\">{}</x:Hash></j:Source></j:DataStaging></j:JobDescription>",
+        "0".repeat(64)
+    );
+    let text = document("cache:1", "cache:1", "", &["true"]);
     let from = text.find("<j:Resources>").unwrap();
     let until = text.find("</j:JobDescription>").unwrap();
     let mut text = text;
-    text.replace_range(from..until + "</j:JobDescription>".len(), &format!("{wrong}{other}{hash}"));
+    text.replace_range(
+        from..until + "</j:JobDescription>".len(),
+        &format!("{wrong}{other}{hash}"),
+    );
     let task = xbed.submit(&text);
     xbed.wait_for_end(&task);
     let status = xbed.status(&task);
     assert_eq!(status["reason_code"], "hash-mismatch", "{status:#}");
     let reason = status["reason"].as_str().unwrap();
-    assert!(reason.starts_with(&format!("cache:{other}: wrong sha256")), "{reason}");
+    assert!(
+        reason.starts_with(&format!("cache:{other}: wrong sha256")),
+        "{reason}"
+    );
     xbed.xbe(["cache", "rm", &other[..8]]).ok();
     assert_whole(&xbed);
     assert_eq!(entries(&xbed).len(), 0);
@@ -296,7 +332,7 @@ fn two_that_want_the_same_fetch_once_and_one_may_go() {
     let server = Server::start();
     server.put("/image", &[b'x'; 300_000], "v1");
     server.hold(true);
-    let job = simulated(&server.uri("/image"), "true");
+    let job = simulated(&server.uri("/image"));
     let tasks = [xbed.submit(&job), xbed.submit(&job), xbed.submit(&job)];
     server.wait_for_request();
     for task in &tasks {
@@ -316,7 +352,11 @@ fn two_that_want_the_same_fetch_once_and_one_may_go() {
         xbed.wait_for(task, "Finished");
     }
     let did = server.did("/image");
-    assert_eq!(did.iter().filter(|did| **did == Did::Sent).count(), 1, "{did:?}");
+    assert_eq!(
+        did.iter().filter(|did| **did == Did::Sent).count(),
+        1,
+        "{did:?}"
+    );
     // When the last one goes, so does the fetch.
     server.put("/image", &[b'y'; 300_000], "v2");
     server.hold(true);
@@ -339,12 +379,49 @@ fn a_known_content_is_not_asked_for_again() {
     let digest = run(digest.arg(xbed.scratch().join("image"))).ok().stdout;
     let hash = format!("<x:Hash algorithm=\"sha256\">{}</x:Hash>", &digest[..64]);
     let kernel = format!("file://{}", xbed.scratch().join("image").display());
-    let job = document(&kernel, &server.uri("/image"), &hash, "true");
+    let job = document(&kernel, &server.uri("/image"), &hash, &["true"]);
     finished(&xbed, &job);
     server.put("/image", b"another!", "v2");
     finished(&xbed, &job);
     assert_eq!(server.did("/image"), [Did::Sent]);
-    assert_eq!(entries(&xbed)[0]["digest"], format!("sha256:{}", &digest[..64]));
+    assert_eq!(
+        entries(&xbed)[0]["digest"],
+        format!("sha256:{}", &digest[..64])
+    );
+}
+
+#[test]
+fn a_package_is_fetched_once_and_unpacked_for_each() {
+    let xbed = sim();
+    let server = Server::start();
+    fs::write(xbed.scratch().join("root.img"), "an image").unwrap();
+    let mut pack = Command::new("tar");
+    pack.args(["-cz", "-f", "package.tgz", "root.img"]);
+    run(pack.current_dir(xbed.scratch())).ok();
+    let packed = fs::read(xbed.scratch().join("package.tgz")).unwrap();
+    server.put("/package.tgz", &packed, "v1");
+    let text = xbed.xbe([
+        "run",
+        "--print-jsdl",
+        "-I",
+        &server.uri("/package.tgz"),
+        "--",
+        "true",
+    ]);
+    let location = "package.tgz</xsdl:URI>";
+    let text = text.ok().stdout;
+    assert!(text.contains(location), "{text}");
+    let compressed = format!("{location}<xsdl:Compression algorithm=\"tgz\"/>");
+    let job = text.replace(location, &compressed);
+    finished(&xbed, &job);
+    finished(&xbed, &job);
+    assert_eq!(server.did("/package.tgz"), [Did::Sent, Did::Unchanged]);
+    let entry = &entries(&xbed)[0];
+    assert_eq!(
+        (&entry["size_bytes"], &entry["compression"]),
+        (&packed.len().into(), &Value::Null)
+    );
+    xbed.assert_nothing_left();
 }
 
 #[test]
@@ -364,7 +441,7 @@ fn a_killed_xbed_leaves_no_half_entry() {
         assert!(xbed.came_up(), "{}", xbed.log());
         let server = Server::start();
         server.put("/image", &[b'x'; 100_000], "v1");
-        let job = simulated(&server.uri("/image"), "true");
+        let job = simulated(&server.uri("/image"));
         if point.starts_with("uncache") {
             // It is replaced, which removes it.
             finished(&xbed, &job);
@@ -396,13 +473,21 @@ fn a_killed_xbed_leaves_no_half_entry() {
 
 #[test]
 fn a_full_disk_is_made_room_on() {
-    let work = tempfile::Builder::new().prefix("xc").tempdir_in("/tmp").unwrap();
+    let work = tempfile::Builder::new()
+        .prefix("xc")
+        .tempdir_in("/tmp")
+        .unwrap();
     let disk = work.path().join("d");
     fs::create_dir(&disk).unwrap();
     let mut mount = Command::new("mount");
-    let mounted = run(mount.args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"]).arg(&disk));
+    let mounted = run(mount
+        .args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"])
+        .arg(&disk));
     if mounted.code != 0 {
-        println!("skipped: no file system can be mounted here: {}", mounted.stderr.trim());
+        println!(
+            "skipped: no file system can be mounted here: {}",
+            mounted.stderr.trim()
+        );
         return;
     }
     let _mounted = Mounted(&disk);
@@ -412,8 +497,12 @@ fn a_full_disk_is_made_room_on() {
     server.put("/old", &[b'x'; 4 << 20], "v1");
     server.put("/new", &[b'y'; 5 << 20], "v1");
     let old = xbed.xbe(["cache", "add", &server.uri("/old")]).line();
-    finished(&xbed, &simulated(&server.uri("/new"), "true"));
-    assert!(entries(&xbed).iter().all(|entry| entry["id"] != old), "{:?}", entries(&xbed));
+    finished(&xbed, &simulated(&server.uri("/new")));
+    assert!(
+        entries(&xbed).iter().all(|entry| entry["id"] != old),
+        "{:?}",
+        entries(&xbed)
+    );
     // What is not for the cache has its place, too.
     server.put("/file", &[b'z'; 4 << 20], "v1");
     let source = format!("{}:/data/in", server.uri("/file"));

@@ -730,9 +730,16 @@ fn a_stranger_speaks_the_thesis() {
     let answer = stranger.ask(&status.replace(&task, &uuid()));
     assert_eq!(text_of(&answer, "Code"), "404");
     // The cache: not of the host's files.
-    assert!(!stranger.ask("<xbe:ListCache/>").contains("<xbe:CacheEntry>"));
+    assert!(
+        !stranger
+            .ask("<xbe:ListCache/>")
+            .contains("<xbe:CacheEntry>")
+    );
     let file = |uri: &str| format!("<xbe:CacheFile><xbe:URI>{uri}</xbe:URI></xbe:CacheFile>");
-    assert_eq!(text_of(&stranger.ask(&file("file:///etc/hostname")), "Code"), "400");
+    assert_eq!(
+        text_of(&stranger.ask(&file("file:///etc/hostname")), "Code"),
+        "400"
+    );
     let answer = stranger.ask(&file(&one_file("content")));
     assert_eq!(text_of(&answer, "SizeBytes"), "7");
     let entry = text_of(&answer, "Entry").to_owned();

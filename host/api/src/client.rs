@@ -20,9 +20,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 
 use crate::{
-    CacheEntry, CacheNews, CacheRequest, CheckReport, ConfirmRequest, DomainExport, EXEC_HEADER, ErrorBody, ExecRequest, ExportForm,
-    FollowQuery, HostInfo, ReserveRequest, Reserved, SshAccess, SubmitRequest, TaskEvent,
-    TaskStatus, TicketRequest, UPGRADE_EXEC, UPGRADE_TCP,
+    CacheEntry, CacheNews, CacheRequest, CheckReport, ConfirmRequest, DomainExport, EXEC_HEADER,
+    ErrorBody, ExecRequest, ExportForm, FollowQuery, HostInfo, ReserveRequest, Reserved, SshAccess,
+    SubmitRequest, TaskEvent, TaskStatus, TicketRequest, UPGRADE_EXEC, UPGRADE_TCP,
 };
 
 /// Longest wait for the head of an answer, and for the whole of one that is not a stream.

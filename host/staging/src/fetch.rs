@@ -100,7 +100,10 @@ impl Stager {
         cancel: &CancellationToken,
     ) -> Result<Option<Fetched>, Error> {
         let uri = request.uri.clone();
-        match self.fetch_inner(request, Some(known), progress, cancel).await {
+        match self
+            .fetch_inner(request, Some(known), progress, cancel)
+            .await
+        {
             Ok(fetched) => Ok(Some(fetched)),
             Err(ErrorKind::Unchanged) => Ok(None),
             Err(kind) => Err(Error::new(&uri, kind)),
@@ -304,7 +307,9 @@ impl Worker {
         }
         let mut got = finished(got.blocking_recv())?.ok_or(ErrorKind::Cancelled)?;
         let wrong = |expected: &Digest| {
-            let got = got.iter().find(|got| got.algorithm() == expected.algorithm());
+            let got = got
+                .iter()
+                .find(|got| got.algorithm() == expected.algorithm());
             got.filter(|got| *got != expected)
                 .map(|got| ErrorKind::HashMismatch {
                     algorithm: got.algorithm(),

@@ -11,8 +11,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 use xbee_agent::Agent;
 use xbee_api::{
-    CACHE_SCHEME, CacheEntry, CacheRequest, CheckReport, ConfirmRequest, DomainExport, ExportForm, HostInfo, ReserveRequest, Reserved,
-    SshAccess, SubmitRequest, TaskEvent, TaskStatus, chain,
+    CACHE_SCHEME, CacheEntry, CacheRequest, CheckReport, ConfirmRequest, DomainExport, ExportForm,
+    HostInfo, ReserveRequest, Reserved, SshAccess, SubmitRequest, TaskEvent, TaskStatus, chain,
 };
 use xbee_engine::{Phase, QueueError};
 use xbee_staging::{Scheme, Uri};
@@ -21,7 +21,7 @@ use crate::array::{Array, Members};
 use crate::cache::{self, Asked, CacheError, Held, Room, Wanted};
 use crate::export;
 use crate::host::{Host, fill_random};
-use crate::plan::{Plan, Source};
+use crate::plan::Plan;
 use crate::store::{Entry, Owner, Reservation, StoreError};
 use crate::task::TaskHandle;
 use crate::translate::{PlanError, Planned};
@@ -661,7 +661,11 @@ impl Commands {
     }
 
     /// Has a file fetched into the cache, unless it is there.
-    pub async fn cache(&self, caller: Caller, request: CacheRequest) -> Result<Asked, CommandError> {
+    pub async fn cache(
+        &self,
+        caller: Caller,
+        request: CacheRequest,
+    ) -> Result<Asked, CommandError> {
         let uri: Uri = request.uri.parse().map_err(PlanError::Uri)?;
         if caller.owner.is_remote() && uri.scheme() == Scheme::File {
             return Err(CommandError::LocalFile(request.uri));
@@ -669,11 +673,7 @@ impl Commands {
         let hash = request.digest.as_deref().map(cache::digest).transpose()?;
         let wanted = Wanted {
             owner: caller.owner,
-            source: Source {
-                uri: request.uri,
-                hash: None,
-                compression: None,
-            },
+            text: request.uri,
             uri,
             hash,
             compression: None,

@@ -480,7 +480,11 @@ impl Config {
         Ok(Config {
             message_queue: message_queue.transpose()?,
             cache: CacheLimits {
-                max_bytes: file.cache.max_mib.unwrap_or(CACHE_MIB).saturating_mul(1 << 20),
+                max_bytes: file
+                    .cache
+                    .max_mib
+                    .unwrap_or(CACHE_MIB)
+                    .saturating_mul(1 << 20),
                 entries: file.cache.entries.unwrap_or(CACHE_ENTRIES),
             },
             policy,

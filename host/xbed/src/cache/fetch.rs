@@ -13,7 +13,6 @@ use xbee_staging::{
 use super::{CacheError, Held, Room};
 use crate::fault;
 use crate::host::Host;
-use crate::plan::Source;
 use crate::store::Owner;
 
 /// Files that are fetched for one user at a time because they asked for that alone.
@@ -24,8 +23,8 @@ const ASKED_AT_A_TIME: usize = 8;
 pub struct Wanted {
     /// Who.
     pub owner: Owner,
-    /// What.
-    pub source: Source,
+    /// From where, as it was written, credentials included.
+    pub text: String,
     /// From where.
     pub uri: Uri,
     /// What it must be, as it comes.
@@ -39,7 +38,7 @@ impl Wanted {
     pub fn key(&self) -> String {
         use sha2::{Digest as _, Sha256};
         let hash = self.hash.as_ref().map(|hash| format!("{hash:?}"));
-        let parts = (&self.source.uri, hash, self.compression.map(|c| format!("{c:?}")));
+        let parts = (&self.text, hash, self.compression.map(|c| format!("{c:?}")));
         let digest = Sha256::digest(format!("{parts:?}"));
         digest.iter().map(|byte| format!("{byte:02x}")).collect()
     }
@@ -202,7 +201,10 @@ impl Fetch {
     async fn run(self) -> Outcome {
         fault::point("cache fetch");
         let mut fetched = self.fetch().await;
-        if fetched.as_ref().is_err_and(|error| error.code() == "disk-full") {
+        if fetched
+            .as_ref()
+            .is_err_and(|error| error.code() == "disk-full")
+        {
             // As many as come; of what is unpacked nobody knows.
             let bytes = self.progress.borrow().total_bytes;
             let bytes = bytes.filter(|_| self.wanted.compression.is_none());
@@ -241,7 +243,9 @@ impl Fetch {
         let known: Validators = known.unwrap_or_default();
         let progress = self.progress.clone();
         let stager = &self.host.stager;
-        stager.fetch_to_keep(request, known, progress, &self.cancel).await
+        stager
+            .fetch_to_keep(request, known, progress, &self.cancel)
+            .await
     }
 }
 

@@ -80,7 +80,9 @@ pub enum CacheError {
         max_bytes: u64,
     },
     /// One user fetches enough.
-    #[error("{0} files are fetched for you at this moment, which is all that may be: wait for one of them")]
+    #[error(
+        "{0} files are fetched for you at this moment, which is all that may be: wait for one of them"
+    )]
     Busy(usize),
     /// Nobody waits for it any more.
     #[error("{0}: cancelled")]
@@ -241,7 +243,11 @@ pub fn named(uri: &str) -> Option<Uuid> {
 
 impl Cache {
     /// Opens the directory, and removes what a kill or a power cut has left half.
-    pub fn open(directory: PathBuf, limits: CacheLimits, store: &Store) -> Result<Cache, CacheError> {
+    pub fn open(
+        directory: PathBuf,
+        limits: CacheLimits,
+        store: &Store,
+    ) -> Result<Cache, CacheError> {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -256,7 +262,8 @@ impl Cache {
             let entry = serde_json::from_str::<Entry>(&record).ok();
             let path = cache.directory.join(&id);
             let is_whole = |entry: &Entry| {
-                entry.id.to_string() == id && path.symlink_metadata().is_ok_and(|file| entry.is(&file))
+                entry.id.to_string() == id
+                    && path.symlink_metadata().is_ok_and(|file| entry.is(&file))
             };
             match entry.filter(is_whole) {
                 Some(entry) => {
@@ -322,9 +329,8 @@ impl Cache {
     pub fn find(&self, name: &str, may: impl Fn(u32) -> bool) -> Result<Held, CacheError> {
         let prefix = name.to_ascii_lowercase();
         let mut found = self.list();
-        found.retain(|held| {
-            may(held.entry.owner) && held.entry.id.to_string().starts_with(&prefix)
-        });
+        found
+            .retain(|held| may(held.entry.owner) && held.entry.id.to_string().starts_with(&prefix));
         match (found.len(), found.pop()) {
             (1, Some(held)) if prefix.len() >= MIN_PREFIX => Ok(held),
             (count @ 2.., _) if prefix.len() >= MIN_PREFIX => Err(CacheError::Ambiguous {
@@ -414,7 +420,9 @@ impl Cache {
             key: wanted.key(),
             uri: wanted.uri.to_string(),
             hash: wanted.hash.as_ref().map(|hash| format!("{hash:?}")),
-            compression: wanted.source.compression.clone(),
+            compression: wanted
+                .compression
+                .map(|kind| format!("{kind:?}").to_ascii_lowercase()),
             size_bytes: file.len(),
             allocated_bytes: file.blocks().saturating_mul(BLOCK_BYTES),
             modified: (file.mtime(), file.mtime_nsec()),

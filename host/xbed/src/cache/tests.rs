@@ -115,7 +115,10 @@ async fn an_entry_is_its_owners_alone() {
     assert!(commands.check(caller(ALICE), job.clone()).await.accepted);
     // Root sees it, but its tasks are not the entry's owner's.
     for other in [BOB, 0] {
-        let refused = commands.submit(caller(other), job.clone()).await.unwrap_err();
+        let refused = commands
+            .submit(caller(other), job.clone())
+            .await
+            .unwrap_err();
         assert_eq!(refused.code(), "cache-entry-not-found", "{refused}");
     }
     let refused = commands.uncache(caller(BOB), &id).await.unwrap_err();
@@ -165,7 +168,11 @@ async fn what_was_not_used_for_longest_goes_first_and_nothing_that_a_task_has_or
     let refused = bench.commands.uncache(caller(0), &ids[1].to_string()).await;
     assert_eq!(refused.unwrap_err().code(), "cache-entry-in-use");
     // Who has the file keeps it.
-    bench.commands.uncache(caller(0), &ids[0].to_string()).await.unwrap();
+    bench
+        .commands
+        .uncache(caller(0), &ids[0].to_string())
+        .await
+        .unwrap();
     let link = fs::metadata(bench.dir.path().join("link")).unwrap();
     assert_eq!(link.len(), MIB - 8192);
 }
@@ -174,16 +181,24 @@ async fn what_was_not_used_for_longest_goes_first_and_nothing_that_a_task_has_or
 async fn what_is_larger_than_the_cache_is_refused_and_leaves_nothing() {
     let bench = Bench::new(MIB).await;
     let small = bench.add(0, &bench.file("small", 4096)).await.unwrap();
-    let refused = bench.add(0, &bench.file("large", 2 * MIB)).await.unwrap_err();
+    let refused = bench
+        .add(0, &bench.file("large", 2 * MIB))
+        .await
+        .unwrap_err();
     assert_eq!(refused.code(), "cache-entry-too-large", "{refused}");
     assert_eq!(bench.ids(), [small.id.to_string()]);
     assert_eq!(bench.files(), bench.ids());
     // Holes take no room.
     let uri = bench.file("sparse", 0);
-    let sparse = fs::File::options().write(true).open(bench.dir.path().join("sparse"));
+    let sparse = fs::File::options()
+        .write(true)
+        .open(bench.dir.path().join("sparse"));
     sparse.unwrap().write_all_at(b"x", 64 * MIB).unwrap();
     let sparse = bench.add(0, &uri).await.unwrap();
-    assert!(sparse.allocated_bytes < MIB && sparse.size_bytes > 64 * MIB, "{sparse:?}");
+    assert!(
+        sparse.allocated_bytes < MIB && sparse.size_bytes > 64 * MIB,
+        "{sparse:?}"
+    );
 }
 
 #[tokio::test]
@@ -231,7 +246,9 @@ async fn what_is_not_as_it_was_is_forgotten_at_once_and_at_the_next_start() {
         file.unwrap().set_len(99).unwrap();
     };
     cut(ids[0]);
-    let refused = bench.commands.submit(caller(0), job(&format!("cache:{}", ids[0])));
+    let refused = bench
+        .commands
+        .submit(caller(0), job(&format!("cache:{}", ids[0])));
     assert_eq!(refused.await.unwrap_err().code(), "cache-entry-not-found");
     assert!(!bench.ids().contains(&ids[0].to_string()));
     cut(ids[1]);
@@ -239,11 +256,19 @@ async fn what_is_not_as_it_was_is_forgotten_at_once_and_at_the_next_start() {
     fs::write(cache.path(Uuid::new_v4()), "fetched and not recorded").unwrap();
     let dir = cache.directory.clone();
     fs::write(dir.join(".xbee-stage-1-0"), "half").unwrap();
-    let Bench { dir, host, commands } = bench;
+    let Bench {
+        dir,
+        host,
+        commands,
+    } = bench;
     drop((host, commands));
     let host = open(dir.path(), 64 * MIB).await;
     let commands = Commands::new(host.clone());
-    let bench = Bench { dir, host, commands };
+    let bench = Bench {
+        dir,
+        host,
+        commands,
+    };
     assert_eq!(bench.ids(), [ids[3].to_string()]);
     assert_eq!(bench.files(), bench.ids());
 }

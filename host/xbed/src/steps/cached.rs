@@ -42,23 +42,17 @@ pub async fn entry(
         _ => None,
     };
     if plain_file.is_none() || hash.is_some() {
-        let path = context.host.cache.path(id);
         let request = FetchRequest {
-            uri: file_uri(&path)?,
+            uri: file_uri(&context.host.cache.path(id))?,
             hash,
             compression,
             destination: match plain_file {
                 Some(_) => Destination::Verify,
                 None => destination,
             },
-            // It is xbed's own file.
             identity: Identity::current(),
         };
-        let fetched = transfer(context, &source.uri, request).await;
-        fetched.map_err(|error| {
-            let what = format!("{CACHE_SCHEME}{id}: {}", chain(error.kind()));
-            fail(error.code(), what)
-        })?;
+        of_own(context, &format!("{CACHE_SCHEME}{id}"), request).await?;
     }
     if let Some(to) = plain_file
         && !link(context, id, to).await?
@@ -68,9 +62,20 @@ pub async fn entry(
     Ok(())
 }
 
+/// Reads a file of xbed's own that came from elsewhere.
+async fn of_own(context: &StepContext, shown: &str, request: FetchRequest) -> Result<(), Failure> {
+    let fetched = transfer(context, shown, request).await;
+    fetched.map_err(|error| fail(error.code(), format!("{shown}: {}", chain(error.kind()))))
+}
+
 fn file_uri(path: &Path) -> Result<xbee_staging::Uri, Failure> {
     let url = Url::from_file_path(path);
-    let url = url.map_err(|()| fail("cache-failed", format!("{}: no absolute path", path.display())));
+    let url = url.map_err(|()| {
+        fail(
+            "cache-failed",
+            format!("{}: no absolute path", path.display()),
+        )
+    });
     super::stage_in::parse_uri(url?.as_str())
 }
 
@@ -93,7 +98,7 @@ pub async fn image(context: &StepContext, wanted: Wanted, to: &Path) -> Result<(
                         () = context.cancel.cancelled() => None,
                     }
                 };
-                let ended = with_progress(context, &wanted.source.uri, waiter.progress(), ended);
+                let ended = with_progress(context, &wanted.text, waiter.progress(), ended);
                 let Some(ended) = ended.await else {
                     waiter.leave().await;
                     let uri = wanted.uri.to_string();
@@ -112,4 +117,27 @@ pub async fn image(context: &StepContext, wanted: Wanted, to: &Path) -> Result<(
         }
     }
     Err(failed(&CacheError::NotFound(wanted.uri.to_string())))
+}
+
+/// Unpacks an archive that is kept as it comes, packed; `archive` is where it is meanwhile.
+pub async fn package(
+    context: &StepContext,
+    wanted: Wanted,
+    archive: &Path,
+    to: PathBuf,
+) -> Result<(), Failure> {
+    let (shown, compression) = (wanted.uri.to_string(), wanted.compression);
+    let packed = Wanted {
+        compression: None,
+        ..wanted
+    };
+    image(context, packed, archive).await?;
+    let request = FetchRequest {
+        uri: file_uri(archive)?,
+        hash: None,
+        compression,
+        destination: Destination::Unpack(to),
+        identity: Identity::current(),
+    };
+    of_own(context, &shown, request).await
 }

@@ -173,8 +173,16 @@ async fn resolve(context: &StepContext, boot: &Boot) -> Result<BootFiles, Failur
         }
         Boot::Package { package } => {
             let unpacked = directory.join("package");
-            let to = Destination::Unpack(unpacked.clone());
-            fetch(context, package, to).await?;
+            match cacheable(context, package)? {
+                Some(wanted) => {
+                    let archive = directory.join("archive");
+                    cached::package(context, wanted, &archive, unpacked.clone()).await?;
+                }
+                None => {
+                    let to = Destination::Unpack(unpacked.clone());
+                    fetch(context, package, to).await?;
+                }
+            }
             let find = |names: &[&str]| {
                 let path = names.iter().map(|name| unpacked.join(name));
                 path.into_iter().find(|path| path.is_file())
@@ -284,33 +292,40 @@ fn has_magic(path: &Path, magic: &[u8]) -> Result<bool, Failure> {
 
 /// A file of the host with the source's content: the source itself if that will do.
 async fn local(context: &StepContext, source: &Source, to: PathBuf) -> Result<PathBuf, Failure> {
-    if cache::named(&source.uri).is_some() {
-        fetch(context, source, Destination::File(to.clone())).await?;
+    if let Some(wanted) = cacheable(context, source)? {
+        cached::image(context, wanted, &to).await?;
         return Ok(to);
     }
-    let uri = uri(source)?;
-    match uri.file_path() {
+    let here = match cache::named(&source.uri) {
+        Some(_) => None,
+        None => uri(source)?.file_path(),
+    };
+    match here {
         Some(path) if source.compression.is_none() => {
             // Checks the owner's right to read it, and the digest.
             fetch(context, source, Destination::Verify).await?;
-            return Ok(path);
+            Ok(path)
         }
-        _ => {}
+        _ => {
+            fetch(context, source, Destination::File(to.clone())).await?;
+            Ok(to)
+        }
     }
-    let hash = digest(source)?;
-    if context.host.cache.is_on() && cache::serves(&uri, hash.as_ref()) {
-        let wanted = Wanted {
-            owner: context.task.record.owner,
-            source: source.clone(),
-            uri,
-            hash,
-            compression: compression(source)?,
-        };
-        cached::image(context, wanted, &to).await?;
-    } else {
-        fetch(context, source, Destination::File(to.clone())).await?;
+}
+
+/// What is asked of the cache for an image, if it is one for the cache.
+fn cacheable(context: &StepContext, source: &Source) -> Result<Option<Wanted>, Failure> {
+    if !context.host.cache.is_on() || cache::named(&source.uri).is_some() {
+        return Ok(None);
     }
-    Ok(to)
+    let wanted = Wanted {
+        owner: context.task.record.owner,
+        text: source.uri.clone(),
+        uri: uri(source)?,
+        hash: digest(source)?,
+        compression: compression(source)?,
+    };
+    Ok(cache::serves(&wanted.uri, wanted.hash.as_ref()).then_some(wanted))
 }
 
 pub(super) fn uri(source: &Source) -> Result<Uri, Failure> {
@@ -374,7 +389,9 @@ pub(super) async fn transfer(
         with_progress(context, uri, seen, transfer).await
     };
     match once(request.clone()).await {
-        Err(error) if error.code() == "disk-full" && cache::make_room(host, Room::Disk(None)).await => {
+        Err(error)
+            if error.code() == "disk-full" && cache::make_room(host, Room::Disk(None)).await =>
+        {
             once(request).await.map(drop)
         }
         fetched => fetched.map(drop),
