@@ -729,10 +729,26 @@ fn a_stranger_speaks_the_thesis() {
     wait_for(|| text_of(&stranger.ask("<xbe:StatusRequest/>"), "State") == "Cancelled");
     let answer = stranger.ask(&status.replace(&task, &uuid()));
     assert_eq!(text_of(&answer, "Code"), "404");
-    // There is no such cache.
-    let answer = stranger.ask("<xbe:ListCache/>");
-    assert_eq!(text_of(&answer, "Code"), "400");
-    assert!(answer.contains("no cache"), "{answer}");
+    // The cache: not of the host's files.
+    assert!(
+        !stranger
+            .ask("<xbe:ListCache/>")
+            .contains("<xbe:CacheEntry>")
+    );
+    let file = |uri: &str| format!("<xbe:CacheFile><xbe:URI>{uri}</xbe:URI></xbe:CacheFile>");
+    assert_eq!(
+        text_of(&stranger.ask(&file("file:///etc/hostname")), "Code"),
+        "400"
+    );
+    let answer = stranger.ask(&file(&one_file("content")));
+    assert_eq!(text_of(&answer, "SizeBytes"), "7");
+    let entry = text_of(&answer, "Entry").to_owned();
+    assert_eq!(text_of(&stranger.ask("<xbe:ListCache/>"), "Entry"), entry);
+    let listed = site.xbe("alice", &uri, ["cache", "ls", "--json"]).json();
+    assert_eq!(listed[0]["id"], entry.as_str(), "{listed}");
+    let remove = format!("<xbe:CacheRemove><xbe:Entry>{entry}</xbe:Entry></xbe:CacheRemove>");
+    assert_eq!(text_of(&stranger.ask(&remove), "Code"), "200");
+    assert_eq!(text_of(&stranger.ask(&remove), "Code"), "404");
 
     // What a broker does: the same again, and something else.
     let sealed = stranger.seal(&status);
@@ -753,6 +769,21 @@ fn a_stranger_speaks_the_thesis() {
         });
     }
     assert_eq!(codes, ["sealed", "503", "503", "503"]);
+}
+
+/// The URI of a file on a server that sends it once.
+fn one_file(content: &str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("http://{}/file", listener.local_addr().unwrap());
+    let length = content.len();
+    let answer = format!("HTTP/1.1 200 x\r\nContent-Length: {length}\r\n\r\n{content}");
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut head = BufReader::new(stream.try_clone().unwrap()).lines();
+        while head.next().is_some_and(|line| !line.unwrap().is_empty()) {}
+        stream.write_all(answer.as_bytes()).unwrap();
+    });
+    uri
 }
 
 /// The embedded broker without TLS, its port, and its address.

@@ -20,9 +20,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 
 use crate::{
-    CheckReport, ConfirmRequest, DomainExport, EXEC_HEADER, ErrorBody, ExecRequest, ExportForm,
-    FollowQuery, HostInfo, ReserveRequest, Reserved, SshAccess, SubmitRequest, TaskEvent,
-    TaskStatus, TicketRequest, UPGRADE_EXEC, UPGRADE_TCP,
+    CacheEntry, CacheNews, CacheRequest, CheckReport, ConfirmRequest, DomainExport, EXEC_HEADER,
+    ErrorBody, ExecRequest, ExportForm, FollowQuery, HostInfo, ReserveRequest, Reserved, SshAccess,
+    SubmitRequest, TaskEvent, TaskStatus, TicketRequest, UPGRADE_EXEC, UPGRADE_TCP,
 };
 
 /// Longest wait for the head of an answer, and for the whole of one that is not a stream.
@@ -104,6 +104,14 @@ pub enum Error {
         /// What was given.
         given: String,
     },
+    /// The text cannot be the id of a cache entry.
+    #[error(
+        "`{given}` is no id of a cache entry: expected an id or its first characters (4 or more), see `xbe cache ls`"
+    )]
+    InvalidEntry {
+        /// What was given.
+        given: String,
+    },
     /// `xbed` answered with an error.
     #[error("{}", body.message)]
     Refused {
@@ -141,6 +149,7 @@ impl Error {
             Error::Connect { .. } => "cannot-connect",
             Error::Remote { code, .. } => code,
             Error::InvalidTaskId { .. } => "invalid-task-id",
+            Error::InvalidEntry { .. } => "invalid-cache-entry",
             Error::Refused { body, .. } => &body.code,
             Error::Lost(_) => "connection-lost",
             Error::Timeout => "timeout",
@@ -338,6 +347,30 @@ impl Client {
         self.post("/v1/reservations/cancel", ticket).await
     }
 
+    /// `GET /v1/cache`.
+    pub async fn cached(&self) -> Result<Vec<CacheEntry>, Error> {
+        self.get("/v1/cache").await
+    }
+
+    /// `POST /v1/cache`. To drop what it returns is to want the file no more.
+    pub async fn cache(&self, file: &CacheRequest) -> Result<CacheFetch, Error> {
+        let answer = self.post_answer("/v1/cache", file).await?;
+        Ok(CacheFetch(Lines::new(answer)))
+    }
+
+    /// `DELETE /v1/cache/{id}`.
+    pub async fn uncache(&self, entry: &str) -> Result<(), Error> {
+        let is_id = |byte: u8| byte.is_ascii_hexdigit() || byte == b'-';
+        if !TASK_ID_CHARS.contains(&entry.len()) || !entry.bytes().all(is_id) {
+            return Err(Error::InvalidEntry {
+                given: entry.to_owned(),
+            });
+        }
+        let path = format!("/v1/cache/{}", entry.to_ascii_lowercase());
+        self.send(request(Method::DELETE, &path)?).await?;
+        Ok(())
+    }
+
     /// `GET /v1/tasks`.
     pub async fn list(&self, all: bool) -> Result<Vec<TaskStatus>, Error> {
         self.get(if all {
@@ -383,10 +416,7 @@ impl Client {
     pub async fn events(&self, task: &str, query: FollowQuery) -> Result<Events, Error> {
         let path = task_path(task, &format!("/events?{}", follow(query)))?;
         let answer = self.send(request(Method::GET, &path)?).await?;
-        Ok(Events {
-            bytes: Bytestream(answer.into_body()),
-            line: Vec::new(),
-        })
+        Ok(Events(Lines::new(answer)))
     }
 
     /// `GET /v1/tasks/{id}/logs/{stream}`.
@@ -432,12 +462,20 @@ impl Client {
         path: &str,
         body: &B,
     ) -> Result<T, Error> {
+        json(self.post_answer(path, body).await?).await
+    }
+
+    async fn post_answer<B: Serialize>(
+        &self,
+        path: &str,
+        body: &B,
+    ) -> Result<Response<Incoming>, Error> {
         let mut request = request(Method::POST, path)?;
         let body = serde_json::to_vec(body).map_err(answer("request"))?;
         *request.body_mut() = Full::new(body.into());
         let json = hyper::header::HeaderValue::from_static("application/json");
         request.headers_mut().insert(CONTENT_TYPE, json);
-        self::json(self.send(request).await?).await
+        self.send(request).await
     }
 
     async fn upgrade(
@@ -544,10 +582,7 @@ impl Bytestream {
 
 /// The events of a task as they come.
 #[derive(Debug)]
-pub struct Events {
-    bytes: Bytestream,
-    line: Vec<u8>,
-}
+pub struct Events(Lines);
 
 impl Events {
     /// The next event; `None` at the end. Cancel safe.
@@ -555,6 +590,47 @@ impl Events {
     /// # Errors
     /// [`Error::Lost`], [`Error::Answer`].
     pub async fn next(&mut self) -> Result<Option<TaskEvent>, Error> {
+        self.0.next().await
+    }
+}
+
+/// What is told of a fetch into the cache, as it comes.
+#[derive(Debug)]
+pub struct CacheFetch(Lines);
+
+impl CacheFetch {
+    /// What is told next: progress, or the entry, after which nothing comes. Cancel safe.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if it could not be fetched, [`Error::Lost`], [`Error::Answer`].
+    pub async fn next(&mut self) -> Result<CacheNews, Error> {
+        match self.0.next().await? {
+            Some(CacheNews::Error(body)) => Err(Error::Refused {
+                status: StatusCode::BAD_GATEWAY.as_u16(),
+                body,
+            }),
+            Some(news) => Ok(news),
+            None => Err(Error::answer("a fetch without an end")),
+        }
+    }
+}
+
+/// Lines of JSON as they come.
+#[derive(Debug)]
+struct Lines {
+    bytes: Bytestream,
+    line: Vec<u8>,
+}
+
+impl Lines {
+    fn new(answer: Response<Incoming>) -> Self {
+        Lines {
+            bytes: Bytestream(answer.into_body()),
+            line: Vec::new(),
+        }
+    }
+
+    async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, Error> {
         loop {
             if let Some(end) = self.line.iter().position(|&byte| byte == b'\n') {
                 let event = serde_json::from_slice(&self.line[..end]).map_err(answer("event"))?;

@@ -12,6 +12,9 @@
 //! | `POST /v1/reservations/confirm` | [`ConfirmRequest`] | [`TaskStatus`] (durable) |
 //! | `POST /v1/reservations/start` | [`TicketRequest`] | [`TaskStatus`] (durable) |
 //! | `POST /v1/reservations/cancel` | [`TicketRequest`] | 202 [`TaskStatus`] (durable) |
+//! | `GET /v1/cache` | | `[CacheEntry]`, oldest first |
+//! | `POST /v1/cache` | [`CacheRequest`] | lines of [`CacheNews`] JSON, the last of which is the entry (durable) or an error; hanging up cancels |
+//! | `DELETE /v1/cache/{id}` | | 204; tasks that have the file keep it |
 //! | `GET /v1/tasks` | `?all=true` includes final ones; `?array={id}` lists the tasks of an array, which are one entry otherwise | `[TaskStatus]` |
 //! | `GET /v1/tasks/{id}` | | [`TaskStatus`] |
 //! | `GET /v1/tasks/{id}/events` | [`FollowQuery`] | lines of [`TaskEvent`] JSON |

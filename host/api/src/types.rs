@@ -10,6 +10,9 @@ pub const UPGRADE_EXEC: &str = "xbee-exec/1";
 /// `Upgrade:` token of forwarded TCP connections.
 pub const UPGRADE_TCP: &str = "xbee-tcp/1";
 
+/// What the URI of an entry of the cache begins with, in documents; its id, or the beginning of that, follows.
+pub const CACHE_SCHEME: &str = "cache:";
+
 /// A job to run.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -380,6 +383,66 @@ pub struct DomainExport {
     pub text: String,
     /// Commands for a shell that make the files it names and that are not there.
     pub prepare: Vec<String>,
+}
+
+/// A file to fetch into the cache.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CacheRequest {
+    /// From where.
+    pub uri: String,
+    /// What it must be, as `sha256:HEX`, or another algorithm that documents may use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+}
+
+/// A fetched file that is kept for its owner's tasks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheEntry {
+    /// Its id: documents name it by the URI `cache:ID`.
+    pub id: Uuid,
+    /// User id of its owner.
+    pub owner: u32,
+    /// From where, with credentials and query removed.
+    pub uri: String,
+    /// The digest that was demanded, as `sha256:HEX`.
+    pub digest: Option<String>,
+    /// How it was packed; it is kept unpacked.
+    pub compression: Option<String>,
+    /// Length in bytes.
+    pub size_bytes: u64,
+    /// Space that it takes on the disk, in bytes; holes take none.
+    pub allocated_bytes: u64,
+    /// SHA-256 of the bytes as they came, hexadecimal.
+    pub sha256: String,
+    /// When it was fetched, RFC 3339, UTC.
+    pub fetched: String,
+    /// The same in milliseconds since the Unix epoch.
+    pub fetched_ms: u64,
+    /// When a task took it last, RFC 3339, UTC.
+    pub used: String,
+    /// The same in milliseconds since the Unix epoch.
+    pub used_ms: u64,
+    /// The `ETag` that came with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etag: Option<String>,
+    /// The `Last-Modified` that came with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_modified: Option<String>,
+    /// A task has it at this moment.
+    pub in_use: bool,
+}
+
+/// One line of what is told of a fetch into the cache.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CacheNews {
+    /// How far it is.
+    Progress(Progress),
+    /// It is there. Nothing follows.
+    Entry(CacheEntry),
+    /// It failed. Nothing follows.
+    Error(ErrorBody),
 }
 
 /// The host.

@@ -174,6 +174,9 @@ pub enum ErrorKind {
     /// The connection broke, and the file is another one since then.
     #[error("the transfer broke off, and the file has changed since")]
     Changed,
+    /// The file is what it was when it was fetched before. [`crate::Stager::fetch_to_keep`] turns it into its answer.
+    #[error("has not changed")]
+    Unchanged,
     /// The FTP server answered with a failure.
     #[error("the FTP server answered: {reply}")]
     Ftp {
@@ -234,6 +237,7 @@ impl ErrorKind {
             Self::Connect { .. } => "connect",
             Self::Transfer { .. } => "transfer",
             Self::Changed => "changed",
+            Self::Unchanged => "unchanged",
             Self::Ftp { .. } => "ftp",
             Self::Unsupported { .. } => "unsupported",
             Self::Local { source, .. }

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::Stager;
 use crate::compression::{Compression, decoder};
 use crate::error::{Error, ErrorKind};
-use crate::hash::Digest;
+use crate::hash::{Algorithm, Digest};
 use crate::identity::{Identity, on_thread};
 use crate::inflow::{Decoded, Feed, Halt, Inflow, Piece, channel, digest};
 use crate::limits::Limits;
@@ -19,6 +19,7 @@ use crate::output::Partial;
 use crate::sparse::{self, CopyError, StoreBudget};
 use crate::unpack::{Entry, unpack};
 use crate::uri::{Scheme, Uri};
+use crate::version::{Validators, Versions};
 use crate::{ftp, http, local};
 
 /// What to fetch and where to.
@@ -50,6 +51,10 @@ pub enum Destination {
 /// What a fetch did.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Fetched {
+    /// What the server said of the version that it sent.
+    pub validators: Validators,
+    /// SHA-256 of the bytes as transferred, if it was fetched to be kept ([`Stager::fetch_to_keep`]).
+    pub sha256: Option<Digest>,
     /// Bytes transferred.
     pub bytes_read: u64,
     /// Bytes after decompression: the file's length, or that of the tar stream.
@@ -76,14 +81,39 @@ impl Stager {
         cancel: &CancellationToken,
     ) -> Result<Fetched, Error> {
         let uri = request.uri.clone();
-        self.fetch_inner(request, progress, cancel)
+        self.fetch_inner(request, None, progress, cancel)
             .await
             .map_err(|kind| Error::new(&uri, kind))
+    }
+
+    /// As [`Stager::fetch`], with what is needed to use the file again. `known` is what the server said of a version that is
+    /// there already: `None` is answered if that is what it still has, and nothing was written then. Only HTTP servers are
+    /// asked.
+    ///
+    /// # Errors
+    /// As [`Stager::fetch`].
+    pub async fn fetch_to_keep(
+        &self,
+        request: FetchRequest,
+        known: Validators,
+        progress: watch::Sender<Progress>,
+        cancel: &CancellationToken,
+    ) -> Result<Option<Fetched>, Error> {
+        let uri = request.uri.clone();
+        match self
+            .fetch_inner(request, Some(known), progress, cancel)
+            .await
+        {
+            Ok(fetched) => Ok(Some(fetched)),
+            Err(ErrorKind::Unchanged) => Ok(None),
+            Err(kind) => Err(Error::new(&uri, kind)),
+        }
     }
 
     async fn fetch_inner(
         &self,
         request: FetchRequest,
+        keep: Option<Validators>,
         progress: watch::Sender<Progress>,
         cancel: &CancellationToken,
     ) -> Result<Fetched, ErrorKind> {
@@ -104,7 +134,8 @@ impl Stager {
         let stop = cancel.child_token();
         let _stop_on_drop = stop.clone().drop_guard();
         let meter = Arc::new(Meter::new(self.limits.transferred_bytes, progress));
-        let plain = request.hash.is_none() && request.compression.is_none();
+        let keeps = keep.is_some();
+        let plain = request.hash.is_none() && request.compression.is_none() && !keeps;
         if let (Scheme::File, Destination::File(path), true) =
             (request.uri.scheme(), &request.destination, plain)
         {
@@ -119,6 +150,7 @@ impl Stager {
         };
         let worker = Worker {
             hash: request.hash.clone(),
+            keeps,
             compression: request.compression,
             destination: request.destination.clone(),
             limits: self.limits.clone(),
@@ -126,9 +158,13 @@ impl Stager {
             stop: stop.clone(),
         };
         let worker = on_thread("stage-write", move || worker.run(inflow));
-        let source = self.feed(request.uri, request.identity, feed, &stop);
-        self.until_stopped(join(source, worker, &stop), cancel, &stop)
-            .await
+        let versions = Versions::new(keep.unwrap_or_default());
+        let source = self.feed(request.uri, request.identity, feed, &versions, &stop);
+        let mut fetched = self
+            .until_stopped(join(source, worker, &stop), cancel, &stop)
+            .await?;
+        fetched.validators = versions.seen();
+        Ok(fetched)
     }
 
     /// Runs the source to its end.
@@ -137,6 +173,7 @@ impl Stager {
         uri: Uri,
         identity: Identity,
         feed: Feed,
+        versions: &Versions,
         stop: &CancellationToken,
     ) -> Result<(), Halt> {
         let meter = feed.meter.clone();
@@ -145,7 +182,8 @@ impl Stager {
                 Scheme::File => local::read(&uri, identity, feed.clone()).await?,
                 Scheme::Ftp => ftp::get(&uri, &self.limits, &feed).await?,
                 Scheme::Http | Scheme::Https => {
-                    http::get(&self.fetch_client()?, &uri, &self.limits, &feed).await?;
+                    let client = self.fetch_client()?;
+                    http::get(&client, &uri, &self.limits, versions, &feed).await?;
                 }
             }
             feed.end().await
@@ -233,6 +271,8 @@ pub(crate) fn finished<T>(
 /// The stages behind the source.
 struct Worker {
     hash: Option<Digest>,
+    /// SHA-256 is wanted too.
+    keeps: bool,
     compression: Option<Compression>,
     destination: Destination,
     limits: Arc<Limits>,
@@ -243,13 +283,18 @@ struct Worker {
 impl Worker {
     /// Decodes and writes what `pieces` bring; commits if the digest is right.
     fn run(self, pieces: mpsc::Receiver<Piece>) -> Result<Fetched, ErrorKind> {
-        let Some(expected) = &self.hash else {
+        let mut algorithms: Vec<Algorithm> = self.hash.iter().map(Digest::algorithm).collect();
+        if self.keeps && !algorithms.contains(&Algorithm::Sha256) {
+            algorithms.push(Algorithm::Sha256);
+        }
+        if algorithms.is_empty() {
             let (fetched, partial) = self.decode(&mut Inflow::new(pieces, self.stop.clone()))?;
             return self.commit(fetched, partial);
-        };
+        }
         let (next, digested) = channel();
-        let algorithm = expected.algorithm();
-        let got = on_thread("stage-digest", move || Ok(digest(algorithm, pieces, &next)));
+        let got = on_thread("stage-digest", move || {
+            Ok(digest(&algorithms, pieces, &next))
+        });
         let mut inflow = Inflow::new(digested, self.stop.clone());
         let decoded = self.decode(&mut inflow);
         match decoded {
@@ -260,15 +305,24 @@ impl Worker {
             }
             Err(kind) => return Err(kind),
         }
-        let got = finished(got.blocking_recv())?.ok_or(ErrorKind::Cancelled)?;
-        if got != *expected {
-            return Err(ErrorKind::HashMismatch {
-                algorithm,
-                expected: expected.to_hex(),
-                got: got.to_hex(),
-            });
+        let mut got = finished(got.blocking_recv())?.ok_or(ErrorKind::Cancelled)?;
+        let wrong = |expected: &Digest| {
+            let got = got
+                .iter()
+                .find(|got| got.algorithm() == expected.algorithm());
+            got.filter(|got| *got != expected)
+                .map(|got| ErrorKind::HashMismatch {
+                    algorithm: got.algorithm(),
+                    expected: expected.to_hex(),
+                    got: got.to_hex(),
+                })
+        };
+        if let Some(kind) = self.hash.as_ref().and_then(wrong) {
+            return Err(kind);
         }
-        let (fetched, partial) = decoded?;
+        let (mut fetched, partial) = decoded?;
+        got.retain(|got| self.keeps && got.algorithm() == Algorithm::Sha256);
+        fetched.sha256 = got.pop();
         self.commit(fetched, partial)
     }
 
@@ -329,6 +383,8 @@ impl Worker {
             }
         };
         let fetched = Fetched {
+            validators: Validators::default(),
+            sha256: None,
             bytes_read: 0,
             bytes_written: decoded.decoded_bytes(),
             bytes_stored: budget.stored_bytes(),

@@ -19,6 +19,7 @@ use crate::meter::Meter;
 use crate::put::Creation;
 use crate::resume::{Resume, changed};
 use crate::uri::{Uri, redact, redact_url};
+use crate::version::Versions;
 
 /// A redirect that the policy refuses. Travels through the HTTP client's error.
 #[derive(Debug, thiserror::Error)]
@@ -87,12 +88,13 @@ pub(crate) async fn get(
     client: &Client,
     uri: &Uri,
     limits: &Limits,
+    versions: &Versions,
     feed: &Feed,
 ) -> Result<(), Halt> {
     let mut resume = Resume::new(limits);
     let mut version = None;
     loop {
-        let halt = match get_once(client, uri, feed, &mut resume, &mut version).await {
+        let halt = match get_once(client, uri, feed, versions, &mut resume, &mut version).await {
             Ok(()) => return Ok(()),
             Err(halt) => halt,
         };
@@ -129,6 +131,7 @@ async fn get_once(
     client: &Client,
     uri: &Uri,
     feed: &Feed,
+    versions: &Versions,
     resume: &mut Resume,
     version: &mut Option<Version>,
 ) -> Result<(), Halt> {
@@ -137,8 +140,14 @@ async fn get_once(
         request = request
             .header(RANGE, format!("bytes={}-", resume.received_bytes()))
             .header(IF_RANGE, &version.validator);
+    } else {
+        request = request.headers(versions.conditions());
     }
-    let mut response = accept(request.send().await.map_err(failed)?)?;
+    let response = request.send().await.map_err(failed)?;
+    if version.is_none() && versions.asked() && response.status() == StatusCode::NOT_MODIFIED {
+        return Err(Halt::Failed(ErrorKind::Unchanged));
+    }
+    let mut response = accept(response)?;
     let partial = response.status() == StatusCode::PARTIAL_CONTENT;
     match version {
         Some(version) if partial => {
@@ -174,6 +183,7 @@ async fn get_once(
                 feed.meter.expect(total)?;
             }
             *version = Version::of(&response, response.content_length());
+            versions.note(response.headers());
         }
     }
     feed.meter.peer_turn();

@@ -76,20 +76,20 @@ impl Feed {
 
 /// Digests all pieces while passing them on. `None` if the flow was cut off on either side.
 pub(crate) fn digest(
-    algorithm: Algorithm,
+    algorithms: &[Algorithm],
     mut pieces: mpsc::Receiver<Piece>,
     next: &mpsc::Sender<Piece>,
-) -> Option<Digest> {
-    let mut hasher = Hasher::new(algorithm);
+) -> Option<Vec<Digest>> {
+    let mut hashers: Vec<Hasher> = algorithms.iter().copied().map(Hasher::new).collect();
     loop {
         match pieces.blocking_recv()? {
             Piece::Data(chunk) => {
-                hasher.update(&chunk);
+                hashers.iter_mut().for_each(|hasher| hasher.update(&chunk));
                 next.blocking_send(Piece::Data(chunk)).ok()?;
             }
             Piece::End => {
                 next.blocking_send(Piece::End).ok()?;
-                return Some(hasher.finish());
+                return Some(hashers.into_iter().map(Hasher::finish).collect());
             }
         }
     }

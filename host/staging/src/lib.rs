@@ -34,6 +34,7 @@ mod sparse;
 mod tls;
 mod unpack;
 mod uri;
+mod version;
 
 pub use compression::{Compression, UnknownCompression};
 pub use error::{Error, ErrorKind};
@@ -48,6 +49,7 @@ pub use note::Repeatable;
 pub use put::{Creation, PutRequest};
 pub use unpack::{Entry, EntryKind};
 pub use uri::{Scheme, Uri};
+pub use version::Validators;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};

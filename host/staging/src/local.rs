@@ -180,7 +180,7 @@ pub(crate) async fn fetch_copy(
             bytes_read: copied.bytes,
             bytes_written: copied.bytes,
             bytes_stored: copied.stored_bytes,
-            entries: Vec::new(),
+            ..Fetched::default()
         })
     });
     finished(copied.await)

@@ -67,6 +67,8 @@ pub enum Command {
     Export(Export),
     /// Show the host: its capacity and images
     Host(Host),
+    /// Files that the host has fetched and keeps for your jobs
+    Cache(Cache),
     /// Make certificates for sealed messages: a small certification authority
     Pki(Pki),
     /// Say what this machine lacks to run domains, and what to do
@@ -108,9 +110,53 @@ impl Command {
             Command::Check(args) => args.json.json,
             Command::Host(args) => args.json.json,
             Command::Doctor(args) => args.json.json,
+            Command::Cache(args) => match &args.action {
+                CacheAction::Add { json, .. }
+                | CacheAction::Ls { json }
+                | CacheAction::Rm { json, .. } => json.json,
+            },
             _ => false,
         }
     }
+}
+
+/// The cache of fetched files.
+#[derive(Debug, Args)]
+pub struct Cache {
+    /// What to do.
+    #[command(subcommand)]
+    pub action: CacheAction,
+}
+
+/// What one does with the cache.
+#[derive(Debug, Subcommand)]
+pub enum CacheAction {
+    /// Fetch a file into the cache; prints the entry's id, which documents name as the URI cache:ENTRY
+    Add {
+        /// From where, as the host reaches it: http, https, ftp or file
+        uri: String,
+        /// What it must be: the SHA-256 of it as it is there, in hexadecimal
+        #[arg(long, value_name = "HEX")]
+        sha256: Option<String>,
+        /// Output for programs.
+        #[command(flatten)]
+        json: Json,
+    },
+    /// List your entries; root sees all
+    Ls {
+        /// Output for programs.
+        #[command(flatten)]
+        json: Json,
+    },
+    /// Remove entries; tasks that have the file already keep it
+    Rm {
+        /// The entries: their ids or the first characters of them, at least 4
+        #[arg(value_name = "ENTRY", required = true)]
+        entries: Vec<String>,
+        /// Output for programs.
+        #[command(flatten)]
+        json: Json,
+    },
 }
 
 /// A small certification authority.
@@ -190,7 +236,8 @@ pub struct Run {
     /// host's usual one]
     #[arg(long, short = 'I')]
     pub image: Option<String>,
-    /// Copy FILE (a path or URI) to the absolute path PATH of the guest before the command starts
+    /// Copy FILE (a path or URI, cache:ENTRY among them) to the absolute path PATH of the guest before
+    /// the command starts
     #[arg(short = 'v', long = "volume", value_name = "FILE:PATH", value_parser = units::stage_in)]
     pub stage_in: Vec<StageIn>,
     /// Copy PATH of the guest to FILE (a path or URI) after the command has ended

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use url::Url;
+use xbee_api::CACHE_SCHEME;
 use xbee_jsdl::{
     Application, ApplicationKind, DataStaging, EnvironmentVariable, IMAGE_SCHEME, Identification,
     InstanceDefinition, InstanceSource, Job, Limits, Located, Location, Process, RangeValue,
@@ -87,7 +88,7 @@ fn located(value: &str) -> Located {
 }
 
 fn is_uri(text: &str) -> bool {
-    text.contains("://")
+    text.contains("://") || text.starts_with(CACHE_SCHEME)
 }
 
 /// The image: a URI as it is, what has a `/` is a path, everything else an image of the host.

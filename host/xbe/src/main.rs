@@ -3,6 +3,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
+mod cache;
 mod check;
 mod cli;
 mod doctor;
@@ -105,6 +106,7 @@ async fn perform<'a>(
         Command::Check(args) => check::check(args, None).await,
         Command::Export(args) => export::export(client()?, args).await,
         Command::Host(args) => tasks::host(client()?, args).await,
+        Command::Cache(args) => cache::cache(client()?, args).await,
         Command::Pki(args) => pki::pki(args),
         Command::Doctor(args) => doctor::doctor(args).await,
         Command::Completions { shell } => generate::completions(*shell),

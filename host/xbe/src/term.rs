@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use xbee_api::{State, SubState, TaskStatus};
+use xbee_api::{Progress as Transfer, State, SubState, TaskStatus};
 
 use crate::error::Error;
 
@@ -138,23 +138,31 @@ impl Progress {
     /// Shows what the task is doing. While it executes the terminal is its own.
     pub fn show(&self, task: &TaskStatus) {
         let is_quiet = task.state.is_final() || task.substate == Some(SubState::Executing);
-        if is_quiet || !self.visible.get() {
+        if is_quiet {
             return;
         }
-        let (message, style) = match &task.progress {
-            Some(progress) if progress.total_bytes.is_some() => (
-                clean_line(&progress.what),
-                "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-            ),
-            Some(progress) => (
-                clean_line(&progress.what),
-                "{spinner} {msg} {bytes} {bytes_per_sec}",
-            ),
-            None => (
-                state_name(task.state, task.substate),
-                "{spinner} {msg} {elapsed}",
-            ),
+        match &task.progress {
+            Some(progress) => self.show_transfer(progress),
+            None => {
+                let state = state_name(task.state, task.substate);
+                self.show_as(state, "{spinner} {msg} {elapsed}", None);
+            }
+        }
+    }
+
+    /// Shows how far a transfer is.
+    pub fn show_transfer(&self, progress: &Transfer) {
+        let style = match progress.total_bytes {
+            Some(_) => "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+            None => "{spinner} {msg} {bytes} {bytes_per_sec}",
         };
+        self.show_as(clean_line(&progress.what), style, Some(progress));
+    }
+
+    fn show_as(&self, message: String, style: &str, progress: Option<&Transfer>) {
+        if !self.visible.get() {
+            return;
+        }
         let mut shown = self.shown.borrow_mut();
         if shown
             .as_ref()
@@ -171,7 +179,7 @@ impl Progress {
             bar.enable_steady_tick(TICK);
             *shown = Some((message, bar));
         }
-        if let (Some((_, bar)), Some(progress)) = (&*shown, &task.progress) {
+        if let (Some((_, bar)), Some(progress)) = (&*shown, progress) {
             if let Some(total) = progress.total_bytes {
                 bar.set_length(total);
             }

@@ -11,13 +11,14 @@ use tokio::sync::watch;
 use uuid::Uuid;
 use xbee_agent::Agent;
 use xbee_api::{
-    CheckReport, ConfirmRequest, DomainExport, ExportForm, HostInfo, ReserveRequest, Reserved,
-    SshAccess, SubmitRequest, TaskEvent, TaskStatus, chain,
+    CACHE_SCHEME, CacheEntry, CacheRequest, CheckReport, ConfirmRequest, DomainExport, ExportForm,
+    HostInfo, ReserveRequest, Reserved, SshAccess, SubmitRequest, TaskEvent, TaskStatus, chain,
 };
 use xbee_engine::{Phase, QueueError};
 use xbee_staging::{Scheme, Uri};
 
 use crate::array::{Array, Members};
+use crate::cache::{self, Asked, CacheError, Held, Room, Wanted};
 use crate::export;
 use crate::host::{Host, fill_random};
 use crate::plan::Plan;
@@ -164,6 +165,9 @@ pub enum CommandError {
     /// The domain cannot be described.
     #[error(transparent)]
     Export(xbee_hypervisor::Error),
+    /// The cache's word.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// The store failed.
     #[error("the task could not be written down")]
     Store(#[from] StoreError),
@@ -224,6 +228,7 @@ impl CommandError {
             CommandError::Agent(error) => error.code(),
             CommandError::NotFetched => "image-not-fetched",
             CommandError::Export(error) => error.code(),
+            CommandError::Cache(error) => error.code(),
             CommandError::Store(error) => error.code(),
             CommandError::NotWritten(_) => "not-written",
         }
@@ -359,8 +364,11 @@ impl Commands {
         let host = self.host.clone();
         let read = move || {
             let publishes = !request.publish.is_empty();
-            let planned = Planned::read(request, &host.images)?;
+            let mut planned = Planned::read(request, &host.images)?;
             check_reach(caller, publishes, planned.0.plans())?;
+            for plan in planned.0.plans_mut() {
+                find_cached(&host, caller, plan)?;
+            }
             Ok(planned)
         };
         tokio::task::spawn_blocking(read)
@@ -640,6 +648,73 @@ impl Commands {
         Ok(())
     }
 
+    /// Entries of the cache, oldest first: the caller's; all, to an operator.
+    pub fn cached(&self, caller: Caller) -> Vec<CacheEntry> {
+        let mut list = self.host.cache.list();
+        list.retain(|held| caller.may(Owner::of(held.entry.owner)));
+        list.iter().map(|held| self.show(held)).collect()
+    }
+
+    fn show(&self, held: &Held) -> CacheEntry {
+        let in_use = self.host.cache.is_linked(held.entry.id);
+        view::cached(held, in_use)
+    }
+
+    /// Has a file fetched into the cache, unless it is there.
+    pub async fn cache(
+        &self,
+        caller: Caller,
+        request: CacheRequest,
+    ) -> Result<Asked, CommandError> {
+        let uri: Uri = request.uri.parse().map_err(PlanError::Uri)?;
+        if caller.owner.is_remote() && uri.scheme() == Scheme::File {
+            return Err(CommandError::LocalFile(request.uri));
+        }
+        let hash = request.digest.as_deref().map(cache::digest).transpose()?;
+        let wanted = Wanted {
+            owner: caller.owner,
+            text: request.uri,
+            uri,
+            hash,
+            compression: None,
+        };
+        Ok(cache::ask(&self.host, wanted, true).await?)
+    }
+
+    /// The entry that was asked for, when it is there.
+    pub async fn settle(&self, asked: &Asked) -> Result<CacheEntry, CommandError> {
+        let id = match asked {
+            Asked::Here(id) => *id,
+            Asked::Coming(waiter) => waiter.ended().await?,
+        };
+        let gone = || CacheError::NotFound(id.to_string());
+        let held = self.host.cache.get(id).ok_or_else(gone)?;
+        let host = self.host.clone();
+        let fits = cache::blocking(move || {
+            let fits = host.cache.fits(&held.entry);
+            match fits {
+                Ok(()) => host.cache.touch(&host.store, id),
+                Err(_) => host.cache.forget(&host.store, id),
+            }
+            fits.map(|()| held)
+        });
+        let held = fits.await?;
+        cache::make_room(&self.host, Room::Limits).await;
+        Ok(self.show(&held))
+    }
+
+    /// Removes an entry of the cache. Tasks that have its file keep it; of those that have not, none may name it.
+    pub async fn uncache(&self, caller: Caller, name: &str) -> Result<(), CommandError> {
+        let may = |owner| caller.may(Owner::of(owner));
+        let id = self.host.cache.find(name, may)?.entry.id;
+        if let Some(&task) = self.host.cached_names().get(&id) {
+            return Err(CacheError::InUse { entry: id, task }.into());
+        }
+        let host = self.host.clone();
+        cache::blocking(move || host.cache.forget(&host.store, id)).await;
+        Ok(())
+    }
+
     /// The agent in a task's domain.
     pub fn agent(&self, task: &TaskHandle) -> Result<Agent, CommandError> {
         task.agent().ok_or(CommandError::NoDomain(task.record.id))
@@ -676,6 +751,22 @@ fn check_reach<'a>(
     };
     let local = plans.into_iter().flat_map(Plan::uris).find(is_local);
     local.map_or(Ok(()), |uri| Err(CommandError::LocalFile(uri.to_owned())))
+}
+
+/// Finds the cache entries that a plan names by the beginnings of their ids: their owner's own, whoever else sees them.
+fn find_cached(host: &Host, caller: Caller, plan: &mut Plan) -> Result<(), CommandError> {
+    for source in plan.sources_mut() {
+        let Some(name) = source.uri.strip_prefix(CACHE_SCHEME) else {
+            continue;
+        };
+        let owner = caller.owner.uid;
+        let id = host.cache.find(name, |of| of == owner)?.entry.id;
+        let whole = host.cache.whole(&host.store, owner, id);
+        whole.ok_or_else(|| CacheError::NotFound(name.into()))?;
+        host.cache.touch(&host.store, id);
+        source.uri = format!("{CACHE_SCHEME}{id}");
+    }
+    Ok(())
 }
 
 /// What is kept of a ticket.

@@ -90,6 +90,16 @@ struct File {
     #[serde(default)]
     xen: XenFile,
     message_queue: Option<MessageQueueFile>,
+    #[serde(default)]
+    cache: CacheFile,
+}
+
+/// The table `[cache]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct CacheFile {
+    max_mib: Option<u64>,
+    entries: Option<usize>,
 }
 
 /// The table `[message-queue]`.
@@ -304,6 +314,17 @@ pub struct Config {
     pub outbound: Outbound,
     /// The queue that users on other machines ask through.
     pub message_queue: Option<MessageQueue>,
+    /// What fetched files may take that are kept.
+    pub cache: CacheLimits,
+}
+
+/// Bounds of the cache of fetched files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheLimits {
+    /// Space on the disk, bytes; 0: there is no cache. One entry may take as much.
+    pub max_bytes: u64,
+    /// Entries.
+    pub entries: usize,
 }
 
 /// A queue of a message broker.
@@ -347,6 +368,11 @@ impl MessageQueueFile {
 
 /// Virtual CPUs given out for each logical CPU of the host, unless configured: most domains wait most of the time.
 const VCPUS_PER_CPU: u32 = 4;
+
+/// Space for the cache, MiB, unless configured.
+const CACHE_MIB: u64 = 16 << 10;
+/// Entries of the cache, unless configured.
+const CACHE_ENTRIES: usize = 1000;
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
@@ -453,6 +479,14 @@ impl Config {
         };
         Ok(Config {
             message_queue: message_queue.transpose()?,
+            cache: CacheLimits {
+                max_bytes: file
+                    .cache
+                    .max_mib
+                    .unwrap_or(CACHE_MIB)
+                    .saturating_mul(1 << 20),
+                entries: file.cache.entries.unwrap_or(CACHE_ENTRIES),
+            },
             policy,
             staging_allowance: Duration::from_secs(file.queue.staging_allowance_s.unwrap_or(600)),
             retries: file.queue.retries.unwrap_or(0),

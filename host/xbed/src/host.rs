@@ -1,6 +1,6 @@
 //! The host: its tasks, its capacity, and what they share.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -17,6 +17,7 @@ use xbee_hypervisor::{HostCapabilities, Hypervisor};
 use xbee_staging::Stager;
 
 use crate::array::Array;
+use crate::cache::{self, Cache, CacheError};
 use crate::command::CommandError;
 use crate::config::{Backend, Config};
 use crate::fault;
@@ -44,6 +45,8 @@ pub struct Host {
     pub hypervisor: Arc<dyn Hypervisor>,
     /// What moves files.
     pub stager: Stager,
+    /// Files that were fetched and are kept.
+    pub cache: Cache,
     capabilities: HostCapabilities,
     queue: Mutex<Queue<Uuid>>,
     /// Told when the queue has changed.
@@ -71,6 +74,9 @@ pub enum HostError {
     /// The hypervisor.
     #[error(transparent)]
     Hypervisor(#[from] xbee_hypervisor::Error),
+    /// The cache.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
 }
 
 impl Host {
@@ -99,6 +105,7 @@ impl Host {
             })?;
         }
         let store = Store::open(&config.data.join("tasks.sqlite"))?;
+        let cache = Cache::open(config.data.join("cache"), config.cache, &store)?;
         let capabilities = hypervisor.probe().await?;
         let capacity = config.capacity(
             capabilities.cpus,
@@ -120,6 +127,7 @@ impl Host {
             store,
             hypervisor,
             stager,
+            cache,
             capabilities,
         }))
     }
@@ -420,6 +428,16 @@ impl Host {
     pub fn done(&self, task: &TaskHandle) {
         self.lock_queue().remove(task.record.id, view::now_ms());
         self.schedule();
+    }
+
+    /// Cache entries that tasks name which are not over, each with one of them.
+    pub fn cached_names(&self) -> HashMap<Uuid, Uuid> {
+        let mut names = HashMap::new();
+        for task in self.tasks().iter().filter(|task| !task.is_final()) {
+            let uris = task.job().into_iter().flat_map(|job| job.plan.uris());
+            names.extend(uris.filter_map(cache::named).map(|id| (id, task.record.id)));
+        }
+        names
     }
 
     /// Forgets a final task and its files.

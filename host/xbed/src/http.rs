@@ -14,7 +14,7 @@ use axum::extract::{self, DefaultBodyLimit, FromRequestParts, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::serve::IncomingStream;
 use axum::{Json, Router};
 use futures::stream;
@@ -32,6 +32,7 @@ use xbee_api::{
 };
 use xbee_engine::QueueError;
 
+use crate::cache::{self, CacheError};
 use crate::command::{Caller, CommandError, Commands};
 use crate::exec;
 use crate::logs::Stream;
@@ -57,6 +58,8 @@ pub fn router(commands: Commands) -> Router {
         .route("/v1/reservations/confirm", post(confirm))
         .route("/v1/reservations/start", post(start))
         .route("/v1/reservations/cancel", post(cancel))
+        .route("/v1/cache", get(cache::http::list).post(cache::http::add))
+        .route("/v1/cache/{id}", delete(cache::http::remove))
         .route("/v1/tasks/{id}/events", get(events))
         .route("/v1/tasks/{id}/logs/{stream}", get(logs))
         .route("/v1/tasks/{id}/terminate", post(terminate))
@@ -142,7 +145,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
 }
 
 /// [`extract::Path`], refused as everything else is.
-struct Path<T>(T);
+pub struct Path<T>(pub T);
 
 impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T> {
     type Rejection = Failure;
@@ -202,6 +205,17 @@ impl From<CommandError> for Failure {
             }
             CommandError::Agent(_) => StatusCode::BAD_GATEWAY,
             CommandError::Export(_) => StatusCode::CONFLICT,
+            CommandError::Cache(error) => match error {
+                CacheError::NotFound(_) => StatusCode::NOT_FOUND,
+                CacheError::InUse { .. } => StatusCode::CONFLICT,
+                CacheError::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
+                CacheError::Store(_) | CacheError::File { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+                CacheError::Fetch(_) | CacheError::Cancelled(_) => StatusCode::BAD_GATEWAY,
+                CacheError::Off
+                | CacheError::Ambiguous { .. }
+                | CacheError::Digest { .. }
+                | CacheError::TooLarge { .. } => StatusCode::BAD_REQUEST,
+            },
             CommandError::Store(StoreError::Full { .. }) => StatusCode::INSUFFICIENT_STORAGE,
             CommandError::Store(_) | CommandError::NotWritten(_) => {
                 StatusCode::INTERNAL_SERVER_ERROR
@@ -211,7 +225,8 @@ impl From<CommandError> for Failure {
     }
 }
 
-type Answer<T> = Result<T, Failure>;
+/// What a handler answers.
+pub type Answer<T> = Result<T, Failure>;
 
 async fn no_route(request: Request) -> Failure {
     unknown(StatusCode::NOT_FOUND, &request)
@@ -231,7 +246,8 @@ async fn host(State(commands): State<Commands>) -> Json<HostInfo> {
     Json(commands.host())
 }
 
-fn body<T>(body: Result<Json<T>, JsonRejection>) -> Answer<T> {
+/// The body of a request, or why it is none.
+pub fn body<T>(body: Result<Json<T>, JsonRejection>) -> Answer<T> {
     match body {
         Ok(Json(value)) => Ok(value),
         Err(rejection) => Err(failure(
@@ -403,7 +419,8 @@ async fn events(
     Ok(streaming("application/x-ndjson", Body::from_stream(lines)))
 }
 
-fn streaming(content_type: &'static str, body: Body) -> Response {
+/// An answer that comes in pieces.
+pub fn streaming(content_type: &'static str, body: Body) -> Response {
     (
         [(header::CONTENT_TYPE, HeaderValue::from_static(content_type))],
         body,

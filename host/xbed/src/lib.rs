@@ -9,6 +9,7 @@
 mod array;
 mod backend;
 mod broker;
+mod cache;
 mod command;
 mod config;
 mod exec;
@@ -107,8 +108,8 @@ fn is_terminal() -> bool {
     std::io::IsTerminal::is_terminal(&std::io::stderr())
 }
 
-/// Serves the API of a simulated host on `socket` until the future is dropped. No task ever begins there: files that a
-/// document names are neither read nor written.
+/// Serves the API of a simulated host on `socket` until the future is dropped. No task ever begins there, and there is no
+/// cache: files that a document names are neither read nor written.
 ///
 /// # Errors
 /// What keeps an `xbed` from starting.
@@ -124,6 +125,7 @@ pub async fn serve_simulated(data: &Path, socket: &Path) -> Result<(), Fatal> {
     ]);
     let mut config = Config::load(options)?;
     config.domains = 0;
+    config.cache.max_bytes = 0;
     let listener = http::listen(&config.socket)?;
     let hypervisor = backend::open(&config).await?;
     let stager = backend::stager(&config);

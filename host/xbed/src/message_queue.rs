@@ -12,12 +12,13 @@ use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
-use xbee_api::{ConfirmRequest, ReserveRequest, SubmitRequest, chain};
+use xbee_api::{CacheRequest, ConfirmRequest, ReserveRequest, SubmitRequest, chain};
 use xbee_carry::stream::Carried;
 use xbee_carry::{Answer, Service};
 use xbee_engine::QueueError;
-use xbee_envelope::{Body, Fault, TaskState};
+use xbee_envelope::{Body, CacheEntry, Fault, TaskState};
 
+use crate::cache::CacheError;
 use crate::command::{Caller, CommandError, Commands};
 use crate::config::MessageQueue;
 use crate::host::Host;
@@ -28,6 +29,8 @@ const PAUSE: Duration = Duration::from_millis(200);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// A connection that has held so long was a good one: the next wait is short again.
 const GOOD_AFTER: Duration = Duration::from_secs(30);
+/// How long a message that wants a file in the cache waits for it before it is answered that it is being fetched.
+const FETCH_WAIT: Duration = Duration::from_secs(20);
 /// File in the data directory: how far the streams of messages have come.
 const STREAMS: &str = "message-streams";
 
@@ -207,10 +210,29 @@ async fn answer(commands: &Commands, caller: Caller, body: Body) -> Result<Body,
             commands.terminate(&found).await?;
             done("terminating")
         }
-        Body::CacheFile { .. } | Body::CacheRemove { .. } | Body::ListCache => Body::Error {
-            fault: Fault::BadRequest,
-            text: "this xbed keeps no cache of fetched files".to_owned(),
-        },
+        Body::CacheFile { uri, digest } => {
+            let asked = commands.cache(caller, CacheRequest { uri, digest }).await?;
+            let settled = {
+                let commands = commands.clone();
+                // It goes on when nobody waits for the answer any more.
+                tokio::spawn(async move { commands.settle(&asked).await })
+            };
+            match tokio::time::timeout(FETCH_WAIT, settled).await {
+                Ok(Ok(entry)) => Body::CacheEntries(vec![cache_entry(&entry?)]),
+                Ok(Err(panic)) => std::panic::resume_unwind(panic.into_panic()),
+                Err(_) => Body::Error {
+                    fault: Fault::Pending,
+                    text: "it is being fetched: ask again".to_owned(),
+                },
+            }
+        }
+        Body::CacheRemove { entry } => {
+            commands.uncache(caller, &entry).await?;
+            done("removed")
+        }
+        Body::ListCache => {
+            Body::CacheEntries(commands.cached(caller).iter().map(cache_entry).collect())
+        }
         _ => Body::Error {
             fault: Fault::BadRequest,
             text: "this message is no request".to_owned(),
@@ -218,10 +240,20 @@ async fn answer(commands: &Commands, caller: Caller, body: Body) -> Result<Body,
     })
 }
 
+fn cache_entry(entry: &xbee_api::CacheEntry) -> CacheEntry {
+    CacheEntry {
+        entry: entry.id.to_string(),
+        uri: entry.uri.clone(),
+        size_bytes: entry.size_bytes,
+    }
+}
+
 /// Why not, in the words of messages.
 fn fault(error: &CommandError) -> Body {
     let fault = match error {
-        CommandError::NotFound(_) => Fault::NotFound,
+        CommandError::NotFound(_) | CommandError::Cache(CacheError::NotFound(_)) => Fault::NotFound,
+        CommandError::Cache(CacheError::Busy(_)) => Fault::Busy,
+        CommandError::Cache(CacheError::Store(_) | CacheError::File { .. }) => Fault::Internal,
         CommandError::TicketInvalid => Fault::TicketInvalid,
         CommandError::RoomLater { .. }
         | CommandError::Queue(

@@ -259,6 +259,23 @@ impl Plan {
         sources.map(|source| source.uri.as_str()).chain(targets)
     }
 
+    /// Where all its files are from.
+    pub fn sources_mut(&mut self) -> impl Iterator<Item = &mut Source> {
+        let boot = match &mut self.boot {
+            Boot::Store { .. } => [None, None, None],
+            Boot::Instance {
+                kernel,
+                initrd,
+                image,
+                ..
+            } => [kernel.as_mut(), initrd.as_mut(), Some(image)],
+            Boot::Package { package } => [Some(package), None, None],
+        };
+        let scripts = self.scripts.iter_mut().map(|script| &mut script.source);
+        let files = self.stage_in.iter_mut().map(|file| &mut file.source);
+        boot.into_iter().flatten().chain(scripts).chain(files)
+    }
+
     /// Scripts for one occasion, with their place among all.
     pub fn scripts_at(&self, when: When) -> impl Iterator<Item = (usize, &Script)> {
         self.scripts

@@ -42,6 +42,15 @@ CREATE TABLE IF NOT EXISTS subject (
 ) STRICT;
 ";
 
+/// Fetched files that are kept, added likewise.
+const CACHED: &str = "
+CREATE TABLE IF NOT EXISTS cache (
+    id       TEXT PRIMARY KEY,
+    record   TEXT NOT NULL,
+    used_ms  INTEGER NOT NULL
+) STRICT;
+";
+
 /// A task as it was accepted.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TaskRecord {
@@ -113,6 +122,11 @@ pub struct Owner {
 impl Owner {
     /// Numbers from here on are not of the kernel's users but of those who ask through a message queue.
     pub const FIRST_REMOTE: u32 = 1 << 31;
+
+    /// The user alone, where the group is no matter.
+    pub fn of(uid: u32) -> Owner {
+        Owner { uid, gid: uid }
+    }
 
     /// Nobody on this host: none of its files are this owner's.
     pub fn is_remote(self) -> bool {
@@ -259,6 +273,7 @@ impl Store {
             }
         }
         connection.execute_batch(SUBJECTS).map_err(failed)?;
+        connection.execute_batch(CACHED).map_err(failed)?;
         Ok(Store {
             path: path.into(),
             connection: Mutex::new(connection),
@@ -408,6 +423,43 @@ impl Store {
             .map_err(|e| self.failed(e))?;
         fault::point("forgotten");
         Ok(())
+    }
+
+    /// Notes a file of the cache. Durable on return.
+    pub fn cache(&self, id: &str, record: &str, used_ms: u64) -> Result<(), StoreError> {
+        let insert = "INSERT INTO cache (id, record, used_ms) VALUES (?1, ?2, ?3)";
+        let values = params![id, record, used_ms.cast_signed()];
+        let inserted = self.lock().execute(insert, values);
+        inserted.map(drop).map_err(|e| self.failed(e))
+    }
+
+    /// Notes when a file of the cache was used last.
+    pub fn cache_used(&self, id: &str, used_ms: u64) -> Result<(), StoreError> {
+        let update = "UPDATE cache SET used_ms = ?2 WHERE id = ?1";
+        let values = params![id, used_ms.cast_signed()];
+        let updated = self.lock().execute(update, values);
+        updated.map(drop).map_err(|e| self.failed(e))
+    }
+
+    /// Forgets a file of the cache. Durable on return.
+    pub fn uncache(&self, id: &str) -> Result<(), StoreError> {
+        let deleted = self.lock().execute("DELETE FROM cache WHERE id = ?1", [id]);
+        deleted.map(drop).map_err(|e| self.failed(e))
+    }
+
+    /// All files of the cache: id, record, when used last.
+    pub fn cached(&self) -> Result<Vec<(String, String, u64)>, StoreError> {
+        let connection = self.lock();
+        let read = || -> rusqlite::Result<Vec<(String, String, u64)>> {
+            connection
+                .prepare("SELECT id, record, used_ms FROM cache")?
+                .query_map([], |row| {
+                    let used_ms: i64 = row.get(2)?;
+                    Ok((row.get(0)?, row.get(1)?, used_ms.cast_unsigned()))
+                })?
+                .collect()
+        };
+        read().map_err(|e| self.failed(e))
     }
 
     /// All tasks, in the order in which they were accepted.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use xbee_api::{PublishedPort, SubmitRequest};
+use xbee_api::{CACHE_SCHEME, PublishedPort, SubmitRequest};
 use xbee_hypervisor::MEMORY_MIN_BYTES;
 use xbee_jsdl::limits::MAX_SWEEP_JOBS;
 use xbee_jsdl::sweep;
@@ -181,6 +181,18 @@ impl Planned {
         };
         one.into_iter()
             .chain(sweep.iter().map(|swept| &swept.job.plan))
+    }
+}
+
+impl Planned {
+    /// What is asked for, job by job.
+    pub fn plans_mut(&mut self) -> impl Iterator<Item = &mut Plan> {
+        let (one, sweep) = match self {
+            Planned::One(job) => (Some(&mut job.plan), &mut [][..]),
+            Planned::Sweep(jobs) => (None, &mut jobs[..]),
+        };
+        one.into_iter()
+            .chain(sweep.iter_mut().map(|swept| &mut swept.job.plan))
     }
 }
 
@@ -397,9 +409,11 @@ fn boot(
     Ok((boot, scripts, memory_bytes))
 }
 
-/// A location whose URI can be fetched from.
+/// A location whose URI can be fetched from, or names an entry of the cache: whose that is, is looked at later.
 fn source(location: &Location) -> Result<Source, PlanError> {
-    check_uri(&location.uri)?;
+    if !location.uri.starts_with(CACHE_SCHEME) {
+        check_uri(&location.uri)?;
+    }
     Ok(Source {
         uri: location.uri.clone(),
         hash: location

@@ -2,9 +2,10 @@
 
 use time::OffsetDateTime;
 use time::macros::format_description;
-use xbee_api::{State, SubState, TaskEvent, Transition};
+use xbee_api::{CacheEntry, State, SubState, TaskEvent, Transition};
 use xbee_engine::{Outcome, Phase, Step, Task};
 
+use crate::cache::Held;
 use crate::store::Entry;
 
 /// BES state and XenBEE's sub-state of a phase.
@@ -72,6 +73,28 @@ pub fn events(journal: &[Entry]) -> Vec<TaskEvent> {
         });
     }
     events
+}
+
+/// An entry of the cache; `in_use` says whether a task has its file.
+pub fn cached(held: &Held, in_use: bool) -> CacheEntry {
+    let entry = &held.entry;
+    CacheEntry {
+        id: entry.id,
+        owner: entry.owner,
+        uri: entry.uri.clone(),
+        digest: entry.hash.clone(),
+        compression: entry.compression.clone(),
+        size_bytes: entry.size_bytes,
+        allocated_bytes: entry.allocated_bytes,
+        sha256: entry.sha256.clone(),
+        fetched: rfc3339(entry.fetched_ms),
+        fetched_ms: entry.fetched_ms,
+        used: rfc3339(held.used_ms),
+        used_ms: held.used_ms,
+        etag: entry.etag.clone(),
+        last_modified: entry.last_modified.clone(),
+        in_use,
+    }
 }
 
 /// RFC 3339 with milliseconds, UTC.

@@ -26,6 +26,9 @@ fn help() {
     ] {
         session.run(&[command, "--help"]);
     }
+    for command in ["add", "ls", "rm"] {
+        session.run(&["cache", command, "--help"]);
+    }
     session.expect("help");
 }
 

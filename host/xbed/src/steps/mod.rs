@@ -2,6 +2,7 @@
 //! [`release`].
 
 mod attempt;
+mod cached;
 mod execute;
 mod files;
 mod release;

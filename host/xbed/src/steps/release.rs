@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::fs;
 
+use crate::cache::{self, Room};
 use crate::fault;
 use crate::host::log_teardown;
 use crate::task::{StepContext, TaskHandle, kept_console};
@@ -34,6 +35,8 @@ pub async fn release(context: &StepContext) {
     task.address.send_replace(None);
     remove_temporary(&task.spool).await;
     fault::point("temporary removed");
+    // What it had of the cache is not in use any more.
+    cache::make_room(&context.host, Room::Limits).await;
 }
 
 fn temporary(spool: &Path) -> impl Iterator<Item = PathBuf> {

@@ -13,7 +13,8 @@ use xbee_engine::Failure;
 use xbee_hypervisor::{Disk, DiskFormat};
 use xbee_staging::{Compression, Destination, Digest, FetchRequest, Identity, Uri};
 
-use super::{fail, files, io_failure};
+use super::{cached, fail, files, io_failure};
+use crate::cache::{self, Room, Wanted};
 use crate::fault;
 use crate::images::{DEFAULT_IMAGE, Image};
 use crate::plan::{Boot, Source, redacted};
@@ -172,8 +173,16 @@ async fn resolve(context: &StepContext, boot: &Boot) -> Result<BootFiles, Failur
         }
         Boot::Package { package } => {
             let unpacked = directory.join("package");
-            let to = Destination::Unpack(unpacked.clone());
-            fetch(context, package, to).await?;
+            match cacheable(context, package)? {
+                Some(wanted) => {
+                    let archive = directory.join("archive");
+                    cached::package(context, wanted, &archive, unpacked.clone()).await?;
+                }
+                None => {
+                    let to = Destination::Unpack(unpacked.clone());
+                    fetch(context, package, to).await?;
+                }
+            }
             let find = |names: &[&str]| {
                 let path = names.iter().map(|name| unpacked.join(name));
                 path.into_iter().find(|path| path.is_file())
@@ -283,7 +292,14 @@ fn has_magic(path: &Path, magic: &[u8]) -> Result<bool, Failure> {
 
 /// A file of the host with the source's content: the source itself if that will do.
 async fn local(context: &StepContext, source: &Source, to: PathBuf) -> Result<PathBuf, Failure> {
-    let here = uri(source)?.file_path();
+    if let Some(wanted) = cacheable(context, source)? {
+        cached::image(context, wanted, &to).await?;
+        return Ok(to);
+    }
+    let here = match cache::named(&source.uri) {
+        Some(_) => None,
+        None => uri(source)?.file_path(),
+    };
     match here {
         Some(path) if source.compression.is_none() => {
             // Checks the owner's right to read it, and the digest.
@@ -295,6 +311,21 @@ async fn local(context: &StepContext, source: &Source, to: PathBuf) -> Result<Pa
             Ok(to)
         }
     }
+}
+
+/// What is asked of the cache for an image, if it is one for the cache.
+fn cacheable(context: &StepContext, source: &Source) -> Result<Option<Wanted>, Failure> {
+    if !context.host.cache.is_on() || cache::named(&source.uri).is_some() {
+        return Ok(None);
+    }
+    let wanted = Wanted {
+        owner: context.task.record.owner,
+        text: source.uri.clone(),
+        uri: uri(source)?,
+        hash: digest(source)?,
+        compression: compression(source)?,
+    };
+    Ok(cache::serves(&wanted.uri, wanted.hash.as_ref()).then_some(wanted))
 }
 
 pub(super) fn uri(source: &Source) -> Result<Uri, Failure> {
@@ -312,39 +343,59 @@ fn compression(source: &Source) -> Result<Option<Compression>, Failure> {
     parsed.map_err(|error| fail("unknown-compression", chain(&error)))
 }
 
+fn digest(source: &Source) -> Result<Option<Digest>, Failure> {
+    let Some((algorithm, hex)) = &source.hash else {
+        return Ok(None);
+    };
+    let invalid = |reason: String| {
+        let what = format!("{}: {reason}", redacted(&source.uri));
+        fail("invalid-hash", what)
+    };
+    let algorithm = algorithm.parse().map_err(|e| invalid(chain(&e)))?;
+    let digest = Digest::from_hex(algorithm, hex).map_err(|e| invalid(chain(&e)))?;
+    Ok(Some(digest))
+}
+
 async fn fetch(
     context: &StepContext,
     source: &Source,
     destination: Destination,
 ) -> Result<(), Failure> {
-    let digest = match &source.hash {
-        Some((algorithm, hex)) => {
-            let invalid = |reason: String| {
-                fail(
-                    "invalid-hash",
-                    format!("{}: {reason}", redacted(&source.uri)),
-                )
-            };
-            let algorithm = algorithm.parse().map_err(|e| invalid(chain(&e)))?;
-            Some(Digest::from_hex(algorithm, hex).map_err(|e| invalid(chain(&e)))?)
-        }
-        None => None,
-    };
+    let (hash, compression) = (digest(source)?, compression(source)?);
+    if let Some(id) = cache::named(&source.uri) {
+        return cached::entry(context, source, id, hash, compression, destination).await;
+    }
     let request = FetchRequest {
         uri: uri(source)?,
-        hash: digest,
-        compression: compression(source)?,
+        hash,
+        compression,
         destination,
         identity: identity(context),
     };
-    let (progress, seen) = watch::channel(xbee_staging::Progress::default());
-    let transfer = context
-        .host
-        .stager
-        .fetch(request, progress, &context.cancel);
-    let fetched = with_progress(context, &source.uri, seen, transfer).await;
-    fetched.map_err(|error| fail(error.code(), chain(&error)))?;
-    Ok(())
+    let fetched = transfer(context, &source.uri, request).await;
+    fetched.map_err(|error| fail(error.code(), chain(&error)))
+}
+
+/// Fetches, and shows how far it is. A full disk is made room on by the cache, once.
+pub(super) async fn transfer(
+    context: &StepContext,
+    uri: &str,
+    request: FetchRequest,
+) -> Result<(), xbee_staging::Error> {
+    let host = &context.host;
+    let once = async |request| {
+        let (progress, seen) = watch::channel(xbee_staging::Progress::default());
+        let transfer = host.stager.fetch(request, progress, &context.cancel);
+        with_progress(context, uri, seen, transfer).await
+    };
+    match once(request.clone()).await {
+        Err(error)
+            if error.code() == "disk-full" && cache::make_room(host, Room::Disk(None)).await =>
+        {
+            once(request).await.map(drop)
+        }
+        fetched => fetched.map(drop),
+    }
 }
 
 /// Whose rights open `file:` URIs.
