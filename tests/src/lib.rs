@@ -31,7 +31,8 @@ const START_LIMIT: Duration = Duration::from_secs(180);
 pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// What a final task's spool may hold.
-const KEPT: [&str; 6] = [
+const KEPT: [&str; 7] = [
+    "results",
     "stdout",
     "stderr",
     "console",
@@ -437,6 +438,9 @@ impl Xbed {
             .iter()
             .filter_map(|task| task["id"].as_str())
             .collect();
+        let uploads = self.data().join("uploads");
+        let uploads: Vec<_> = fs::read_dir(uploads).unwrap().flatten().collect();
+        assert!(uploads.is_empty(), "{uploads:?}");
         for spool in fs::read_dir(self.data().join("tasks")).unwrap().flatten() {
             let name = spool.file_name().into_string().unwrap();
             assert!(known.contains(&name.as_str()), "spool of no task: {name}");

@@ -141,19 +141,27 @@ impl Progress {
         if is_quiet || !self.visible.get() {
             return;
         }
-        let (message, style) = match &task.progress {
-            Some(progress) if progress.total_bytes.is_some() => (
-                clean_line(&progress.what),
-                "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-            ),
-            Some(progress) => (
-                clean_line(&progress.what),
-                "{spinner} {msg} {bytes} {bytes_per_sec}",
-            ),
-            None => (
-                state_name(task.state, task.substate),
-                "{spinner} {msg} {elapsed}",
-            ),
+        match &task.progress {
+            Some(progress) => {
+                let what = clean_line(&progress.what);
+                self.draw(what, Some((progress.done_bytes, progress.total_bytes)));
+            }
+            None => self.draw(state_name(task.state, task.substate), None),
+        }
+    }
+
+    /// Shows a transfer of `xbe`'s own.
+    pub fn transfer(&self, what: &str, done_bytes: u64, total_bytes: u64) {
+        if self.visible.get() {
+            self.draw(clean_line(what), Some((done_bytes, Some(total_bytes))));
+        }
+    }
+
+    fn draw(&self, message: String, bytes: Option<(u64, Option<u64>)>) {
+        let style = match bytes {
+            Some((_, Some(_))) => "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+            Some((_, None)) => "{spinner} {msg} {bytes} {bytes_per_sec}",
+            None => "{spinner} {msg} {elapsed}",
         };
         let mut shown = self.shown.borrow_mut();
         if shown
@@ -171,11 +179,11 @@ impl Progress {
             bar.enable_steady_tick(TICK);
             *shown = Some((message, bar));
         }
-        if let (Some((_, bar)), Some(progress)) = (&*shown, &task.progress) {
-            if let Some(total) = progress.total_bytes {
+        if let (Some((_, bar)), Some((done, total))) = (&*shown, bytes) {
+            if let Some(total) = total {
                 bar.set_length(total);
             }
-            bar.set_position(progress.done_bytes);
+            bar.set_position(done);
         }
     }
 

@@ -25,6 +25,7 @@ use crate::steps;
 use crate::store::{Entry, Job, Owner, Reservation, Store, StoreError, StoredTask, TaskRecord};
 use crate::task::{self, Begin, TaskHandle};
 use crate::translate::Swept;
+use crate::uploads::Uploads;
 use crate::view;
 
 /// Longest time in which nobody looks at the clock.
@@ -44,6 +45,8 @@ pub struct Host {
     pub hypervisor: Arc<dyn Hypervisor>,
     /// What moves files.
     pub stager: Stager,
+    /// Files that were sent for jobs.
+    pub uploads: Uploads,
     capabilities: HostCapabilities,
     queue: Mutex<Queue<Uuid>>,
     /// Told when the queue has changed.
@@ -98,6 +101,10 @@ impl Host {
                 source,
             })?;
         }
+        let uploads = Uploads::open(&config.data).map_err(|source| HostError::Directory {
+            path: config.data.join("uploads"),
+            source,
+        })?;
         let store = Store::open(&config.data.join("tasks.sqlite"))?;
         let capabilities = hypervisor.probe().await?;
         let capacity = config.capacity(
@@ -120,6 +127,7 @@ impl Host {
             store,
             hypervisor,
             stager,
+            uploads,
             capabilities,
         }))
     }
@@ -175,6 +183,8 @@ impl Host {
             self.hypervisor.destroy(*id).await?;
         }
         self.remove_forgotten();
+        let used_up = self.uploads_of(|task| task.is_final());
+        self.uploads.settle(&self.uploads_in_use(), &used_up);
         self.schedule();
         tokio::spawn(keep_time(self.clone()));
         Ok(())
@@ -403,23 +413,49 @@ impl Host {
         let inserted = inserted
             .await
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
-        let mut handles = vec![];
-        for (number, record) in inserted {
-            let handle = self.hold(StoredTask {
+        let hold = |(number, record)| {
+            self.hold(StoredTask {
                 number,
                 record,
                 journal: vec![entry.clone()],
-            });
+            })
+        };
+        // All are known before the first may end, and with it what it shares with others.
+        let handles: Vec<_> = inserted.map(hold).collect();
+        for handle in &handles {
             tokio::spawn(task::run(self.clone(), handle.clone(), Begin::default()));
-            handles.push(handle);
         }
         Ok(handles)
     }
 
-    /// A task is final: its capacity is free.
-    pub fn done(&self, task: &TaskHandle) {
+    /// A task is final: its capacity is free, and what was sent for it alone goes.
+    pub fn done(self: &Arc<Self>, task: &TaskHandle) {
         self.lock_queue().remove(task.record.id, view::now_ms());
+        let sent = task.job().map(|job| job.plan.uploads().collect());
+        self.remove_uploads(sent.unwrap_or_default());
         self.schedule();
+    }
+
+    /// What tasks take of what was sent.
+    fn uploads_of(&self, which: impl Fn(&TaskHandle) -> bool) -> HashSet<Uuid> {
+        let tasks = self.read_tasks();
+        let tasks = tasks.values().filter(|task| which(task));
+        let jobs = tasks.filter_map(|task| task.job());
+        jobs.flat_map(|job| job.plan.uploads()).collect()
+    }
+
+    fn uploads_in_use(&self) -> HashSet<Uuid> {
+        self.uploads_of(|task| !task.is_final())
+    }
+
+    /// Removes those of these uploads that no task needs that is not over. Not waited for: a large file takes time.
+    fn remove_uploads(self: &Arc<Self>, mut ids: Vec<Uuid>) {
+        if !ids.is_empty() {
+            let in_use = self.uploads_in_use();
+            ids.retain(|id| !in_use.contains(id));
+            let host = self.clone();
+            tokio::task::spawn_blocking(move || host.uploads.remove(&ids));
+        }
     }
 
     /// Forgets a final task and its files.
@@ -579,6 +615,7 @@ fn admitted_ms(journal: &[Entry]) -> Option<u64> {
 async fn keep_time(host: Arc<Host>) {
     loop {
         let wake_ms = host.look_at_the_clock();
+        host.remove_uploads(host.uploads.old(view::now_ms()));
         let wait = wake_ms.map(|at_ms| Duration::from_millis(at_ms.saturating_sub(view::now_ms())));
         // Clocks are set: it is not slept through.
         let wait = wait.unwrap_or(CLOCK_CHECK).clamp(CLOCK_TICK, CLOCK_CHECK);

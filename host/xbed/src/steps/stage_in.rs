@@ -283,8 +283,8 @@ fn has_magic(path: &Path, magic: &[u8]) -> Result<bool, Failure> {
 
 /// A file of the host with the source's content: the source itself if that will do.
 async fn local(context: &StepContext, source: &Source, to: PathBuf) -> Result<PathBuf, Failure> {
-    let here = uri(source)?.file_path();
-    match here {
+    let (uri, _) = place(context, source)?;
+    match uri.file_path() {
         Some(path) if source.compression.is_none() => {
             // Checks the owner's right to read it, and the digest.
             fetch(context, source, Destination::Verify).await?;
@@ -297,8 +297,17 @@ async fn local(context: &StepContext, source: &Source, to: PathBuf) -> Result<Pa
     }
 }
 
-pub(super) fn uri(source: &Source) -> Result<Uri, Failure> {
-    parse_uri(&source.uri)
+/// Where a source is, and with whose rights it is read: what was sent for it is `xbed`'s own.
+fn place(context: &StepContext, source: &Source) -> Result<(Uri, Identity), Failure> {
+    let Some(upload) = source.upload else {
+        return Ok((parse_uri(&source.uri)?, identity(context)));
+    };
+    let path = context.host.uploads.path(context.task.record.owner, upload);
+    let uri = url::Url::from_file_path(&path).map_err(|()| {
+        let what = format!("{} is no absolute path", path.display());
+        fail("host-io", what)
+    })?;
+    Ok((parse_uri(uri.as_str())?, Identity::current()))
 }
 
 pub(super) fn parse_uri(uri: &str) -> Result<Uri, Failure> {
@@ -330,12 +339,13 @@ async fn fetch(
         }
         None => None,
     };
+    let (uri, identity) = place(context, source)?;
     let request = FetchRequest {
-        uri: uri(source)?,
+        uri,
         hash: digest,
         compression: compression(source)?,
         destination,
-        identity: identity(context),
+        identity,
     };
     let (progress, seen) = watch::channel(xbee_staging::Progress::default());
     let transfer = context
@@ -343,7 +353,14 @@ async fn fetch(
         .stager
         .fetch(request, progress, &context.cancel);
     let fetched = with_progress(context, &source.uri, seen, transfer).await;
-    fetched.map_err(|error| fail(error.code(), chain(&error)))?;
+    fetched.map_err(|error| {
+        let reason = match source.upload {
+            // By the name that its owner knows.
+            Some(_) => format!("{}, as it was sent: {}", source.uri, chain(error.kind())),
+            None => chain(&error),
+        };
+        fail(error.code(), reason)
+    })?;
     Ok(())
 }
 
