@@ -362,3 +362,46 @@ async fn put(uri: Uri, source: &Path, creation: Creation) -> Result<(), Error> {
         .await?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(to: &To<'_>, number: Option<u32>, uri: &str) -> Result<PathBuf, Error> {
+        let result = ResultFile {
+            number: 0,
+            uri: uri.to_owned(),
+            creation: CreationFlag::Overwrite,
+            bytes: 0,
+        };
+        destination(to, number, &result).and_then(|(uri, _)| path_of(&uri))
+    }
+
+    #[test]
+    fn another_machine_has_no_say_in_what_is_written_here() {
+        let targets = BTreeSet::from(["file:///a/b".to_owned()]);
+        let named = To::Named(&targets);
+        let said = place(&named, None, "file:///a/b").unwrap();
+        assert_eq!(said, Path::new("/a/b"));
+        for uri in ["file:///a/../a/b", "file:///etc/passwd", "file:///a/B"] {
+            let error = place(&named, None, uri).unwrap_err();
+            assert_eq!(error.code(), "foreign-target", "{uri}");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let to = To::Directory(directory.path().to_owned());
+        for uri in [
+            "file:///a/b",
+            "file:///../b",
+            "file:///a/..%2f..%2fb",
+            "file:///a%2fb",
+        ] {
+            let path = place(&to, None, uri).unwrap();
+            assert_eq!(path, directory.path().join("b"), "{uri}");
+        }
+        let path = place(&to, Some(7), "file:///a/b").unwrap();
+        assert_eq!(path, directory.path().join("7/b"));
+        for uri in ["http://h/b", "b"] {
+            place(&to, None, uri).unwrap_err();
+        }
+    }
+}

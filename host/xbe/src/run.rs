@@ -171,9 +171,15 @@ pub async fn run(client: &Client, args: &cli::Run) -> Result<u8, Error> {
         end_line(&line_is_open);
     }
     tell_end(&task);
-    files
-        .fetch(client, &task, &Progress::new(!args.quiet))
-        .await?;
+    let progress = Progress::new(!args.quiet);
+    tokio::select! {
+        fetched = files.fetch(client, &task, &progress) => fetched?,
+        (_, code) = signals.next() => {
+            progress.clear();
+            note(format_args!("task {id} keeps its results: see `xbe fetch`"));
+            return Ok(code);
+        }
+    }
     if args.rm {
         client.remove(&id).await?;
     }

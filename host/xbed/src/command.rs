@@ -427,8 +427,13 @@ impl Commands {
     }
 
     /// Removes a file that was sent and that no job uses.
-    pub fn remove_upload(&self, caller: Caller, id: Uuid) -> Result<(), CommandError> {
-        Ok(self.host.uploads.discard(caller.owner, id)?)
+    pub async fn remove_upload(&self, caller: Caller, id: Uuid) -> Result<(), CommandError> {
+        let host = self.host.clone();
+        // A large file takes its time.
+        let removed =
+            tokio::task::spawn_blocking(move || host.uploads.discard(caller.owner, id)).await;
+        let removed = removed.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+        Ok(removed?)
     }
 
     /// The results that are kept with a task.
@@ -856,7 +861,7 @@ mod tests {
             // Used is used.
             let refused = commands.submit(caller, request).await.unwrap_err();
             assert_eq!(refused.code(), "upload-unknown");
-            let refused = commands.remove_upload(caller, sent).unwrap_err();
+            let refused = commands.remove_upload(caller, sent).await.unwrap_err();
             assert_eq!(refused.code(), "upload-unknown");
         }
     }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tracing::{info, warn};
 use uuid::Uuid;
 use xbee_api::{ArrayMember, HostInfo, chain};
@@ -428,12 +429,18 @@ impl Host {
         Ok(handles)
     }
 
-    /// A task is final: its capacity is free, and what was sent for it alone goes.
+    /// A task is final: its capacity is free.
     pub fn done(self: &Arc<Self>, task: &TaskHandle) {
         self.lock_queue().remove(task.record.id, view::now_ms());
-        let sent = task.job().map(|job| job.plan.uploads().collect());
-        self.remove_uploads(sent.unwrap_or_default());
+        // Of one that never began, nothing was released. It is not waited for: a large file takes time.
+        drop(self.release_uploads(task));
         self.schedule();
+    }
+
+    /// Removes what was sent for a task, and for no other that needs it.
+    pub fn release_uploads(self: &Arc<Self>, task: &TaskHandle) -> Option<JoinHandle<()>> {
+        let sent = task.job().map(|job| job.plan.uploads().collect());
+        self.remove_uploads(sent.unwrap_or_default())
     }
 
     /// What tasks take of what was sent.
@@ -445,17 +452,22 @@ impl Host {
     }
 
     fn uploads_in_use(&self) -> HashSet<Uuid> {
-        self.uploads_of(|task| !task.is_final())
+        self.uploads_of(|task| {
+            let phase = task.state().phase;
+            !matches!(phase, Phase::Final { .. } | Phase::Releasing { .. })
+        })
     }
 
-    /// Removes those of these uploads that no task needs that is not over. Not waited for: a large file takes time.
-    fn remove_uploads(self: &Arc<Self>, mut ids: Vec<Uuid>) {
-        if !ids.is_empty() {
-            let in_use = self.uploads_in_use();
-            ids.retain(|id| !in_use.contains(id));
-            let host = self.clone();
-            tokio::task::spawn_blocking(move || host.uploads.remove(&ids));
+    /// Removes those of these uploads that no task needs.
+    fn remove_uploads(self: &Arc<Self>, mut ids: Vec<Uuid>) -> Option<JoinHandle<()>> {
+        if ids.is_empty() {
+            return None;
         }
+        let in_use = self.uploads_in_use();
+        ids.retain(|id| !in_use.contains(id));
+        let host = self.clone();
+        let remove = move || host.uploads.remove(&ids);
+        Some(tokio::task::spawn_blocking(remove))
     }
 
     /// Forgets a final task and its files.
@@ -615,7 +627,8 @@ fn admitted_ms(journal: &[Entry]) -> Option<u64> {
 async fn keep_time(host: Arc<Host>) {
     loop {
         let wake_ms = host.look_at_the_clock();
-        host.remove_uploads(host.uploads.old(view::now_ms()));
+        // Not waited for, as it may take time.
+        drop(host.remove_uploads(host.uploads.old(view::now_ms())));
         let wait = wake_ms.map(|at_ms| Duration::from_millis(at_ms.saturating_sub(view::now_ms())));
         // Clocks are set: it is not slept through.
         let wait = wait.unwrap_or(CLOCK_CHECK).clamp(CLOCK_TICK, CLOCK_CHECK);

@@ -310,7 +310,7 @@ async fn remove_upload(
     caller: Caller,
     Path(id): Path<Uuid>,
 ) -> Answer<StatusCode> {
-    commands.remove_upload(caller, id)?;
+    commands.remove_upload(caller, id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

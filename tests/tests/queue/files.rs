@@ -130,6 +130,52 @@ fn files_of_this_machine_go_there_and_back() {
     assert!(names(&xbed.data().join("uploads")).is_empty());
 }
 
+/// An `xbe` that listens on a port, and stays.
+struct Waiting {
+    port: u16,
+    process: Child,
+    _errors: BufReader<std::process::ChildStderr>,
+}
+
+impl Waiting {
+    fn start(mut command: Command) -> Waiting {
+        let command = command.stdin(Stdio::null()).stdout(Stdio::null());
+        let mut process = command.stderr(Stdio::piped()).spawn().unwrap();
+        let mut errors = BufReader::new(process.stderr.take().unwrap());
+        let mut line = String::new();
+        errors.read_line(&mut line).unwrap();
+        let port = line.strip_prefix("xbe: port 127.0.0.1:");
+        let port = port
+            .and_then(|rest| rest.split(' ').next())
+            .unwrap_or(&line);
+        Waiting {
+            port: port.parse().unwrap_or_else(|_| panic!("{line}")),
+            process,
+            _errors: errors,
+        }
+    }
+
+    /// Its exit code, when it has ended by itself.
+    fn end(&mut self) -> i32 {
+        wait_for(|| self.process.try_wait().unwrap().is_some());
+        self.process.wait().unwrap().code().unwrap_or(-1)
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn xbed_with(site: &Site, uri: &str, backend: &'static str) -> Xbed {
+    let config = site.config(uri);
+    let config: Vec<&str> = config.iter().map(String::as_str).collect();
+    Xbed::start(backend, &config)
+}
+
 /// Says back what it hears, once; gives the port.
 fn echo() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -160,14 +206,8 @@ fn ports_of_this_machine_lead_into_the_domain() {
         let publish = format!("0:{}", echo());
         let mut args = command.to_vec();
         args.splice(1..1, ["-p", &publish]);
-        let mut run = site.command("alice", &uri, args);
-        let run = run.stdin(Stdio::null()).stdout(Stdio::null());
-        let mut run = run.stderr(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        let mut errors = BufReader::new(run.stderr.take().unwrap());
-        errors.read_line(&mut line).unwrap();
-        let port = line.strip_prefix("xbe: port 127.0.0.1:").unwrap();
-        let port: u16 = port.split(' ').next().unwrap().parse().unwrap();
+        let mut run = Waiting::start(site.command("alice", &uri, args));
+        let port = run.port;
         let tasks = || site.xbe("alice", &uri, ["ps", "--json"]).json();
         wait_for(|| tasks()[0]["substate"] == "Executing");
         let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
@@ -187,7 +227,7 @@ fn ports_of_this_machine_lead_into_the_domain() {
         assert_eq!(list.as_array().unwrap().len(), 1);
         let task = list[0]["id"].as_str().unwrap();
         site.xbe("alice", &uri, ["terminate", task]).ok();
-        assert_eq!(run.wait().unwrap().code(), Some(125));
+        assert_eq!(run.end(), 125);
     }
     // Nobody would be there for them.
     let ran = site.xbe("alice", &uri, ["submit", "-p", "0:80", &sleeps]);
@@ -267,17 +307,14 @@ fn a_killed_xbed_still_has_what_was_sent_and_leaks_nothing() {
 }
 
 #[test]
-fn a_virtual_machine_on_another_machine_has_files_and_ports_of_this_one() {
-    if !xbee_tests::has_image("base") || !Path::new("/usr/bin/qemu-system-x86_64").exists() {
-        println!("skipped: the image base or QEMU is missing");
+fn virtual_machines_on_another_machine_have_files_of_this_one() {
+    if !xbee_tests::has_image("base") {
         return;
     }
     let site = Site::new(&["alice"]);
     let broker = Broker::start(&site);
     let uri = broker.uri();
-    let config = site.config(&uri);
-    let config: Vec<&str> = config.iter().map(String::as_str).collect();
-    let xbed = Xbed::start("qemu", &config);
+    let xbed = xbed_with(&site, &uri, "qemu");
     site.wait_for("alice", &uri, &xbed);
     // Each job of a sweep has its own file, and one in common.
     let (one, two, both) = (site.path("one"), site.path("two"), site.path("both"));
@@ -323,6 +360,54 @@ fn a_virtual_machine_on_another_machine_has_files_and_ports_of_this_one() {
     assert_eq!(fs::read_to_string(&out).unwrap(), "firstcommon");
     let second = fs::read_to_string(site.path("out-of-two")).unwrap();
     assert_eq!(second, "secondcommon");
+    xbed.assert_nothing_left();
+}
+
+#[test]
+fn a_server_on_another_machine_serves_here_and_takes_ssh() {
+    if !xbee_tests::has_image("server") {
+        return;
+    }
+    let site = Site::new(&["alice"]);
+    let broker = Broker::start(&site);
+    let uri = broker.uri();
+    let xbed = xbed_with(&site, &uri, "qemu");
+    site.wait_for("alice", &uri, &xbed);
+    let pages = site.path("pages");
+    fs::create_dir(&pages).unwrap();
+    fs::write(pages.join("index.html"), "<h1>served from a domain</h1>\n").unwrap();
+    let archive = site.path("content.tar.bz2");
+    let mut tar = Command::new("tar");
+    run(tar.arg("-cjf").arg(&archive).arg("-C").arg(&pages).arg(".")).ok();
+    let example = fs::read_to_string(xbee_tests::root().join("examples/server.xsdl")).unwrap();
+    let document = example.replace("/srv/xenbee/content.tar.bz2", archive.to_str().unwrap());
+    assert_ne!(document, example);
+    let path = site.path("server.xsdl");
+    fs::write(&path, document).unwrap();
+    let submit = ["submit", "--wait", "-p", "0:80", path.to_str().unwrap()];
+    let mut submit = Waiting::start(site.command("alice", &uri, submit));
+    let task = || site.xbe("alice", &uri, ["ps", "--json"]).json()[0].clone();
+    wait_for(|| task()["substate"] == "Executing");
+    // nginx is started by the image's init, which has only begun.
+    let mut curl = Command::new("curl");
+    curl.args(["-sS", "--fail", "--retry", "60", "--retry-delay", "1"]);
+    curl.arg("--retry-all-errors");
+    let page = run(curl.arg(format!("http://127.0.0.1:{}/", submit.port))).ok();
+    assert_eq!(page.stdout, "<h1>served from a domain</h1>\n");
+    let task = task()["id"].as_str().unwrap().to_owned();
+    let ssh = |command: &[&str]| {
+        let args = ["ssh", &task, "--"].into_iter();
+        site.xbe("alice", &uri, args.chain(command.iter().copied()))
+    };
+    let hostname = ssh(&["hostname"]);
+    assert_eq!(
+        hostname.stdout.trim(),
+        format!("xbee-{}", &task[..8]),
+        "{hostname:?}"
+    );
+    assert_eq!(ssh(&["exit", "9"]).code, 9);
+    site.xbe("alice", &uri, ["terminate", &task]).ok();
+    assert_eq!(submit.end(), 125);
     xbed.assert_nothing_left();
 }
 

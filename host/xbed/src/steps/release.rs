@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use tokio::fs;
+use xbee_engine::Phase;
 
 use crate::fault;
 use crate::host::log_teardown;
@@ -34,6 +35,13 @@ pub async fn release(context: &StepContext) {
     task.address.send_replace(None);
     remove_temporary(&task.spool).await;
     fault::point("temporary removed");
+    // One that is tried again needs it again.
+    if matches!(task.state().phase, Phase::Releasing { .. })
+        && let Some(removing) = context.host.release_uploads(task)
+        && let Err(error) = removing.await
+    {
+        log_teardown("uploads not removed", &error);
+    }
 }
 
 fn temporary(spool: &Path) -> impl Iterator<Item = PathBuf> {
