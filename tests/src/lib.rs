@@ -31,7 +31,8 @@ const START_LIMIT: Duration = Duration::from_secs(180);
 pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// What a final task's spool may hold.
-const KEPT: [&str; 6] = [
+const KEPT: [&str; 7] = [
+    "results",
     "stdout",
     "stderr",
     "console",
@@ -431,15 +432,22 @@ impl Xbed {
         let domains = left.iter().filter(|entry| entry.path().is_dir());
         assert_eq!(domains.count(), 0, "{left:?}");
         let tasks = self.xbe(["ps", "-a", "--json"]).json();
-        let known: Vec<&str> = tasks
-            .as_array()
-            .unwrap()
-            .iter()
-            .filter_map(|task| task["id"].as_str())
-            .collect();
+        let mut known = vec![];
+        for task in tasks.as_array().unwrap() {
+            let id = task["id"].as_str().unwrap().to_owned();
+            if task["array"].is_object() {
+                let members = self.xbe(["ps", "-a", "--json", "--array", &id]).json();
+                let members = members.as_array().unwrap().iter();
+                known.extend(members.map(|task| task["id"].as_str().unwrap().to_owned()));
+            }
+            known.push(id);
+        }
+        let uploads = self.data().join("uploads");
+        let uploads: Vec<_> = fs::read_dir(uploads).unwrap().flatten().collect();
+        assert!(uploads.is_empty(), "{uploads:?}");
         for spool in fs::read_dir(self.data().join("tasks")).unwrap().flatten() {
             let name = spool.file_name().into_string().unwrap();
-            assert!(known.contains(&name.as_str()), "spool of no task: {name}");
+            assert!(known.contains(&name), "spool of no task: {name}");
             for file in fs::read_dir(spool.path()).unwrap().flatten() {
                 let file = file.file_name().into_string().unwrap();
                 assert!(KEPT.contains(&file.as_str()), "{name}/{file} is left");

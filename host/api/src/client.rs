@@ -9,23 +9,29 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::{Bytes, Incoming};
+use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
 use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::fs::File;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
+use tokio::sync::watch;
+use uuid::Uuid;
 
+use crate::upload::FileBody;
 use crate::{
     CacheEntry, CacheNews, CacheRequest, CheckReport, ConfirmRequest, DomainExport, EXEC_HEADER,
-    ErrorBody, ExecRequest, ExportForm, FollowQuery, HostInfo, ReserveRequest, Reserved, SshAccess,
-    SubmitRequest, TaskEvent, TaskStatus, TicketRequest, UPGRADE_EXEC, UPGRADE_TCP,
+    ErrorBody, ExecRequest, ExportForm, FollowQuery, HostInfo, ReserveRequest, Reserved,
+    ResultFile, SshAccess, SubmitRequest, TaskEvent, TaskStatus, TicketRequest, UPGRADE_EXEC,
+    UPGRADE_TCP, Upload,
 };
 
-/// Longest wait for the head of an answer, and for the whole of one that is not a stream.
+/// Longest wait for the head of an answer, for the whole of one that is not a stream, and for `xbed` to take
+/// more of an upload.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// Largest answer that is not a stream: room for tens of thousands of tasks.
 const MAX_ANSWER_BYTES: usize = 64 * 1024 * 1024;
@@ -273,6 +279,11 @@ impl Client {
         Client { way }
     }
 
+    /// `xbed` may be on another machine: its files, and its loopback, are not this side's.
+    pub fn is_remote(&self) -> bool {
+        matches!(self.way, Way::Other { .. })
+    }
+
     /// The address that another process of this user needs to reach the same `xbed`. It may hold a password.
     ///
     /// # Errors
@@ -432,6 +443,48 @@ impl Client {
         ))
     }
 
+    /// `POST /v1/uploads`: the next `bytes` of a file, of which `sent` tells how many have gone. Durable once it returns.
+    pub async fn upload(
+        &self,
+        file: File,
+        bytes: u64,
+        sent: watch::Sender<u64>,
+    ) -> Result<Upload, Error> {
+        let seen = sent.subscribe();
+        let request = request(Method::POST, "/v1/uploads")?.map(drop);
+        let request = FileBody::of(request, file, bytes, sent);
+        let stream = self.connect().await?;
+        let mut exchange = std::pin::pin!(exchange(stream, request));
+        let mut before = 0;
+        let answer = loop {
+            match tokio::time::timeout(ANSWER_TIMEOUT, &mut exchange).await {
+                Ok(answer) => break answer?,
+                Err(_) if *seen.borrow() == before => return Err(Error::Timeout),
+                Err(_) => before = *seen.borrow(),
+            }
+        };
+        json(answer).await
+    }
+
+    /// `DELETE /v1/uploads/{id}`.
+    pub async fn remove_upload(&self, id: Uuid) -> Result<(), Error> {
+        self.send(request(Method::DELETE, &format!("/v1/uploads/{id}"))?)
+            .await?;
+        Ok(())
+    }
+
+    /// `GET /v1/tasks/{id}/results`.
+    pub async fn results(&self, task: &str) -> Result<Vec<ResultFile>, Error> {
+        self.get(&task_path(task, "/results")?).await
+    }
+
+    /// `GET /v1/tasks/{id}/results/{number}`, from a byte on.
+    pub async fn result(&self, task: &str, number: u32, from: u64) -> Result<Bytestream, Error> {
+        let path = task_path(task, &format!("/results/{number}?from={from}"))?;
+        let answer = self.send(request(Method::GET, &path)?).await?;
+        Ok(Bytestream(answer.into_body()))
+    }
+
     /// `POST /v1/tasks/{id}/exec`: a connection of frames, see [`crate::exec`].
     pub async fn exec(&self, task: &str, exec: &ExecRequest) -> Result<Tunnel, Error> {
         let header = ascii_json(exec)?;
@@ -501,26 +554,7 @@ impl Client {
     /// Sends one request and turns error answers into errors.
     async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, Error> {
         let stream = self.connect().await?;
-        let exchange = async {
-            let (mut sender, connection) =
-                hyper::client::conn::http1::handshake(TokioIo::new(stream))
-                    .await
-                    .map_err(Error::Lost)?;
-            // Its errors come back through the answer and its body.
-            tokio::spawn(connection.with_upgrades());
-            let answer = sender.send_request(request).await.map_err(Error::Lost)?;
-            let status = answer.status();
-            if status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS {
-                return Ok(answer);
-            }
-            let body = collect(answer.into_body()).await?;
-            let body = serde_json::from_slice(&body).map_err(answer_error)?;
-            Err(Error::Refused {
-                status: status.as_u16(),
-                body,
-            })
-        };
-        tokio::time::timeout(ANSWER_TIMEOUT, exchange)
+        tokio::time::timeout(ANSWER_TIMEOUT, exchange(stream, request))
             .await
             .map_err(|_| Error::Timeout)?
     }
@@ -559,6 +593,33 @@ impl Client {
         }
         Ok(Box::new(stream))
     }
+}
+
+/// Sends a request over a connection of its own and turns error answers into errors.
+async fn exchange<B>(
+    stream: Box<dyn Stream>,
+    request: Request<B>,
+) -> Result<Response<Incoming>, Error>
+where
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(Error::Lost)?;
+    // Its errors come back through the answer and its body.
+    tokio::spawn(connection.with_upgrades());
+    let answer = sender.send_request(request).await.map_err(Error::Lost)?;
+    let status = answer.status();
+    if status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS {
+        return Ok(answer);
+    }
+    let body = collect(answer.into_body()).await?;
+    let body = serde_json::from_slice(&body).map_err(answer_error)?;
+    Err(Error::Refused {
+        status: status.as_u16(),
+        body,
+    })
 }
 
 /// The body of an answer as it comes.

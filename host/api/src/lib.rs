@@ -15,10 +15,14 @@
 //! | `GET /v1/cache` | | `[CacheEntry]`, oldest first |
 //! | `POST /v1/cache` | [`CacheRequest`] | lines of [`CacheNews`] JSON, the last of which is the entry (durable) or an error; hanging up cancels |
 //! | `DELETE /v1/cache/{id}` | | 204; tasks that have the file keep it |
+//! | `POST /v1/uploads` | bytes, with a length or in chunks | 201 [`Upload`] (durable) |
+//! | `DELETE /v1/uploads/{id}` | | 204; only while no task uses it |
 //! | `GET /v1/tasks` | `?all=true` includes final ones; `?array={id}` lists the tasks of an array, which are one entry otherwise | `[TaskStatus]` |
 //! | `GET /v1/tasks/{id}` | | [`TaskStatus`] |
 //! | `GET /v1/tasks/{id}/events` | [`FollowQuery`] | lines of [`TaskEvent`] JSON |
 //! | `GET /v1/tasks/{id}/logs/{stream}` | [`FollowQuery`]; stream is `stdout`, `stderr` or `console` | bytes; with `follow=true` until the task is final |
+//! | `GET /v1/tasks/{id}/results` | | [`ResultFile`]s: those that are kept for the client |
+//! | `GET /v1/tasks/{id}/results/{number}` | `?from=` a byte | bytes |
 //! | `POST /v1/tasks/{id}/terminate` | | 202 [`TaskStatus`] |
 //! | `DELETE /v1/tasks/{id}` | | 204; only in a final state |
 //! | `GET /v1/tasks/{id}/ssh` | | [`SshAccess`] |
@@ -37,6 +41,7 @@ mod chain;
 pub mod client;
 pub mod exec;
 mod types;
+mod upload;
 
 pub use chain::chain;
 pub use types::*;

@@ -1,5 +1,7 @@
 //! The types on the wire.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -32,6 +34,53 @@ pub struct SubmitRequest {
     /// if it is not said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retries: Option<u32>,
+    /// `file:` URIs of the document mean files of the client, which need not be on this host: sources are among
+    /// `uploads`, and what goes to targets is kept until the client has it ([`ResultFile`]).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub client_files: bool,
+    /// Sources, word for word as in the document, and the [`Upload`]s that are taken instead of them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub uploads: BTreeMap<String, Uuid>,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// A file that was sent to the host, for a job to come.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upload {
+    /// Its id, which one request may use, within an hour.
+    pub id: Uuid,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// SHA-256 of what arrived, in hexadecimal.
+    pub sha256: String,
+}
+
+/// A result that is kept for the client.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResultFile {
+    /// Its number, by which it is asked for.
+    pub number: u32,
+    /// Where it is to go, as in the document: a `file:` URI of the client's machine.
+    pub uri: String,
+    /// What is to happen to a file that is there.
+    pub creation: CreationFlag,
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+/// What happens to a file that is there (GFD.136, CreationFlag).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CreationFlag {
+    /// It is replaced.
+    Overwrite,
+    /// It is added to.
+    Append,
+    /// It stays.
+    DontOverwrite,
 }
 
 /// Capacity to hold for a task to come.

@@ -12,6 +12,7 @@ use xbee_jsdl::{Diagnostic, Options};
 use crate::cli;
 use crate::error::Error;
 use crate::exit;
+use crate::files::Files;
 use crate::run;
 use crate::term;
 
@@ -156,11 +157,12 @@ async fn ask(
     let jsdl = String::from_utf8(document).map_err(|_| Error::NotUtf8 {
         path: file.to_owned(),
     })?;
-    let request = SubmitRequest {
+    let mut request = SubmitRequest {
         jsdl,
         lenient: args.lenient,
         ..SubmitRequest::default()
     };
+    Files::of(client, &request).announce(&mut request);
     let answer = client.check(&request).await?;
     for message in answer.reasons {
         let severity = Severity::NotAccepted;

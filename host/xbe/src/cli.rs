@@ -51,6 +51,8 @@ pub enum Command {
     Watch(Task),
     /// Print what a task wrote
     Logs(Logs),
+    /// Fetch the results that a task on another machine keeps for you; prints where they are
+    Fetch(Fetch),
     /// End tasks, whatever they are doing
     Terminate(Tasks),
     /// List tasks
@@ -249,7 +251,8 @@ pub struct Run {
     /// Directory of the guest to run the command in
     #[arg(short, long, value_name = "PATH")]
     pub workdir: Option<String>,
-    /// Publish the guest's TCP port GUEST at port HOST of the host's loopback; 0: any free one
+    /// Publish the guest's TCP port GUEST at port HOST of the host's loopback, or of this machine's if the host
+    /// is another; 0: any free one
     #[arg(short, long, value_name = "HOST:GUEST", value_parser = units::published_port)]
     pub publish: Vec<PublishedPort>,
     /// Number of CPUs
@@ -298,7 +301,8 @@ pub struct Job {
     /// The JSDL document; - is standard input
     #[arg(value_hint = ValueHint::FilePath)]
     pub file: PathBuf,
-    /// Publish the guest's TCP port GUEST at port HOST of the host's loopback; 0: any free one
+    /// Publish the guest's TCP port GUEST at port HOST of the host's loopback, or of this machine's if the host
+    /// is another; 0: any free one
     #[arg(short, long, value_name = "HOST:GUEST", value_parser = units::published_port)]
     pub publish: Vec<PublishedPort>,
     /// Accept wrong element order and missing optional wrappers, and say so
@@ -396,6 +400,17 @@ pub struct Logs {
     /// The virtual machine's console instead of standard output
     #[arg(long)]
     pub console: bool,
+}
+
+/// `fetch`.
+#[derive(Debug, Args)]
+pub struct Fetch {
+    /// The task: its id or the first characters of it, at least 4
+    pub task: String,
+    /// Put them into this directory by their names, and replace nothing there [default: where the task's
+    /// document says]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub to: Option<PathBuf>,
 }
 
 /// `ps`.

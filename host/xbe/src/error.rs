@@ -57,6 +57,46 @@ pub enum Error {
     /// The address of a message broker's queue.
     #[error("--server or XBE_SERVER")]
     Address(#[source] xbee_carry::address::BadAddress),
+    /// A `file:` URI, or what it is to become.
+    #[error(transparent)]
+    Staging(#[from] xbee_staging::Error),
+    /// Another machine wants to write something here.
+    #[error(
+        "xbed wants to write {uri}, which is no target of the document: nothing was written there"
+    )]
+    ForeignTarget {
+        /// What.
+        uri: String,
+    },
+    /// A result that is not as long as was said.
+    #[error("{uri} has {bytes} bytes, of which xbed sent {got}: nothing was written there")]
+    WrongLength {
+        /// Where it was to go.
+        uri: String,
+        /// What it has.
+        bytes: u64,
+        /// What came.
+        got: u64,
+    },
+    /// There are no results yet.
+    #[error("task {task} is not over: `xbe watch {task}` waits for that")]
+    NotOver {
+        /// The task.
+        task: uuid::Uuid,
+    },
+    /// A port of this machine.
+    #[error("cannot listen on port {port} of 127.0.0.1: choose another with -p, or 0 for any")]
+    Port {
+        /// Which.
+        port: u16,
+        /// Why.
+        source: io::Error,
+    },
+    /// Ports without somebody who stays.
+    #[error(
+        "ports of a task on another machine are forwarded by xbe while it runs: `xbe run` and `xbe submit --wait` do that; or leave -p out, and use `xbe ssh TASK -- -L PORT:localhost:PORT`"
+    )]
+    NobodyListens,
     /// The stream of an exec or of a forwarded port broke.
     #[error("the connection to the guest was lost")]
     Tunnel(#[source] io::Error),
@@ -88,6 +128,12 @@ impl Error {
             Error::NoDirectory { .. } => "no-directory",
             Error::Document(_) | Error::NotUtf8 { .. } => "invalid-document",
             Error::Output(_) | Error::Write { .. } => "cannot-write",
+            Error::Staging(error) => error.code(),
+            Error::ForeignTarget { .. } => "foreign-target",
+            Error::WrongLength { .. } => "wrong-length",
+            Error::NotOver { .. } => "task-not-final",
+            Error::Port { .. } => "port-unavailable",
+            Error::NobodyListens => "nobody-listens",
             Error::Tunnel(_) => "connection-lost",
             Error::Exec(_) => "exec-failed",
             Error::NoSsh => "no-ssh",

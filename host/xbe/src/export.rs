@@ -5,6 +5,7 @@ use xbee_api::{ExportForm, SubmitRequest};
 
 use crate::cli;
 use crate::error::Error;
+use crate::files::Files;
 use crate::run;
 use crate::term;
 
@@ -21,11 +22,12 @@ pub async fn export(client: &Client, args: &cli::Export) -> Result<u8, Error> {
             client.export_task(task, form).await?
         }
         _ => {
-            let request = SubmitRequest {
+            let mut request = SubmitRequest {
                 jsdl: run::read_text(&args.what)?,
                 lenient: args.lenient,
                 ..SubmitRequest::default()
             };
+            Files::of(client, &request).announce(&mut request);
             client.export(&request, form).await?
         }
     };

@@ -20,14 +20,14 @@ const REFRESH: Duration = Duration::from_millis(250);
 
 /// Bears with an `xbed` that is restarting.
 #[derive(Default)]
-struct Patience {
+pub struct Patience {
     has_answered: bool,
     away_since: Option<Instant>,
 }
 
 impl Patience {
     /// Waits before the next attempt, or gives the error back.
-    async fn bear<T>(&mut self, result: Result<T, client::Error>) -> Result<Option<T>, Error> {
+    pub async fn bear<T>(&mut self, result: Result<T, client::Error>) -> Result<Option<T>, Error> {
         match result {
             Ok(value) => {
                 self.has_answered = true;
@@ -46,7 +46,7 @@ impl Patience {
     }
 
     /// Repeats a request until it has an answer.
-    async fn ask<T, F: Future<Output = Result<T, client::Error>>>(
+    pub async fn ask<T, F: Future<Output = Result<T, client::Error>>>(
         &mut self,
         request: impl Fn() -> F,
     ) -> Result<T, Error> {

@@ -12,9 +12,11 @@ mod error;
 mod exec;
 mod exit;
 mod export;
+mod files;
 mod follow;
 mod generate;
 mod pki;
+mod ports;
 mod remote;
 mod reserve;
 mod run;
@@ -94,6 +96,7 @@ async fn perform<'a>(
         Command::Status(args) => tasks::status(client()?, args).await,
         Command::Watch(args) => tasks::watch(client()?, args).await,
         Command::Logs(args) => tasks::logs(client()?, args).await,
+        Command::Fetch(args) => files::fetch_command(client()?, args).await,
         Command::Terminate(args) => tasks::terminate(client()?, args).await,
         Command::Ps(args) => tasks::ps(client()?, args).await,
         Command::Rm(args) => tasks::rm(client()?, args).await,

@@ -5,9 +5,10 @@ use xbee_api::{ConfirmRequest, ReserveRequest, TaskStatus, TicketRequest};
 
 use crate::cli;
 use crate::error::Error;
+use crate::files::{self, Files};
 use crate::run;
 use crate::tasks::now_ms;
-use crate::term;
+use crate::term::{self, Progress};
 use crate::units::Moment;
 
 /// `reserve`.
@@ -41,12 +42,23 @@ pub async fn reserve(client: &Client, args: &cli::Reserve) -> Result<u8, Error> 
 
 /// `confirm`.
 pub async fn confirm(client: &Client, args: &cli::Confirm) -> Result<u8, Error> {
+    run::check_ports(client, &args.job)?;
+    let mut request = run::request(&args.job)?;
+    let files = Files::of(client, &request);
+    let progress = Progress::new(!args.json.json);
+    files.send(client, &mut request, &progress).await?;
     let request = ConfirmRequest {
         ticket: args.ticket.clone(),
-        request: run::request(&args.job)?,
+        request,
         start: !args.no_start,
     };
-    tell(&client.confirm(&request).await?, &args.json)
+    match client.confirm(&request).await {
+        Ok(task) => tell(&task, &args.json),
+        Err(error) => {
+            files::take_back(client, &request.request.uploads).await;
+            Err(error.into())
+        }
+    }
 }
 
 /// `start`.

@@ -12,28 +12,53 @@ use crate::cli;
 use crate::document;
 use crate::error::Error;
 use crate::exit;
+use crate::files::{self, Files};
 use crate::follow;
+use crate::ports::Ports;
 use crate::signals::Signals;
 use crate::tasks::published;
 use crate::term::{self, Progress, note};
 
 /// `submit`.
 pub async fn submit(client: &Client, args: &cli::Submit) -> Result<u8, Error> {
-    let request = request(&args.job)?;
-    let task = client.submit(&request).await?;
+    let mut request = request(&args.job)?;
+    if !args.wait {
+        check_ports(client, &args.job)?;
+    }
+    let ports = Ports::listen(client, &mut request.publish).await?;
+    let progress = Progress::new(!args.json.json);
+    let files = Files::of(client, &request);
+    files.send(client, &mut request, &progress).await?;
+    let task = files::submit(client, &request).await?;
     if args.json.json {
         term::json(&task)?
     } else {
         term::out(task.id)?
     }
     tell_ports(&task);
+    ports.tell();
     if !args.wait {
         return Ok(0);
     }
-    let progress = Progress::new(!args.json.json);
-    let task = follow::states(client, &task.id.to_string(), &progress, |_| Ok(())).await?;
+    let id = task.id.to_string();
+    let task = tokio::select! {
+        task = follow::states(client, &id, &progress, |_| Ok(())) => task?,
+        never = ports.serve(client, &id) => match never {},
+    };
+    files.fetch(client, &task, &progress).await?;
     tell_end(&task);
     Ok(exit::of_job(&task))
+}
+
+/// Whether somebody listens on a job's ports when `xbe` does not stay.
+///
+/// # Errors
+/// [`Error::NobodyListens`].
+pub fn check_ports(client: &Client, job: &cli::Job) -> Result<(), Error> {
+    match client.is_remote() && !job.publish.is_empty() {
+        true => Err(Error::NobodyListens),
+        false => Ok(()),
+    }
 }
 
 /// The request for a document.
@@ -44,6 +69,7 @@ pub fn request(job: &cli::Job) -> Result<SubmitRequest, Error> {
         publish: job.publish.clone(),
         priority: job.priority,
         retries: job.retries,
+        ..SubmitRequest::default()
     })
 }
 
@@ -57,18 +83,30 @@ pub fn print_jsdl(args: &cli::Run) -> Result<u8, Error> {
 pub async fn run(client: &Client, args: &cli::Run) -> Result<u8, Error> {
     let jsdl = document::of(args)?;
     let mut signals = Signals::catch()?;
-    let request = SubmitRequest {
+    let mut request = SubmitRequest {
         jsdl,
         publish: args.publish.clone(),
         ..SubmitRequest::default()
     };
-    let task = client.submit(&request).await?;
+    let ports = Ports::listen(client, &mut request.publish).await?;
+    let progress = Progress::new(!args.quiet);
+    let files = Files::of(client, &request);
+    let interrupted = tokio::select! {
+        sent = files.send(client, &mut request, &progress) => sent.map(|()| None)?,
+        (_, code) = signals.next() => Some(code),
+    };
+    if let Some(code) = interrupted {
+        progress.clear();
+        files::take_back(client, &request.uploads).await;
+        return Ok(code);
+    }
+    let task = files::submit(client, &request).await?;
     if !args.quiet {
         tell_ports(&task);
+        ports.tell();
     }
     let id = task.id.to_string();
 
-    let progress = Progress::new(!args.quiet);
     let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
     let line_is_open = Cell::new(false);
     let work = async {
@@ -92,10 +130,12 @@ pub async fn run(client: &Client, args: &cli::Run) -> Result<u8, Error> {
         )
     };
     let mut work = std::pin::pin!(work);
+    let mut serving = std::pin::pin!(ports.serve(client, &id));
     let mut interrupted = None;
     let ended = loop {
         tokio::select! {
             ended = &mut work => break ended,
+            never = &mut serving => match never {},
             (_, code) = signals.next() => {
                 if interrupted.is_some() {
                     return Ok(code);
@@ -131,6 +171,15 @@ pub async fn run(client: &Client, args: &cli::Run) -> Result<u8, Error> {
         end_line(&line_is_open);
     }
     tell_end(&task);
+    let progress = Progress::new(!args.quiet);
+    tokio::select! {
+        fetched = files.fetch(client, &task, &progress) => fetched?,
+        (_, code) = signals.next() => {
+            progress.clear();
+            note(format_args!("task {id} keeps its results: see `xbe fetch`"));
+            return Ok(code);
+        }
+    }
     if args.rm {
         client.remove(&id).await?;
     }

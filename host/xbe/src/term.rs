@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use xbee_api::{Progress as Transfer, State, SubState, TaskStatus};
+use xbee_api::{State, SubState, TaskStatus};
 
 use crate::error::Error;
 
@@ -142,27 +142,25 @@ impl Progress {
             return;
         }
         match &task.progress {
-            Some(progress) => self.show_transfer(progress),
-            None => {
-                let state = state_name(task.state, task.substate);
-                self.show_as(state, "{spinner} {msg} {elapsed}", None);
-            }
+            Some(now) => self.transfer(&now.what, now.done_bytes, now.total_bytes),
+            None => self.draw(state_name(task.state, task.substate), None),
         }
     }
 
     /// Shows how far a transfer is.
-    pub fn show_transfer(&self, progress: &Transfer) {
-        let style = match progress.total_bytes {
-            Some(_) => "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-            None => "{spinner} {msg} {bytes} {bytes_per_sec}",
-        };
-        self.show_as(clean_line(&progress.what), style, Some(progress));
+    pub fn transfer(&self, what: &str, done_bytes: u64, total_bytes: Option<u64>) {
+        self.draw(clean_line(what), Some((done_bytes, total_bytes)));
     }
 
-    fn show_as(&self, message: String, style: &str, progress: Option<&Transfer>) {
+    fn draw(&self, message: String, bytes: Option<(u64, Option<u64>)>) {
         if !self.visible.get() {
             return;
         }
+        let style = match bytes {
+            Some((_, Some(_))) => "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+            Some((_, None)) => "{spinner} {msg} {bytes} {bytes_per_sec}",
+            None => "{spinner} {msg} {elapsed}",
+        };
         let mut shown = self.shown.borrow_mut();
         if shown
             .as_ref()
@@ -179,11 +177,11 @@ impl Progress {
             bar.enable_steady_tick(TICK);
             *shown = Some((message, bar));
         }
-        if let (Some((_, bar)), Some(progress)) = (&*shown, progress) {
-            if let Some(total) = progress.total_bytes {
+        if let (Some((_, bar)), Some((done, total))) = (&*shown, bytes) {
+            if let Some(total) = total {
                 bar.set_length(total);
             }
-            bar.set_position(progress.done_bytes);
+            bar.set_position(done);
         }
     }
 

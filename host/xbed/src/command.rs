@@ -3,28 +3,34 @@
 //! A front door turns its requests into calls of [`Commands`] with the [`Caller`] it has
 //! authenticated, and answers or [`CommandError`]s into its own words.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::body::Bytes;
+use futures::Stream;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use uuid::Uuid;
 use xbee_agent::Agent;
 use xbee_api::{
     CACHE_SCHEME, CacheEntry, CacheRequest, CheckReport, ConfirmRequest, DomainExport, ExportForm,
-    HostInfo, ReserveRequest, Reserved, SshAccess, SubmitRequest, TaskEvent, TaskStatus, chain,
+    HostInfo, ReserveRequest, Reserved, ResultFile, SshAccess, SubmitRequest, TaskEvent,
+    TaskStatus, Upload, chain,
 };
 use xbee_engine::{Phase, QueueError};
-use xbee_staging::{Scheme, Uri};
 
 use crate::array::{Array, Members};
 use crate::cache::{self, Asked, CacheError, Held, Room, Wanted};
 use crate::export;
 use crate::host::{Host, fill_random};
 use crate::plan::Plan;
+use crate::reach::{is_file, Purpose, Reach};
+use crate::steps;
 use crate::store::{Entry, Owner, Reservation, StoreError};
 use crate::task::TaskHandle;
 use crate::translate::{PlanError, Planned};
+use crate::uploads::{Claim, UploadError};
 use crate::view;
 
 /// Shortest prefix of an id that names a task.
@@ -130,14 +136,27 @@ pub enum CommandError {
         /// The bound.
         most: u32,
     },
-    /// A file of this host, for somebody who is not on it.
+    /// A file of this host, for somebody who is not on it, or one of the client's that it keeps.
     #[error(
-        "{0} is a file of xbed's host, whose files are not for users on other machines: take it from or bring it to a server"
+        "{0} is no file for this job: the client did not send it or does not fetch it, and files of xbed's host are not for users on other machines; use an xbe that does, or take it from or bring it to a server"
     )]
     LocalFile(String),
+    /// A file that is sent, or was not.
+    #[error(transparent)]
+    Upload(#[from] UploadError),
+    /// It was not kept, or has another number.
+    #[error(
+        "task {task} keeps no result {number}: those it keeps are listed by GET /v1/tasks/{task}/results once it is over"
+    )]
+    NoResult {
+        /// The task.
+        task: Uuid,
+        /// What was asked for.
+        number: u32,
+    },
     /// A port of this host, for somebody who is not on it.
     #[error(
-        "ports are published on xbed's host, which users on other machines do not reach: `xbe ssh TASK -L PORT:localhost:PORT` does it from here"
+        "ports are published on xbed's host, which users on other machines do not reach: `xbe run` and `xbe submit --wait` of this version listen on their own machine, and so does `xbe ssh TASK -- -L PORT:localhost:PORT`"
     )]
     LocalPort,
     /// It is not one task.
@@ -221,6 +240,8 @@ impl CommandError {
             CommandError::Retries { .. } => "too-many-retries",
             CommandError::LocalFile(_) => "local-file",
             CommandError::LocalPort => "local-port",
+            CommandError::Upload(error) => error.code(),
+            CommandError::NoResult { .. } => "no-such-result",
             CommandError::IsArray(_) => "is-array",
             CommandError::NotFinal(_) => "task-not-final",
             CommandError::NoDomain(_) => "no-domain",
@@ -339,7 +360,7 @@ impl Commands {
 
     /// Whether a job would be taken.
     pub async fn check(&self, caller: Caller, request: SubmitRequest) -> CheckReport {
-        let planned = self.plan(caller, request).await;
+        let planned = self.plan(caller, request, Purpose::Look).await;
         let refused = match &planned {
             Ok((planned, _)) => {
                 let mut demands = planned.plans().map(Plan::demand);
@@ -359,14 +380,15 @@ impl Commands {
     async fn plan(
         &self,
         caller: Caller,
-        request: SubmitRequest,
+        mut request: SubmitRequest,
+        purpose: Purpose,
     ) -> Result<(Planned, Vec<String>), CommandError> {
         let host = self.host.clone();
         let read = move || {
-            let publishes = !request.publish.is_empty();
+            let reach = Reach::take(caller, &mut request, purpose);
             let mut planned = Planned::read(request, &host.images)?;
-            check_reach(caller, publishes, planned.0.plans())?;
             for plan in planned.0.plans_mut() {
+                reach.apply(plan)?;
                 find_cached(&host, caller, plan)?;
             }
             Ok(planned)
@@ -383,10 +405,58 @@ impl Commands {
         request: SubmitRequest,
     ) -> Result<TaskStatus, CommandError> {
         self.check_wishes(caller, &request)?;
-        Ok(match self.plan(caller, request).await?.0 {
+        let planned = self.plan(caller, request, Purpose::Take).await?.0;
+        let claim = self.claim(caller, &planned)?;
+        let status = match planned {
             Planned::One(job) => self.host.accept(caller.owner, *job).await?.status(),
             Planned::Sweep(jobs) => self.host.accept_array(caller.owner, jobs).await?.status(),
-        })
+        };
+        claim.keep();
+        Ok(status)
+    }
+
+    /// Makes what jobs take of what was sent theirs.
+    fn claim(&self, caller: Caller, planned: &Planned) -> Result<Claim<'_>, UploadError> {
+        let ids = planned.plans().flat_map(Plan::uploads).collect();
+        self.host.uploads.claim(caller.owner, ids)
+    }
+
+    /// Takes a file for a job to come. When this returns, it is durable.
+    pub async fn upload(
+        &self,
+        caller: Caller,
+        bytes: Option<u64>,
+        pieces: impl Stream<Item = Result<Bytes, axum::Error>> + Unpin,
+    ) -> Result<Upload, CommandError> {
+        let uploads = &self.host.uploads;
+        Ok(uploads.receive(caller.owner, bytes, pieces).await?)
+    }
+
+    /// Removes a file that was sent and that no job uses.
+    pub async fn remove_upload(&self, caller: Caller, id: Uuid) -> Result<(), CommandError> {
+        let host = self.host.clone();
+        // A large file takes its time.
+        let removed =
+            tokio::task::spawn_blocking(move || host.uploads.discard(caller.owner, id)).await;
+        let removed = removed.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+        Ok(removed?)
+    }
+
+    /// The results that are kept with a task.
+    pub async fn results(&self, task: &TaskHandle) -> Vec<ResultFile> {
+        steps::kept_results(task).await
+    }
+
+    /// Where one of them is.
+    pub async fn result(&self, task: &TaskHandle, number: u32) -> Result<PathBuf, CommandError> {
+        let kept = self.results(task).await;
+        match kept.iter().any(|result| result.number == number) {
+            true => Ok(steps::kept_result(&task.spool, number)),
+            false => Err(CommandError::NoResult {
+                task: task.record.id,
+                number,
+            }),
+        }
     }
 
     fn check_wishes(&self, caller: Caller, request: &SubmitRequest) -> Result<(), CommandError> {
@@ -448,7 +518,9 @@ impl Commands {
         let task = self.by_ticket(caller, &request.ticket)?;
         let id = task.record.id;
         self.check_wishes(caller, &request.request)?;
-        let Planned::One(job) = self.plan(caller, request.request).await?.0 else {
+        let planned = self.plan(caller, request.request, Purpose::Take).await?.0;
+        let claim = self.claim(caller, &planned)?;
+        let Planned::One(job) = planned else {
             return Err(CommandError::SweepReserved);
         };
         let job = Arc::new(*job);
@@ -468,7 +540,10 @@ impl Commands {
         task.confirm(job.clone(), request.start);
         written(id, task.left(Phase::Reserved)).await?;
         match task.job() {
-            Some(taken) if Arc::ptr_eq(taken, &job) => Ok(task.status()),
+            Some(taken) if Arc::ptr_eq(taken, &job) => {
+                claim.keep();
+                Ok(task.status())
+            }
             Some(_) => Err(CommandError::AlreadyConfirmed(id)),
             // It was over meanwhile.
             None => Err(CommandError::TicketInvalid),
@@ -496,11 +571,12 @@ impl Commands {
     pub fn export(
         &self,
         caller: Caller,
-        request: &SubmitRequest,
+        mut request: SubmitRequest,
         form: ExportForm,
     ) -> Result<DomainExport, CommandError> {
-        let (plan, _) = Plan::from_request(request, &self.host.images)?;
-        check_reach(caller, !request.publish.is_empty(), [&plan])?;
+        let reach = Reach::take(caller, &mut request, Purpose::Look);
+        let (mut plan, _) = Plan::from_request(&request, &self.host.images)?;
+        reach.apply(&mut plan)?;
         export::of_job(&self.host, caller.owner, &plan, form)
     }
 
@@ -666,8 +742,8 @@ impl Commands {
         caller: Caller,
         request: CacheRequest,
     ) -> Result<Asked, CommandError> {
-        let uri: Uri = request.uri.parse().map_err(PlanError::Uri)?;
-        if caller.owner.is_remote() && uri.scheme() == Scheme::File {
+        let uri = request.uri.parse().map_err(PlanError::Uri)?;
+        if caller.owner.is_remote() && is_file(&request.uri) {
             return Err(CommandError::LocalFile(request.uri));
         }
         let hash = request.digest.as_deref().map(cache::digest).transpose()?;
@@ -733,26 +809,6 @@ async fn written(id: Uuid, written: impl Future<Output = ()>) -> Result<(), Comm
     waited.map_err(|_| CommandError::NotWritten(id))
 }
 
-/// What is only of this host is not for those who are not on it.
-fn check_reach<'a>(
-    caller: Caller,
-    publishes: bool,
-    plans: impl IntoIterator<Item = &'a Plan>,
-) -> Result<(), CommandError> {
-    if !caller.owner.is_remote() {
-        return Ok(());
-    }
-    if publishes {
-        return Err(CommandError::LocalPort);
-    }
-    let is_local = |uri: &&str| {
-        let uri = uri.parse::<Uri>();
-        uri.is_ok_and(|uri| uri.scheme() == Scheme::File)
-    };
-    let local = plans.into_iter().flat_map(Plan::uris).find(is_local);
-    local.map_or(Ok(()), |uri| Err(CommandError::LocalFile(uri.to_owned())))
-}
-
 /// Finds the cache entries that a plan names by the beginnings of their ids: their owner's own, whoever else sees them.
 fn find_cached(host: &Host, caller: Caller, plan: &mut Plan) -> Result<(), CommandError> {
     for source in plan.sources_mut() {
@@ -803,10 +859,7 @@ mod tests {
     fn request(jsdl: &str) -> SubmitRequest {
         SubmitRequest {
             jsdl: jsdl.into(),
-            lenient: false,
-            publish: vec![],
-            priority: 0,
-            retries: None,
+            ..SubmitRequest::default()
         }
     }
 
@@ -827,6 +880,78 @@ mod tests {
             // To root priority is no matter: the document is.
             let refused = commands.submit(caller(0), asked).await.unwrap_err();
             assert_eq!(matches!(refused, CommandError::Plan(_)), priority > 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_file_uri_means_depends_on_who_asks_and_what_was_sent() {
+        const URI: &str = "file:///there/in";
+        let (_dir, commands) = commands().await;
+        let staging = |rest: &str| {
+            request(&format!(
+                r#"<j:JobDefinition xmlns:j="http://schemas.ggf.org/jsdl/2005/11/jsdl"><j:JobDescription><j:DataStaging>
+                <j:FileName>f</j:FileName><j:CreationFlag>overwrite</j:CreationFlag>{rest}
+                </j:DataStaging></j:JobDescription></j:JobDefinition>"#
+            ))
+        };
+        let source = staging(&format!("<j:Source><j:URI>{URI}</j:URI></j:Source>"));
+        let target = staging(&format!("<j:Target><j:URI>{URI}</j:URI></j:Target>"));
+        let (local, remote) = (caller(7), caller(Owner::FIRST_REMOTE));
+        let plan_of = |status: &TaskStatus| {
+            let task = commands.host.task(status.id).unwrap();
+            task.plan().clone()
+        };
+        // On this host, as ever.
+        let plan = plan_of(&commands.submit(local, source.clone()).await.unwrap());
+        assert_eq!(plan.uploads().count(), 0);
+        let plan = plan_of(&commands.submit(local, target.clone()).await.unwrap());
+        assert!(!plan.stage_out[0].keep);
+        // Nothing of this host's for others.
+        for request in [&source, &target] {
+            let refused = commands.submit(remote, request.clone()).await.unwrap_err();
+            assert_eq!(refused.code(), "local-file");
+            assert!(!commands.check(remote, request.clone()).await.accepted);
+        }
+        let of_client = |request: &SubmitRequest, uploads: &[Uuid]| SubmitRequest {
+            client_files: true,
+            uploads: uploads.iter().map(|id| (URI.to_owned(), *id)).collect(),
+            ..request.clone()
+        };
+        for caller in [local, remote] {
+            // What is to come is right to ask about, but not enough for a task.
+            assert!(
+                commands
+                    .check(caller, of_client(&source, &[]))
+                    .await
+                    .accepted
+            );
+            let refused = commands
+                .submit(caller, of_client(&source, &[]))
+                .await
+                .unwrap_err();
+            assert_eq!(refused.code(), "local-file");
+            let plan = plan_of(
+                &commands
+                    .submit(caller, of_client(&target, &[]))
+                    .await
+                    .unwrap(),
+            );
+            assert!(plan.stage_out[0].keep);
+            let sent = futures::stream::iter([Ok(Bytes::from_static(b"content"))]);
+            let sent = commands.upload(caller, None, sent).await.unwrap().id;
+            let request = of_client(&source, &[sent]);
+            // Somebody else's.
+            let other = self::caller(caller.owner.uid + 1);
+            let refused = commands.submit(other, request.clone()).await.unwrap_err();
+            assert_eq!(refused.code(), "upload-unknown");
+            let plan = plan_of(&commands.submit(caller, request.clone()).await.unwrap());
+            assert_eq!(plan.uploads().collect::<Vec<_>>(), [sent]);
+            assert_eq!(plan.sources().next().unwrap().uri, URI);
+            // Used is used.
+            let refused = commands.submit(caller, request).await.unwrap_err();
+            assert_eq!(refused.code(), "upload-unknown");
+            let refused = commands.remove_upload(caller, sent).await.unwrap_err();
+            assert_eq!(refused.code(), "upload-unknown");
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tracing::{info, warn};
 use uuid::Uuid;
 use xbee_api::{ArrayMember, HostInfo, chain};
@@ -26,6 +27,7 @@ use crate::steps;
 use crate::store::{Entry, Job, Owner, Reservation, Store, StoreError, StoredTask, TaskRecord};
 use crate::task::{self, Begin, TaskHandle};
 use crate::translate::Swept;
+use crate::uploads::Uploads;
 use crate::view;
 
 /// Longest time in which nobody looks at the clock.
@@ -47,6 +49,8 @@ pub struct Host {
     pub stager: Stager,
     /// Files that were fetched and are kept.
     pub cache: Cache,
+    /// Files that were sent for jobs.
+    pub uploads: Uploads,
     capabilities: HostCapabilities,
     queue: Mutex<Queue<Uuid>>,
     /// Told when the queue has changed.
@@ -104,6 +108,10 @@ impl Host {
                 source,
             })?;
         }
+        let uploads = Uploads::open(&config.data).map_err(|source| HostError::Directory {
+            path: config.data.join("uploads"),
+            source,
+        })?;
         let store = Store::open(&config.data.join("tasks.sqlite"))?;
         let cache = Cache::open(config.data.join("cache"), config.cache, &store)?;
         let capabilities = hypervisor.probe().await?;
@@ -128,6 +136,7 @@ impl Host {
             hypervisor,
             stager,
             cache,
+            uploads,
             capabilities,
         }))
     }
@@ -183,6 +192,8 @@ impl Host {
             self.hypervisor.destroy(*id).await?;
         }
         self.remove_forgotten();
+        let used_up = self.uploads_of(|task| task.is_final());
+        self.uploads.settle(&self.uploads_in_use(), &used_up);
         self.schedule();
         tokio::spawn(keep_time(self.clone()));
         Ok(())
@@ -411,22 +422,26 @@ impl Host {
         let inserted = inserted
             .await
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
-        let mut handles = vec![];
-        for (number, record) in inserted {
-            let handle = self.hold(StoredTask {
+        let hold = |(number, record)| {
+            self.hold(StoredTask {
                 number,
                 record,
                 journal: vec![entry.clone()],
-            });
+            })
+        };
+        // All are known before the first may end, and with it what it shares with others.
+        let handles: Vec<_> = inserted.map(hold).collect();
+        for handle in &handles {
             tokio::spawn(task::run(self.clone(), handle.clone(), Begin::default()));
-            handles.push(handle);
         }
         Ok(handles)
     }
 
     /// A task is final: its capacity is free.
-    pub fn done(&self, task: &TaskHandle) {
+    pub fn done(self: &Arc<Self>, task: &TaskHandle) {
         self.lock_queue().remove(task.record.id, view::now_ms());
+        // Of one that never began, nothing was released. It is not waited for: a large file takes time.
+        drop(self.release_uploads(task));
         self.schedule();
     }
 
@@ -434,10 +449,44 @@ impl Host {
     pub fn cached_names(&self) -> HashMap<Uuid, Uuid> {
         let mut names = HashMap::new();
         for task in self.tasks().iter().filter(|task| !task.is_final()) {
-            let uris = task.job().into_iter().flat_map(|job| job.plan.uris());
-            names.extend(uris.filter_map(cache::named).map(|id| (id, task.record.id)));
+            let sources = task.job().into_iter().flat_map(|job| job.plan.sources());
+            let named = sources.filter_map(|source| cache::named(&source.uri));
+            names.extend(named.map(|id| (id, task.record.id)));
         }
         names
+    }
+
+    /// Removes what was sent for a task, and for no other that needs it.
+    pub fn release_uploads(self: &Arc<Self>, task: &TaskHandle) -> Option<JoinHandle<()>> {
+        let sent = task.job().map(|job| job.plan.uploads().collect());
+        self.remove_uploads(sent.unwrap_or_default())
+    }
+
+    /// What tasks take of what was sent.
+    fn uploads_of(&self, which: impl Fn(&TaskHandle) -> bool) -> HashSet<Uuid> {
+        let tasks = self.read_tasks();
+        let tasks = tasks.values().filter(|task| which(task));
+        let jobs = tasks.filter_map(|task| task.job());
+        jobs.flat_map(|job| job.plan.uploads()).collect()
+    }
+
+    fn uploads_in_use(&self) -> HashSet<Uuid> {
+        self.uploads_of(|task| {
+            let phase = task.state().phase;
+            !matches!(phase, Phase::Final { .. } | Phase::Releasing { .. })
+        })
+    }
+
+    /// Removes those of these uploads that no task needs.
+    fn remove_uploads(self: &Arc<Self>, mut ids: Vec<Uuid>) -> Option<JoinHandle<()>> {
+        if ids.is_empty() {
+            return None;
+        }
+        let in_use = self.uploads_in_use();
+        ids.retain(|id| !in_use.contains(id));
+        let host = self.clone();
+        let remove = move || host.uploads.remove(&ids);
+        Some(tokio::task::spawn_blocking(remove))
     }
 
     /// Forgets a final task and its files.
@@ -597,6 +646,8 @@ fn admitted_ms(journal: &[Entry]) -> Option<u64> {
 async fn keep_time(host: Arc<Host>) {
     loop {
         let wake_ms = host.look_at_the_clock();
+        // Not waited for, as it may take time.
+        drop(host.remove_uploads(host.uploads.old(view::now_ms())));
         let wait = wake_ms.map(|at_ms| Duration::from_millis(at_ms.saturating_sub(view::now_ms())));
         // Clocks are set: it is not slept through.
         let wait = wait.unwrap_or(CLOCK_CHECK).clamp(CLOCK_TICK, CLOCK_CHECK);

@@ -7,7 +7,7 @@ use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::connect_info::{ConnectInfo, Connected};
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{self, DefaultBodyLimit, FromRequestParts, Request, State};
@@ -25,10 +25,11 @@ use serde::de::DeserializeOwned;
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::net::{UnixListener, unix::UCred};
+use uuid::Uuid;
 use xbee_api::{
     CheckReport, ConfirmRequest, DomainExport, EXEC_HEADER, ErrorBody, ExecRequest, ExportForm,
-    FollowQuery, HostInfo, ReserveRequest, Reserved, SshAccess, SubmitRequest, TaskStatus,
-    TicketRequest, UPGRADE_EXEC, UPGRADE_TCP, chain,
+    FollowQuery, HostInfo, ReserveRequest, Reserved, ResultFile, SshAccess, SubmitRequest,
+    TaskStatus, TicketRequest, UPGRADE_EXEC, UPGRADE_TCP, Upload, chain,
 };
 use xbee_engine::QueueError;
 
@@ -38,6 +39,7 @@ use crate::exec;
 use crate::logs::Stream;
 use crate::store::{Owner, StoreError};
 use crate::task::TaskHandle;
+use crate::uploads::UploadError;
 
 /// Largest request, bytes: a document of the largest size with every character escaped.
 const MAX_BODY: usize = 8 << 20;
@@ -60,6 +62,10 @@ pub fn router(commands: Commands) -> Router {
         .route("/v1/reservations/cancel", post(cancel))
         .route("/v1/cache", get(cache::http::list).post(cache::http::add))
         .route("/v1/cache/{id}", delete(cache::http::remove))
+        .route("/v1/uploads", post(upload))
+        .route("/v1/uploads/{id}", delete(remove_upload))
+        .route("/v1/tasks/{id}/results", get(results))
+        .route("/v1/tasks/{id}/results/{number}", get(result))
         .route("/v1/tasks/{id}/events", get(events))
         .route("/v1/tasks/{id}/logs/{stream}", get(logs))
         .route("/v1/tasks/{id}/terminate", post(terminate))
@@ -203,6 +209,15 @@ impl From<CommandError> for Failure {
             CommandError::NotFinal(_) | CommandError::NoDomain(_) | CommandError::NoSsh(_) => {
                 StatusCode::CONFLICT
             }
+            CommandError::Upload(error) => match error {
+                UploadError::Unknown(_) => StatusCode::NOT_FOUND,
+                UploadError::TooLarge | UploadError::UserFull => StatusCode::PAYLOAD_TOO_LARGE,
+                UploadError::Stalled => StatusCode::REQUEST_TIMEOUT,
+                UploadError::CutOff(_) => StatusCode::BAD_REQUEST,
+                UploadError::DiskFull(_) => StatusCode::INSUFFICIENT_STORAGE,
+                UploadError::Io { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+            },
+            CommandError::NoResult { .. } => StatusCode::NOT_FOUND,
             CommandError::Agent(_) => StatusCode::BAD_GATEWAY,
             CommandError::Export(_) => StatusCode::CONFLICT,
             CommandError::Cache(error) => match error {
@@ -272,7 +287,7 @@ async fn export(
     Query(form): Query<ExportForm>,
     request: Result<Json<SubmitRequest>, JsonRejection>,
 ) -> Answer<Json<DomainExport>> {
-    Ok(Json(commands.export(caller, &body(request)?, form)?))
+    Ok(Json(commands.export(caller, body(request)?, form)?))
 }
 
 async fn export_task(
@@ -292,6 +307,60 @@ async fn submit(
 ) -> Answer<(StatusCode, Json<TaskStatus>)> {
     let status = commands.submit(caller, body(request)?).await?;
     Ok((StatusCode::CREATED, Json(status)))
+}
+
+/// The body is not bounded as others are: it is written down as it comes.
+async fn upload(
+    State(commands): State<Commands>,
+    caller: Caller,
+    request: Request,
+) -> Answer<(StatusCode, Json<Upload>)> {
+    let body = request.into_body();
+    let bytes = body.size_hint().exact();
+    let upload = commands.upload(caller, bytes, body.into_data_stream());
+    Ok((StatusCode::CREATED, Json(upload.await?)))
+}
+
+async fn remove_upload(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Path(id): Path<Uuid>,
+) -> Answer<StatusCode> {
+    commands.remove_upload(caller, id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn results(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Path(id): Path<String>,
+) -> Answer<Json<Vec<ResultFile>>> {
+    let task = commands.task(caller, &id)?;
+    Ok(Json(commands.results(&task).await))
+}
+
+async fn result(
+    State(commands): State<Commands>,
+    caller: Caller,
+    Path((id, number)): Path<(String, u32)>,
+    Query(query): Query<FollowQuery>,
+) -> Answer<Response> {
+    let task = commands.task(caller, &id)?;
+    let path = commands.result(&task, number).await?;
+    let pieces = stream::unfold((path, query.from), |(path, offset)| async move {
+        match read_piece(&path, offset).await {
+            Ok(piece) if piece.is_empty() => None,
+            Ok(piece) => {
+                let next = offset + piece.len() as u64;
+                Some((Ok(piece), (path, next)))
+            }
+            Err(error) => Some((Err(error), (path, offset))),
+        }
+    });
+    Ok(streaming(
+        "application/octet-stream",
+        Body::from_stream(pieces),
+    ))
 }
 
 async fn reserve(

@@ -21,6 +21,7 @@ mod images;
 mod logs;
 mod message_queue;
 mod plan;
+mod reach;
 mod retry;
 mod session;
 #[cfg(test)]
@@ -30,6 +31,7 @@ mod steps;
 mod store;
 mod task;
 mod translate;
+mod uploads;
 mod view;
 
 use std::path::Path;

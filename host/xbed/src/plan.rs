@@ -4,6 +4,7 @@
 //! reads documents differently does not change what was promised.
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 use xbee_engine::Demand;
 
 /// A job, resolved.
@@ -143,6 +144,9 @@ pub struct Source {
     pub hash: Option<(String, String)>,
     /// How it is packed: `gzip`, `tbz`...
     pub compression: Option<String>,
+    /// What the owner sent is taken instead of the URI, which then names a file of the owner's machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upload: Option<Uuid>,
 }
 
 /// A script in the guest, run as root with the path of the root as its argument.
@@ -219,6 +223,9 @@ pub struct StageOut {
     pub uri: String,
     /// If it is there.
     pub creation: Creation,
+    /// It stays with the task until its owner fetches it: the URI names a file of the owner's machine.
+    #[serde(default)]
+    pub keep: bool,
 }
 
 impl Plan {
@@ -240,8 +247,8 @@ impl Plan {
         }
     }
 
-    /// Where all its files are from and go to.
-    pub fn uris(&self) -> impl Iterator<Item = &str> {
+    /// Where all that goes in is from.
+    pub fn sources(&self) -> impl Iterator<Item = &Source> {
         let boot = match &self.boot {
             Boot::Store { .. } => [None, None, None],
             Boot::Instance {
@@ -254,12 +261,10 @@ impl Plan {
         };
         let scripts = self.scripts.iter().map(|script| &script.source);
         let files = self.stage_in.iter().map(|file| &file.source);
-        let sources = boot.into_iter().flatten().chain(scripts).chain(files);
-        let targets = self.stage_out.iter().map(|file| file.uri.as_str());
-        sources.map(|source| source.uri.as_str()).chain(targets)
+        boot.into_iter().flatten().chain(scripts).chain(files)
     }
 
-    /// Where all its files are from.
+    /// The same, to be changed.
     pub fn sources_mut(&mut self) -> impl Iterator<Item = &mut Source> {
         let boot = match &mut self.boot {
             Boot::Store { .. } => [None, None, None],
@@ -274,6 +279,11 @@ impl Plan {
         let scripts = self.scripts.iter_mut().map(|script| &mut script.source);
         let files = self.stage_in.iter_mut().map(|file| &mut file.source);
         boot.into_iter().flatten().chain(scripts).chain(files)
+    }
+
+    /// What it takes of what was sent.
+    pub fn uploads(&self) -> impl Iterator<Item = Uuid> {
+        self.sources().filter_map(|source| source.upload)
     }
 
     /// Scripts for one occasion, with their place among all.

@@ -47,6 +47,8 @@ pub struct TaskHandle {
     array: Option<Arc<Array>>,
     /// Directory of its files on the host.
     pub spool: PathBuf,
+    /// What its spool keeps of results, bytes, once that is known.
+    kept_bytes: OnceLock<u64>,
     wishes: watch::Sender<Wishes>,
     journal: watch::Sender<Vec<Entry>>,
     /// Lengths of standard output and error.
@@ -74,6 +76,7 @@ impl TaskHandle {
             job,
             array,
             number: stored.number,
+            kept_bytes: OnceLock::new(),
             lengths: watch::Sender::new([0, 0]),
             progress: watch::Sender::new(None),
             agent: watch::Sender::new(None),
@@ -102,6 +105,17 @@ impl TaskHandle {
         match self.job.get() {
             Some(job) => &job.plan,
             None => unreachable!("task {} was begun without a document", self.record.id),
+        }
+    }
+
+    /// What is kept of its results, bytes; of a task that is over.
+    pub fn kept_bytes(&self) -> u64 {
+        match self.job() {
+            Some(job) if self.is_final() => {
+                let bytes = || steps::result_bytes(&self.spool, &job.plan);
+                *self.kept_bytes.get_or_init(bytes)
+            }
+            _ => 0,
         }
     }
 

@@ -173,6 +173,16 @@ impl Planned {
         Ok((Planned::Sweep(jobs), warnings))
     }
 
+    /// What is asked for, job by job, to be changed.
+    pub fn plans_mut(&mut self) -> impl Iterator<Item = &mut Plan> {
+        let (one, sweep) = match self {
+            Planned::One(job) => (Some(&mut job.plan), &mut [][..]),
+            Planned::Sweep(jobs) => (None, &mut jobs[..]),
+        };
+        one.into_iter()
+            .chain(sweep.iter_mut().map(|swept| &mut swept.job.plan))
+    }
+
     /// What is asked for, job by job.
     pub fn plans(&self) -> impl Iterator<Item = &Plan> {
         let (one, sweep) = match self {
@@ -181,18 +191,6 @@ impl Planned {
         };
         one.into_iter()
             .chain(sweep.iter().map(|swept| &swept.job.plan))
-    }
-}
-
-impl Planned {
-    /// What is asked for, job by job.
-    pub fn plans_mut(&mut self) -> impl Iterator<Item = &mut Plan> {
-        let (one, sweep) = match self {
-            Planned::One(job) => (Some(&mut job.plan), &mut [][..]),
-            Planned::Sweep(jobs) => (None, &mut jobs[..]),
-        };
-        one.into_iter()
-            .chain(sweep.iter_mut().map(|swept| &mut swept.job.plan))
     }
 }
 
@@ -423,6 +421,7 @@ fn source(location: &Location) -> Result<Source, PlanError> {
         compression: location
             .compression
             .map(|compression| compression.to_string()),
+        upload: None,
     })
 }
 
@@ -597,6 +596,7 @@ fn stage(
             path,
             uri: uri.clone(),
             creation,
+            keep: false,
         });
     }
     Ok(())

@@ -52,6 +52,27 @@ fn every_refusal_is_an_error_body() {
         ),
         ("POST /v1/tasks", 415, "invalid-request", "Content-Type"),
         ("GET /v1/tasks/0000", 404, "task-not-found", "0000"),
+        ("GET /v1/tasks/0000/results", 404, "task-not-found", "0000"),
+        (
+            "GET /v1/tasks/0000/results/x",
+            400,
+            "invalid-request",
+            "parse",
+        ),
+        ("DELETE /v1/uploads/1", 400, "invalid-request", "UUID"),
+        (
+            "DELETE /v1/uploads/67e55044-10b1-426f-9247-bb680e5fe0c8",
+            404,
+            "upload-unknown",
+            "67e55044",
+        ),
+        // With a header of its own; what follows is one more.
+        (
+            "POST /v1/uploads HTTP/1.1\r\ncontent-length: 99999999999999\r\nx:",
+            413,
+            "upload-too-large",
+            "bytes",
+        ),
     ] {
         let (answered, body) = ask(&socket, request);
         let body: serde_json::Value = serde_json::from_str(&body).unwrap();

@@ -2,14 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use url::Url;
 use uuid::Uuid;
 use xbee_api::{CACHE_SCHEME, chain};
 use xbee_engine::Failure;
 use xbee_staging::{Compression, Destination, Digest, FetchRequest, Identity};
 
 use super::fail;
-use super::stage_in::{transfer, with_progress};
+use super::stage_in::{file_uri, transfer, with_progress};
 use crate::cache::{self, Asked, CacheError, Room, Wanted};
 use crate::fault;
 use crate::plan::Source;
@@ -66,17 +65,6 @@ pub async fn entry(
 async fn of_own(context: &StepContext, shown: &str, request: FetchRequest) -> Result<(), Failure> {
     let fetched = transfer(context, shown, request).await;
     fetched.map_err(|error| fail(error.code(), format!("{shown}: {}", chain(error.kind()))))
-}
-
-fn file_uri(path: &Path) -> Result<xbee_staging::Uri, Failure> {
-    let url = Url::from_file_path(path);
-    let url = url.map_err(|()| {
-        fail(
-            "cache-failed",
-            format!("{}: no absolute path", path.display()),
-        )
-    });
-    super::stage_in::parse_uri(url?.as_str())
 }
 
 async fn link(context: &StepContext, id: Uuid, to: PathBuf) -> Result<bool, Failure> {

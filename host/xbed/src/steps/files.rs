@@ -12,7 +12,7 @@ use xbee_engine::Failure;
 
 use super::execute::drop_contact;
 use super::{agent, agent_failure, fail, io_failure};
-use crate::plan::{Creation, StageIn, StageOut};
+use crate::plan::{Creation, Plan, StageIn, StageOut};
 use crate::task::StepContext;
 
 /// What a spool holds only while its task is under way.
@@ -46,6 +46,40 @@ pub fn result(spool: &Path, index: usize) -> PathBuf {
 /// What is noted while a result is sent.
 pub fn put_note(spool: &Path, index: usize) -> PathBuf {
     spool.join("out").join(format!("{index}.put"))
+}
+
+/// Where a result stays until its owner fetches it.
+pub fn kept(spool: &Path, number: u32) -> PathBuf {
+    spool.join("results").join(number.to_string())
+}
+
+/// Has a result stay, which is on the disk. Done again, it does nothing.
+pub fn keep(spool: &Path, index: usize) -> std::io::Result<()> {
+    let number = u32::try_from(index).map_err(std::io::Error::other)?;
+    let (from, to) = (result(spool, index), kept(spool, number));
+    let results = spool.join("results");
+    std::fs::create_dir_all(&results)?;
+    if from.exists() {
+        std::fs::rename(from, to)?;
+    } else {
+        std::fs::metadata(to)?;
+    }
+    std::fs::File::open(results)?.sync_all()?;
+    std::fs::File::open(spool)?.sync_all()
+}
+
+/// What of a task's results is kept, or is to be, bytes.
+pub fn result_bytes(spool: &Path, plan: &Plan) -> u64 {
+    let keeps = |(_, file): &(u32, &StageOut)| file.keep;
+    let kept = (0..).zip(&plan.stage_out).filter(keeps);
+    kept.map(|(number, _)| {
+        let places = [result(spool, number as usize), self::kept(spool, number)];
+        let there = places
+            .iter()
+            .find_map(|place| std::fs::metadata(place).ok());
+        there.map_or(0, |meta| meta.len())
+    })
+    .sum()
 }
 
 /// Says that all results are in the spool, and on the disk.

@@ -26,9 +26,10 @@ use crate::plan::When;
 use crate::session::{Session, script_conversation};
 use crate::task::StepContext;
 
-pub use files::has_results;
+pub use files::{has_results, kept as kept_result, result_bytes};
 pub use release::{has_temporary, release, remove_temporary};
 pub use stage_in::BootFiles;
+pub use stage_out::kept_results;
 pub use start::{Identity, address, domain};
 
 /// Where scripts are put in the guest.

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use tokio::fs;
+use xbee_engine::Phase;
 
 use crate::cache::{self, Room};
 use crate::fault;
@@ -37,6 +38,13 @@ pub async fn release(context: &StepContext) {
     fault::point("temporary removed");
     // What it had of the cache is not in use any more.
     cache::make_room(&context.host, Room::Limits).await;
+    // One that is tried again needs it again.
+    if matches!(task.state().phase, Phase::Releasing { .. })
+        && let Some(removing) = context.host.release_uploads(task)
+        && let Err(error) = removing.await
+    {
+        log_teardown("uploads not removed", &error);
+    }
 }
 
 fn temporary(spool: &Path) -> impl Iterator<Item = PathBuf> {

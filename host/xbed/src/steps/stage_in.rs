@@ -298,7 +298,7 @@ async fn local(context: &StepContext, source: &Source, to: PathBuf) -> Result<Pa
     }
     let here = match cache::named(&source.uri) {
         Some(_) => None,
-        None => uri(source)?.file_path(),
+        None => place(context, source)?.0.file_path(),
     };
     match here {
         Some(path) if source.compression.is_none() => {
@@ -315,21 +315,37 @@ async fn local(context: &StepContext, source: &Source, to: PathBuf) -> Result<Pa
 
 /// What is asked of the cache for an image, if it is one for the cache.
 fn cacheable(context: &StepContext, source: &Source) -> Result<Option<Wanted>, Failure> {
-    if !context.host.cache.is_on() || cache::named(&source.uri).is_some() {
+    if !context.host.cache.is_on()
+        || source.upload.is_some()
+        || cache::named(&source.uri).is_some() {
         return Ok(None);
     }
     let wanted = Wanted {
         owner: context.task.record.owner,
         text: source.uri.clone(),
-        uri: uri(source)?,
+        uri: parse_uri(&source.uri)?,
         hash: digest(source)?,
         compression: compression(source)?,
     };
     Ok(cache::serves(&wanted.uri, wanted.hash.as_ref()).then_some(wanted))
 }
 
-pub(super) fn uri(source: &Source) -> Result<Uri, Failure> {
-    parse_uri(&source.uri)
+/// Where a source is, and with whose rights it is read: what was sent for it is `xbed`'s own.
+fn place(context: &StepContext, source: &Source) -> Result<(Uri, Identity), Failure> {
+    let Some(upload) = source.upload else {
+        return Ok((parse_uri(&source.uri)?, identity(context)));
+    };
+    let path = context.host.uploads.path(context.task.record.owner, upload);
+    Ok((file_uri(&path)?, Identity::current()))
+}
+
+/// Of a file of `xbed`'s own.
+pub(super) fn file_uri(path: &Path) -> Result<Uri, Failure> {
+    let uri = url::Url::from_file_path(path).map_err(|()| {
+        let what = format!("{} is no absolute path", path.display());
+        fail("host-io", what)
+    })?;
+    parse_uri(uri.as_str())
 }
 
 pub(super) fn parse_uri(uri: &str) -> Result<Uri, Failure> {
@@ -365,15 +381,23 @@ async fn fetch(
     if let Some(id) = cache::named(&source.uri) {
         return cached::entry(context, source, id, hash, compression, destination).await;
     }
+    let (uri, identity) = place(context, source)?;
     let request = FetchRequest {
-        uri: uri(source)?,
+        uri,
         hash,
         compression,
         destination,
-        identity: identity(context),
+        identity,
     };
     let fetched = transfer(context, &source.uri, request).await;
-    fetched.map_err(|error| fail(error.code(), chain(&error)))
+    fetched.map_err(|error| {
+        let reason = match source.upload {
+            // By the name that its owner knows.
+            Some(_) => format!("{}, as it was sent: {}", source.uri, chain(error.kind())),
+            None => chain(&error),
+        };
+        fail(error.code(), reason)
+    })
 }
 
 /// Fetches, and shows how far it is. A full disk is made room on by the cache, once.
