@@ -391,6 +391,23 @@ fn a_known_content_is_not_asked_for_again() {
 }
 
 #[test]
+fn an_image_larger_than_the_cache_is_used_and_not_kept() {
+    let xbed = Xbed::start("sim", &["[cache]", "max-mib = 1"]);
+    let server = Server::start();
+    server.put("/small", &[b'x'; 4096], "v1");
+    server.put("/large", &[b'x'; 2 << 20], "v1");
+    let small = xbed.xbe(["cache", "add", &server.uri("/small")]).line();
+    finished(&xbed, &simulated(&server.uri("/large")));
+    let left: Vec<Value> = entries(&xbed)
+        .iter()
+        .map(|entry| entry["id"].clone())
+        .collect();
+    assert_eq!(left, [small]);
+    assert_whole(&xbed);
+    xbed.assert_nothing_left();
+}
+
+#[test]
 fn a_package_is_fetched_once_and_unpacked_for_each() {
     let xbed = sim();
     let server = Server::start();

@@ -18,7 +18,7 @@ use xbee_carry::{Answer, Service};
 use xbee_engine::QueueError;
 use xbee_envelope::{Body, CacheEntry, Fault, TaskState};
 
-use crate::cache::CacheError;
+use crate::cache::{Asked, CacheError};
 use crate::command::{Caller, CommandError, Commands};
 use crate::config::MessageQueue;
 use crate::host::Host;
@@ -212,18 +212,23 @@ async fn answer(commands: &Commands, caller: Caller, body: Body) -> Result<Body,
         }
         Body::CacheFile { uri, digest } => {
             let asked = commands.cache(caller, CacheRequest { uri, digest }).await?;
-            let settled = {
-                let commands = commands.clone();
-                // It goes on when nobody waits for the answer any more.
-                tokio::spawn(async move { commands.settle(&asked).await })
-            };
-            match tokio::time::timeout(FETCH_WAIT, settled).await {
-                Ok(Ok(entry)) => Body::CacheEntries(vec![cache_entry(&entry?)]),
-                Ok(Err(panic)) => std::panic::resume_unwind(panic.into_panic()),
-                Err(_) => Body::Error {
-                    fault: Fault::Pending,
-                    text: "it is being fetched: ask again".to_owned(),
-                },
+            match tokio::time::timeout(FETCH_WAIT, commands.settle(&asked)).await {
+                Ok(entry) => Body::CacheEntries(vec![cache_entry(&entry?)]),
+                Err(_) => {
+                    // One goes on to wait, however often it is asked for.
+                    if matches!(&asked, Asked::Coming(waiter) if waiter.is_first()) {
+                        let commands = commands.clone();
+                        tokio::spawn(async move {
+                            if let Err(error) = commands.settle(&asked).await {
+                                warn!(error = chain(&error), "not fetched into the cache");
+                            }
+                        });
+                    }
+                    Body::Error {
+                        fault: Fault::Pending,
+                        text: "it is being fetched: ask again".to_owned(),
+                    }
+                }
             }
         }
         Body::CacheRemove { entry } => {

@@ -85,12 +85,19 @@ impl Drop for Flight {
 pub struct Waiter {
     flight: Arc<Flight>,
     uri: String,
+    /// The fetch began with this one.
+    is_first: bool,
 }
 
 impl Waiter {
     /// What it is, without credentials.
     pub fn uri(&self) -> &str {
         &self.uri
+    }
+
+    /// The fetch began with this one.
+    pub fn is_first(&self) -> bool {
+        self.is_first
     }
 
     /// How far it is.
@@ -141,7 +148,11 @@ pub async fn ask(host: &Arc<Host>, wanted: Wanted, is_asked: bool) -> Result<Ask
     let mut state = host.cache.lock();
     let under_way = state.flights.get(&key).and_then(Weak::upgrade);
     if let Some(flight) = under_way.filter(|flight| flight.outcome.borrow().is_none()) {
-        return Ok(Asked::Coming(Waiter { flight, uri }));
+        return Ok(Asked::Coming(Waiter {
+            flight,
+            uri,
+            is_first: false,
+        }));
     }
     state.flights.retain(|_, flight| flight.strong_count() > 0);
     let of_one = state.flights.keys().filter(|(owner, _)| *owner == key.0);
@@ -169,7 +180,11 @@ pub async fn ask(host: &Arc<Host>, wanted: Wanted, is_asked: bool) -> Result<Ask
         let outcome = fetch.run().await;
         end.send_replace(Some(outcome));
     });
-    Ok(Asked::Coming(Waiter { flight, uri }))
+    Ok(Asked::Coming(Waiter {
+        flight,
+        uri,
+        is_first: true,
+    }))
 }
 
 /// Runs what waits for the disk beside the runtime.

@@ -540,6 +540,15 @@ impl Cache {
         }
     }
 
+    /// Forgets an entry that could not stay if all others went, when nobody waits for it. Who has its file keeps it.
+    pub fn forget_too_large(&self, store: &Store, id: Uuid) {
+        let held = self.get(id);
+        let is_too_large = held.is_some_and(|held| self.fits(&held.entry).is_err());
+        if is_too_large && !self.lock().awaited().contains(&id) {
+            self.forget(store, id);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

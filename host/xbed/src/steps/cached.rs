@@ -11,7 +11,6 @@ use super::fail;
 use super::stage_in::{file_uri, transfer, with_progress};
 use crate::cache::{self, Asked, CacheError, Room, Wanted};
 use crate::fault;
-use crate::plan::Source;
 use crate::task::StepContext;
 
 /// Times that an image is asked for which is removed again before it is used.
@@ -24,7 +23,6 @@ fn failed(error: &CacheError) -> Failure {
 /// Puts the content of an entry that the task names where it is to be.
 pub async fn entry(
     context: &StepContext,
-    source: &Source,
     id: Uuid,
     hash: Option<Digest>,
     compression: Option<Compression>,
@@ -74,7 +72,8 @@ async fn link(context: &StepContext, id: Uuid, to: PathBuf) -> Result<bool, Fail
 }
 
 /// Puts an image into the spool by way of the cache: it is fetched unless it is there, and asked for if it may have changed.
-pub async fn image(context: &StepContext, wanted: Wanted, to: &Path) -> Result<(), Failure> {
+/// False: it was removed again and again before it could be used.
+pub async fn image(context: &StepContext, wanted: Wanted, to: &Path) -> Result<bool, Failure> {
     for _ in 0..ATTEMPTS {
         let asked = cache::ask(&context.host, wanted.clone(), false).await;
         let (id, waiter) = match asked.map_err(|error| failed(&error))? {
@@ -99,27 +98,31 @@ pub async fn image(context: &StepContext, wanted: Wanted, to: &Path) -> Result<(
         let linked = link(context, id, to.into()).await?;
         // Until now it could not be evicted.
         drop(waiter);
+        let host = context.host.clone();
+        cache::blocking(move || host.cache.forget_too_large(&host.store, id)).await;
         cache::make_room(&context.host, Room::Limits).await;
         if linked {
-            return Ok(());
+            return Ok(true);
         }
     }
-    Err(failed(&CacheError::NotFound(wanted.uri.to_string())))
+    Ok(false)
 }
 
-/// Unpacks an archive that is kept as it comes, packed; `archive` is where it is meanwhile.
+/// Unpacks an archive that is kept as it comes, packed; `archive` is where it is meanwhile. False as with [`image`].
 pub async fn package(
     context: &StepContext,
     wanted: Wanted,
     archive: &Path,
     to: PathBuf,
-) -> Result<(), Failure> {
+) -> Result<bool, Failure> {
     let (shown, compression) = (wanted.uri.to_string(), wanted.compression);
     let packed = Wanted {
         compression: None,
         ..wanted
     };
-    image(context, packed, archive).await?;
+    if !image(context, packed, archive).await? {
+        return Ok(false);
+    }
     let request = FetchRequest {
         uri: file_uri(archive)?,
         hash: None,
@@ -127,5 +130,6 @@ pub async fn package(
         destination: Destination::Unpack(to),
         identity: Identity::current(),
     };
-    of_own(context, &shown, request).await
+    of_own(context, &shown, request).await?;
+    Ok(true)
 }

@@ -173,15 +173,15 @@ async fn resolve(context: &StepContext, boot: &Boot) -> Result<BootFiles, Failur
         }
         Boot::Package { package } => {
             let unpacked = directory.join("package");
-            match cacheable(context, package)? {
+            let archive = directory.join("archive");
+            let through_cache = match cacheable(context, package)? {
                 Some(wanted) => {
-                    let archive = directory.join("archive");
-                    cached::package(context, wanted, &archive, unpacked.clone()).await?;
+                    cached::package(context, wanted, &archive, unpacked.clone()).await?
                 }
-                None => {
-                    let to = Destination::Unpack(unpacked.clone());
-                    fetch(context, package, to).await?;
-                }
+                None => false,
+            };
+            if !through_cache {
+                fetch(context, package, Destination::Unpack(unpacked.clone())).await?;
             }
             let find = |names: &[&str]| {
                 let path = names.iter().map(|name| unpacked.join(name));
@@ -292,8 +292,9 @@ fn has_magic(path: &Path, magic: &[u8]) -> Result<bool, Failure> {
 
 /// A file of the host with the source's content: the source itself if that will do.
 async fn local(context: &StepContext, source: &Source, to: PathBuf) -> Result<PathBuf, Failure> {
-    if let Some(wanted) = cacheable(context, source)? {
-        cached::image(context, wanted, &to).await?;
+    if let Some(wanted) = cacheable(context, source)?
+        && cached::image(context, wanted, &to).await?
+    {
         return Ok(to);
     }
     let here = match cache::named(&source.uri) {
@@ -379,7 +380,7 @@ async fn fetch(
 ) -> Result<(), Failure> {
     let (hash, compression) = (digest(source)?, compression(source)?);
     if let Some(id) = cache::named(&source.uri) {
-        return cached::entry(context, source, id, hash, compression, destination).await;
+        return cached::entry(context, id, hash, compression, destination).await;
     }
     let (uri, identity) = place(context, source)?;
     let request = FetchRequest {
