@@ -131,12 +131,15 @@ pub enum Error {
     Random(#[source] getrandom::Error),
 }
 
+/// Codes of errors that say no more than that the connection broke: of a domain that has ended, that one hears first.
+pub const CONNECTION_CODES: [&str; 2] = ["agent-connection-failed", "agent-connection-closed"];
+
 impl Error {
     /// A stable code for users and programs; that of the agent where it named one.
     pub fn code(&self) -> &str {
         match self {
-            Error::Io(_) => "agent-connection-failed",
-            Error::Closed | Error::ClosedHere => "agent-connection-closed",
+            Error::Io(_) => CONNECTION_CODES[0],
+            Error::Closed | Error::ClosedHere => CONNECTION_CODES[1],
             Error::Silent { .. } => "agent-silent",
             Error::Lost(source) => source.code(),
             Error::Frame(_) | Error::Protocol { .. } => code::PROTOCOL_ERROR,

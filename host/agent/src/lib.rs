@@ -22,7 +22,7 @@ mod state;
 mod stream;
 
 pub use client::Agent;
-pub use error::Error;
+pub use error::{CONNECTION_CODES, Error};
 pub use event::{Event, Resume};
 pub use file::FileMeta;
 pub use framed::{FrameReader, FrameWriter};

@@ -50,7 +50,7 @@ fn is_false(value: &bool) -> bool {
 /// A file that was sent to the host, for a job to come.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Upload {
-    /// Its id, which one request may use, within an hour.
+    /// Its id, which one request may use, within an hour of the last that its owner sent.
     pub id: Uuid,
     /// Its length in bytes.
     pub bytes: u64,

@@ -324,17 +324,22 @@ async fn fetch_one(
     while from < result.bytes {
         let asked = || client.result(task, result.number, from);
         let mut bytes = patience.ask(asked).await?;
-        let began = from;
         // A broken stream is asked for again from where it broke.
-        while let Some(Some(data)) = patience.bear(bytes.next().await).await? {
-            from += data.len() as u64;
-            if from > result.bytes {
-                break;
+        let is_over = loop {
+            match patience.bear(bytes.next().await).await? {
+                Some(Some(data)) => {
+                    from += data.len() as u64;
+                    if from > result.bytes {
+                        break true;
+                    }
+                    new.write_all(&data).map_err(failed)?;
+                    progress.transfer(&what, from, Some(result.bytes));
+                }
+                Some(None) => break true,
+                None => break false,
             }
-            new.write_all(&data).map_err(failed)?;
-            progress.transfer(&what, from, Some(result.bytes));
-        }
-        if from > result.bytes || from == began {
+        };
+        if is_over && from != result.bytes {
             return Err(Error::WrongLength {
                 uri: term::clean_line(&result.uri),
                 bytes: result.bytes,

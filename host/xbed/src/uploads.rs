@@ -2,7 +2,7 @@
 //!
 //! An upload is a file in `uploads` of the data directory, and its name, owner and id, is all that is written down of
 //! it: what uses it says its task's plan. It goes when no task that is not over names it: at once after the last one,
-//! else within an hour.
+//! else an hour after its owner has sent anything.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -29,7 +29,7 @@ const UPLOAD_MAX_BYTES: u64 = 64 << 30;
 const USER_MAX_BYTES: u64 = 256 << 30;
 /// How many: one for each job of the largest sweep, and some more.
 const USER_MAX_UPLOADS: usize = 16_384;
-/// How long one is kept that nothing uses.
+/// How long one is kept that nothing uses, after its owner has sent anything.
 const UNUSED_MAX: Duration = Duration::from_secs(3600);
 /// How often it is looked for those.
 const LOOK_INTERVAL: Duration = Duration::from_secs(60);
@@ -79,7 +79,7 @@ pub enum UploadError {
     },
     /// None of that id, or somebody else's, or in use.
     #[error(
-        "there is no unused upload {0} of yours: one is used once, within an hour; send the file again"
+        "there is no unused upload {0} of yours: one is used once, within an hour of the last that was sent; send the file again"
     )]
     Unknown(Uuid),
 }
@@ -247,7 +247,7 @@ impl Uploads {
                 self.look_for_room(0)?;
             }
         }
-        let id = coming.complete(bytes).map_err(|e| self.failed(e))?;
+        let id = coming.complete().map_err(|e| self.failed(e))?;
         let directory = self.directory.clone();
         let named = blocking(move || File::open(directory)?.sync_all()).await;
         named.map_err(|e| self.failed(e))?;
@@ -343,7 +343,8 @@ impl Uploads {
         self.remove(&gone);
     }
 
-    /// Those that nobody asked for in an hour, if it is time to look: what uses them is still to be looked at.
+    /// Those that nobody asked for in an hour, if it is time to look: what uses them is still to be looked at. As long as
+    /// an owner sends more, a job may be to come that wants all of it.
     pub fn old(&self, now_ms: u64) -> Vec<Uuid> {
         let ms = |span: Duration| u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
         let mut held = self.lock();
@@ -351,8 +352,15 @@ impl Uploads {
             return vec![];
         }
         held.looked_ms = now_ms;
+        let mut last: HashMap<u32, u64> = HashMap::new();
+        for kept in held.files.values().filter(|kept| !kept.is_claimed) {
+            let last = last.entry(kept.owner).or_default();
+            *last = kept.since_ms.max(*last);
+        }
         let is_old = |kept: &Kept| {
-            kept.is_complete && now_ms.saturating_sub(kept.since_ms) >= ms(UNUSED_MAX)
+            let since_ms = last.get(&kept.owner).filter(|_| !kept.is_claimed);
+            let since_ms = *since_ms.unwrap_or(&kept.since_ms);
+            kept.is_complete && now_ms.saturating_sub(since_ms) >= ms(UNUSED_MAX)
         };
         let old = held.files.iter().filter(|(_, kept)| is_old(kept));
         old.map(|(id, _)| *id).collect()
@@ -402,9 +410,11 @@ impl Coming<'_> {
         let held = &mut *self.uploads.lock();
         let kept = held.files.get_mut(&self.id);
         let share = held.shares.get_mut(&self.owner.uid);
-        if let (Some(kept), Some(share)) = (kept, share)
-            && bytes > kept.bytes
-        {
+        let (Some(kept), Some(share)) = (kept, share) else {
+            return Ok(());
+        };
+        kept.since_ms = view::now_ms();
+        if bytes > kept.bytes {
             let all = share.bytes - kept.bytes + bytes;
             if all > USER_MAX_BYTES {
                 return Err(UploadError::UserFull);
@@ -415,13 +425,12 @@ impl Coming<'_> {
     }
 
     /// Gives it its name. Nothing is waited for: it cannot be dropped half done.
-    fn complete(self, bytes: u64) -> io::Result<Uuid> {
+    fn complete(self) -> io::Result<Uuid> {
         fault::point("upload");
         fs::rename(self.part(), self.uploads.path(self.owner, self.id))?;
         if let Some(kept) = self.uploads.lock().files.get_mut(&self.id) {
             kept.is_complete = true;
             kept.since_ms = view::now_ms();
-            debug_assert_eq!(kept.bytes, bytes, "of a body that was as long as it said");
         }
         Ok(self.id)
     }
@@ -666,5 +675,12 @@ mod tests {
             uploads.old(now_ms + 3_680_000).is_empty(),
             "looked at too often"
         );
+        // Its owner sends more.
+        let coming = uploads.begin(OWNER).unwrap();
+        let later = |held: &mut Held| held.files.get_mut(&coming.id).unwrap().since_ms += 3_000_000;
+        later(&mut uploads.lock());
+        assert!(uploads.old(now_ms + 5_000_000).is_empty());
+        drop(coming);
+        assert_eq!(uploads.old(now_ms + 6_000_000), [id]);
     }
 }

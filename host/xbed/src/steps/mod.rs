@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use uuid::Uuid;
 use xbee_agent::protocol::{EndCause, Execute, ExitStatus, Limits};
-use xbee_agent::{Agent, ExecSpec, StreamReader};
+use xbee_agent::{Agent, CONNECTION_CODES, ExecSpec, StreamReader};
 use xbee_api::chain;
 use xbee_engine::{Failure, Step};
 
@@ -36,6 +36,8 @@ pub use start::{Identity, address, domain};
 const SCRIPT_DIRECTORY: &str = "/tmp/xbee-scripts";
 /// How much of a script's standard error is quoted, bytes.
 const QUOTED_BYTES: u64 = 2048;
+/// How long it may take until the end of a domain is heard of, after that of the connection to its agent.
+const END_LIMIT: Duration = Duration::from_secs(5);
 /// How long a script may take.
 const SCRIPT_TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -61,8 +63,20 @@ async fn until_cancelled<T>(
 ) -> Result<T, Failure> {
     tokio::select! {
         () = context.cancel.cancelled() => Err(fail("cancelled", "cancelled")),
-        done = step => done,
+        done = step => match done {
+            Err(failure) if CONNECTION_CODES.contains(&failure.code.as_str()) => {
+                Err(domains_end(context).await.unwrap_or(failure))
+            }
+            done => done,
+        },
     }
+}
+
+/// The end of the domain, if the connection broke with it.
+async fn domains_end(context: &StepContext) -> Option<Failure> {
+    let session = context.session.get()?;
+    let ended = tokio::time::timeout(END_LIMIT, session.lost()).await;
+    ended.ok()
 }
 
 fn fail(code: &str, reason: impl Into<String>) -> Failure {
