@@ -271,8 +271,9 @@ async fn seal_all(wire: std::sync::Weak<Wire>, mut jobs: mpsc::Receiver<Job>) {
             }
         };
         let Some(wire) = wire.upgrade() else { return };
-        let (endpoint, to) = (wire.endpoint.clone(), peer.subject.clone());
-        let sealed = tokio::task::spawn_blocking(move || endpoint.seal(&to, body, answers)).await;
+        let (endpoint, to, member) = (wire.endpoint.clone(), peer.subject.clone(), peer.member);
+        let seal = move || endpoint.seal(&to, member, body, answers);
+        let sealed = tokio::task::spawn_blocking(seal).await;
         let sealed = sealed.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
         match sealed {
             Ok(bytes) => {

@@ -121,7 +121,9 @@ fn what_is_sealed_is_opened_both_ways() {
         let (message, role) = site.daemon.open(&sealed).unwrap();
         assert_eq!((message.body, role), (request(), Role::User));
         let answers = Some(message.header.id);
-        let answer = site.daemon.seal(CLIENT, None, Body::StatusList(vec![]), answers);
+        let answer = site
+            .daemon
+            .seal(CLIENT, None, Body::StatusList(vec![]), answers);
         let (message, role) = site.client.open(&answer.unwrap()).unwrap();
         assert_eq!(message.header.answers, answers);
         assert_eq!(
@@ -437,7 +439,8 @@ fn a_message_is_for_one_of_those_that_share_a_certificate() {
     let site = Site::new(Kind::P256);
     let [one, two] = [1, 2].map(|number| {
         let streams = site.path(&format!("{number}.streams"));
-        let daemon = endpoint_with(site.dir.path(), "daemon", streams).of_member(Uuid::from_u128(number));
+        let daemon =
+            endpoint_with(site.dir.path(), "daemon", streams).of_member(Uuid::from_u128(number));
         introduce(&site.client, &daemon);
         daemon
     });
@@ -483,7 +486,8 @@ fn what_is_sealed_to_oneself_is_of_nobody_else() {
         assert!(other.open_own(&wrong).is_err());
     }
     // As a message of the daemon's it is none, even when it has met itself.
-    let member = endpoint_with(site.dir.path(), "daemon", site.path("member")).of_member(Uuid::from_u128(1));
+    let member =
+        endpoint_with(site.dir.path(), "daemon", site.path("member")).of_member(Uuid::from_u128(1));
     member.meet(&site.daemon.hello("", None).unwrap()).unwrap();
     assert_eq!(refused(&member, &sealed).unwrap(), 503);
 }

@@ -21,7 +21,8 @@ use crate::array::{Array, Members};
 use crate::export;
 use crate::host::{Host, fill_random};
 use crate::plan::Plan;
-use crate::store::{Entry, Owner, Reservation, StoreError};
+use crate::pool::{Pool, PoolError};
+use crate::store::{Entry, Job, Owner, Reservation, StoreError};
 use crate::task::TaskHandle;
 use crate::translate::{PlanError, Planned};
 use crate::view;
@@ -164,6 +165,14 @@ pub enum CommandError {
     /// The domain cannot be described.
     #[error(transparent)]
     Export(xbee_hypervisor::Error),
+    /// The pool.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// No member of the pool took it.
+    #[error(
+        "no host of the pool took the task within 30 days: submit it again, if it is still wanted"
+    )]
+    PoolAge,
     /// The store failed.
     #[error("the task could not be written down")]
     Store(#[from] StoreError),
@@ -224,6 +233,8 @@ impl CommandError {
             CommandError::Agent(error) => error.code(),
             CommandError::NotFetched => "image-not-fetched",
             CommandError::Export(error) => error.code(),
+            CommandError::Pool(error) => error.code(),
+            CommandError::PoolAge => "pool-age",
             CommandError::Store(error) => error.code(),
             CommandError::NotWritten(_) => "not-written",
         }
@@ -319,12 +330,27 @@ impl Changes {
 #[derive(Clone)]
 pub struct Commands {
     host: Arc<Host>,
+    /// Tasks that are submitted are left to it.
+    pool: Option<Arc<Pool>>,
 }
 
 impl Commands {
     /// Commands of this host.
     pub fn new(host: Arc<Host>) -> Self {
-        Commands { host }
+        Commands::of_pool(host, None)
+    }
+
+    /// The same as a member of a pool.
+    pub fn of_pool(host: Arc<Host>, pool: Option<Arc<Pool>>) -> Self {
+        Commands { host, pool }
+    }
+
+    /// Reservations are of a host, and not for those who ask a pool.
+    fn check_no_pool(&self) -> Result<(), CommandError> {
+        match self.pool {
+            Some(_) => Err(PoolError::Reservation.into()),
+            None => Ok(()),
+        }
     }
 
     /// What the host is.
@@ -334,19 +360,27 @@ impl Commands {
 
     /// Whether a job would be taken.
     pub async fn check(&self, caller: Caller, request: SubmitRequest) -> CheckReport {
-        let planned = self.plan(caller, request).await;
-        let refused = match &planned {
-            Ok((planned, _)) => {
+        let planned = self.plan(caller, request.clone()).await;
+        let (mut refused, warnings) = match planned {
+            Ok((Planned::Sweep(_), warnings)) if self.pool.is_some() => {
+                (Some(PoolError::Sweep.into()), warnings)
+            }
+            Ok((planned, warnings)) => {
                 let mut demands = planned.plans().map(Plan::demand);
                 let refused = demands.find_map(|demand| self.host.fits(demand).err());
-                refused.map(|error| error.to_string())
+                (refused.map(CommandError::from), warnings)
             }
-            Err(error) => Some(chain(error)),
+            Err(error) => (Some(error), vec![]),
         };
+        if let (Some(pool), Some(error)) = (&self.pool, &refused)
+            && pool.is_for_another(caller, &request, error).await
+        {
+            refused = None;
+        }
         CheckReport {
             accepted: refused.is_none(),
-            reasons: refused.into_iter().collect(),
-            warnings: planned.map(|(_, warnings)| warnings).unwrap_or_default(),
+            reasons: refused.iter().map(|error| chain(error)).collect(),
+            warnings,
         }
     }
 
@@ -368,12 +402,28 @@ impl Commands {
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
     }
 
+    /// What a request for one job means on this host.
+    pub async fn plan_one(
+        &self,
+        caller: Caller,
+        request: SubmitRequest,
+    ) -> Result<Job, CommandError> {
+        self.check_wishes(caller, &request)?;
+        match self.plan(caller, request).await?.0 {
+            Planned::One(job) => Ok(*job),
+            Planned::Sweep(_) => Err(PoolError::Sweep.into()),
+        }
+    }
+
     /// Takes a job. When this returns, the task is durable.
     pub async fn submit(
         &self,
         caller: Caller,
         request: SubmitRequest,
     ) -> Result<TaskStatus, CommandError> {
+        if let Some(pool) = &self.pool {
+            return pool.submit(caller, request).await;
+        }
         self.check_wishes(caller, &request)?;
         Ok(match self.plan(caller, request).await?.0 {
             Planned::One(job) => self.host.accept(caller.owner, *job).await?.status(),
@@ -398,6 +448,7 @@ impl Commands {
         caller: Caller,
         request: ReserveRequest,
     ) -> Result<Reserved, CommandError> {
+        self.check_no_pool()?;
         let mut bytes = [0; 16];
         fill_random(&mut bytes);
         let ticket = Uuid::from_bytes(bytes).simple().to_string();
@@ -420,6 +471,7 @@ impl Commands {
 
     /// The task that is reserved under a ticket. Its owner alone may use it; who may do everything else may not.
     fn by_ticket(&self, caller: Caller, ticket: &str) -> Result<Arc<TaskHandle>, CommandError> {
+        self.check_no_pool()?;
         let digest = digest(ticket);
         let mut tasks = self.host.tasks();
         tasks.retain(|task| {

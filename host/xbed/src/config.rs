@@ -90,9 +90,10 @@ struct File {
     #[serde(default)]
     xen: XenFile,
     message_queue: Option<MessageQueueFile>,
+    pool: Option<MessageQueueFile>,
 }
 
-/// The table `[message-queue]`.
+/// The tables `[message-queue]` and `[pool]`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct MessageQueueFile {
@@ -304,6 +305,8 @@ pub struct Config {
     pub outbound: Outbound,
     /// The queue that users on other machines ask through.
     pub message_queue: Option<MessageQueue>,
+    /// The queue that this host shares with others, who have the same identity there.
+    pub pool: Option<MessageQueue>,
 }
 
 /// A queue of a message broker.
@@ -318,13 +321,14 @@ pub struct MessageQueue {
 }
 
 impl MessageQueueFile {
-    fn read(self, path: &Path) -> Result<MessageQueue, ConfigError> {
+    fn read(self, table: &'static str, path: &Path) -> Result<MessageQueue, ConfigError> {
         let address = self.uri.parse().map_err(|source| ConfigError::Queue {
+            table,
             path: path.into(),
             source,
         })?;
-        let mut identity =
-            xbee_carry::identity::Files::find(&self.identity).map_err(ConfigError::Identity)?;
+        let identity = xbee_carry::identity::Files::find(&self.identity);
+        let mut identity = identity.map_err(|source| ConfigError::Identity { table, source })?;
         let trust = &mut identity.trust;
         for (file, other) in [
             (&mut trust.authorities, self.authorities),
@@ -379,8 +383,10 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// The message queue has no address.
-    #[error("`uri` in [message-queue] of the configuration file {path}")]
+    #[error("`uri` in [{table}] of the configuration file {path}")]
     Queue {
+        /// Of which queue.
+        table: &'static str,
         /// The file.
         path: PathBuf,
         /// Why.
@@ -388,8 +394,14 @@ pub enum ConfigError {
         source: BadAddress,
     },
     /// Nobody to be on the message queue.
-    #[error("`identity` in [message-queue] of the configuration file")]
-    Identity(#[source] xbee_carry::identity::Error),
+    #[error("`identity` in [{table}] of the configuration file")]
+    Identity {
+        /// Of which queue.
+        table: &'static str,
+        /// Why.
+        #[source]
+        source: xbee_carry::identity::Error,
+    },
     /// The file makes no sense.
     #[error("the configuration file {path} is not as expected")]
     Parse {
@@ -427,10 +439,11 @@ impl Config {
                 path: options.config.unwrap_or_default(),
             });
         }
-        let message_queue = file.message_queue.map(|queue| {
-            let path = options.config.clone().unwrap_or_default();
-            queue.read(&path)
-        });
+        let path = options.config.clone().unwrap_or_default();
+        let message_queue = file
+            .message_queue
+            .map(|queue| queue.read("message-queue", &path));
+        let pool = file.pool.map(|queue| queue.read("pool", &path));
         let quota = file.quota.quota(Quota::UNLIMITED);
         let mut quotas = HashMap::new();
         for (name, of_user) in &file.quotas {
@@ -453,6 +466,7 @@ impl Config {
         };
         Ok(Config {
             message_queue: message_queue.transpose()?,
+            pool: pool.transpose()?,
             policy,
             staging_allowance: Duration::from_secs(file.queue.staging_allowance_s.unwrap_or(600)),
             retries: file.queue.retries.unwrap_or(0),

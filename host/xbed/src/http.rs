@@ -35,6 +35,7 @@ use xbee_engine::QueueError;
 use crate::command::{Caller, CommandError, Commands};
 use crate::exec;
 use crate::logs::Stream;
+use crate::pool::PoolError;
 use crate::store::{Owner, StoreError};
 use crate::task::TaskHandle;
 
@@ -186,7 +187,9 @@ impl From<CommandError> for Failure {
             CommandError::RoomLater { .. } | CommandError::Queue(QueueError::NoRoom { .. }) => {
                 StatusCode::CONFLICT
             }
-            CommandError::Queue(_) => StatusCode::SERVICE_UNAVAILABLE,
+            CommandError::Pool(PoolError::Sweep | PoolError::Reservation | PoolError::Seal(_))
+            | CommandError::PoolAge => StatusCode::BAD_REQUEST,
+            CommandError::Queue(_) | CommandError::Pool(_) => StatusCode::SERVICE_UNAVAILABLE,
             CommandError::TicketInvalid
             | CommandError::Priority(_)
             | CommandError::LocalFile(_)
