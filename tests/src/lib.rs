@@ -12,6 +12,8 @@
     reason = "in a test, a panic is the report"
 )]
 
+pub mod site;
+
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;

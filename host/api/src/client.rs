@@ -12,7 +12,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
 use hyper::upgrade::Upgraded;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -211,8 +211,11 @@ pub type Later<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// What makes connections to an `xbed` that is not on a unix socket.
 pub trait Connector: fmt::Debug + Send + Sync {
-    /// A new connection; an [`Error::Remote`] otherwise.
-    fn connect(&self) -> Later<'_, Result<Box<dyn Stream>, Error>>;
+    /// A new connection, for a task (its id, or the beginning of it) to the `xbed` that has it, if there are several; an
+    /// [`Error::Remote`] otherwise.
+    fn connect<'a>(&'a self, task: Option<&'a str>) -> Later<'a, Result<Box<dyn Stream>, Error>>;
+    /// A new connection to each `xbed` that there is.
+    fn connect_all(&self) -> Later<'_, Result<Vec<Box<dyn Stream>>, Error>>;
     /// Ends all connections, and waits until the other side can know of it.
     fn close(&self) -> Later<'_, ()>;
 }
@@ -384,12 +387,21 @@ impl Client {
 
     /// `GET /v1/tasks`.
     pub async fn list(&self, all: bool) -> Result<Vec<TaskStatus>, Error> {
-        self.get(if all {
-            "/v1/tasks?all=true"
-        } else {
-            "/v1/tasks"
-        })
-        .await
+        let path = match all {
+            true => "/v1/tasks?all=true",
+            false => "/v1/tasks",
+        };
+        let Way::Other { connector, .. } = &self.way else {
+            return self.get(path).await;
+        };
+        let mut tasks: Vec<TaskStatus> = vec![];
+        for stream in connector.connect_all().await? {
+            let answer = exchange(stream, request(Method::GET, path)?).await?;
+            tasks.extend(json::<Vec<TaskStatus>>(answer).await?);
+        }
+        // Each list is in its order already.
+        tasks.sort_by_key(|task| task.times.first().map(|first| first.at_ms));
+        Ok(tasks)
     }
 
     /// `GET /v1/tasks` of the tasks of an array.
@@ -453,7 +465,7 @@ impl Client {
         let seen = sent.subscribe();
         let request = request(Method::POST, "/v1/uploads")?.map(drop);
         let request = FileBody::of(request, file, bytes, sent);
-        let stream = self.connect().await?;
+        let stream = self.connect(None).await?;
         let mut exchange = std::pin::pin!(exchange(stream, request));
         let mut before = 0;
         let answer = loop {
@@ -553,16 +565,16 @@ impl Client {
 
     /// Sends one request and turns error answers into errors.
     async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, Error> {
-        let stream = self.connect().await?;
+        let stream = self.connect(task_of(request.uri())).await?;
         tokio::time::timeout(ANSWER_TIMEOUT, exchange(stream, request))
             .await
             .map_err(|_| Error::Timeout)?
     }
 
-    async fn connect(&self) -> Result<Box<dyn Stream>, Error> {
+    async fn connect(&self, task: Option<&str>) -> Result<Box<dyn Stream>, Error> {
         let (socket, is_default) = match &self.way {
             Way::Socket { path, is_default } => (path.clone(), *is_default),
-            Way::Other { connector, .. } => return connector.connect().await,
+            Way::Other { connector, .. } => return connector.connect(task).await,
         };
         let stream = match UnixStream::connect(&socket).await {
             Ok(stream) => stream,
@@ -620,6 +632,20 @@ where
         status: status.as_u16(),
         body,
     })
+}
+
+/// The task or array that a request is about.
+fn task_of(uri: &Uri) -> Option<&str> {
+    let in_path = uri.path().strip_prefix("/v1/tasks/");
+    let in_query = || {
+        let mut parts = uri.query()?.split('&');
+        parts.find_map(|part| part.strip_prefix("array="))
+    };
+    let id = match in_path {
+        Some(rest) => rest.split('/').next()?,
+        None => in_query()?,
+    };
+    id.split('.').next()
 }
 
 /// The body of an answer as it comes.
@@ -824,6 +850,22 @@ mod tests {
                 matches!(task_path(id, ""), Err(Error::InvalidTaskId { .. })),
                 "{id}"
             );
+        }
+    }
+
+    #[test]
+    fn a_request_says_which_task_it_is_about() {
+        for (uri, task) in [
+            (
+                "/v1/tasks/ab12.7/logs/stdout?follow=true&from=0",
+                Some("ab12"),
+            ),
+            ("/v1/tasks/ab12", Some("ab12")),
+            ("/v1/tasks?all=true&array=ab12", Some("ab12")),
+            ("/v1/tasks?all=true", None),
+            ("/v1/reservations/start", None),
+        ] {
+            assert_eq!(task_of(&uri.parse().unwrap()), task, "{uri}");
         }
     }
 

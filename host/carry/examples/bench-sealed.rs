@@ -12,6 +12,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -108,6 +109,14 @@ impl Service for Daemon {
         });
     }
 
+    fn knows(&self, _: &str) -> bool {
+        false
+    }
+
+    fn has(&self, _: &str, _: &str) -> Pin<Box<dyn Future<Output = bool> + Send>> {
+        Box::pin(std::future::ready(false))
+    }
+
     fn request(&self, _: &str, _: Body) -> Answer {
         let task = TaskState {
             task: Uuid::new_v4(),
@@ -166,7 +175,7 @@ impl User {
         let mq = Client::connect(uri).await.unwrap();
         let mut answers = mq.subscribe(TOPIC, AckMode::Auto).await.unwrap();
         let headers = Headers::new().with("reply-to", TOPIC);
-        let hello = endpoint.hello("").unwrap();
+        let hello = endpoint.hello("", None).unwrap();
         mq.send(&address.destination(), &headers, hello)
             .await
             .unwrap();
@@ -189,7 +198,7 @@ impl User {
         let body = Body::StatusRequest {
             task: Some(Uuid::new_v4()),
         };
-        let sealed = self.endpoint.seal(&self.daemon, body, None).unwrap();
+        let sealed = self.endpoint.seal(&self.daemon, None, body, None).unwrap();
         self.sealed_bytes = sealed.len();
         let headers = Headers::new().with("reply-to", TOPIC);
         self.mq
@@ -265,7 +274,7 @@ async fn all() {
         Options::default(),
         endpoint(dir.path(), "alice"),
     );
-    let mut carried = remote.connect().await.unwrap();
+    let mut carried = remote.connect(None).await.unwrap();
     let (mut sealed, mut plain, mut connection, mut rate) = (vec![], vec![], vec![], vec![]);
     for round in 0..=ROUNDS {
         let mut of = [vec![], vec![], vec![]];

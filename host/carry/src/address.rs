@@ -42,6 +42,11 @@ impl Address {
     pub fn destination(&self) -> String {
         format!("/queue/{}", self.queue)
     }
+
+    /// Where all members of a pool hear who looks for a task.
+    pub(crate) fn pool_topic(&self) -> String {
+        format!("/topic/xbee.pool.{}", self.queue)
+    }
 }
 
 impl FromStr for Address {

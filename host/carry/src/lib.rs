@@ -6,6 +6,9 @@
 //! goes with its listener, on every broker, and leaves nothing behind. The first message of a client to the queue, and the
 //! answer to it, are certificates. From then on all is sealed, to the daemon that answered.
 //!
+//! Daemons that share a certificate and a queue are a pool: whichever answers is spoken with, and who has a task is found by
+//! asking all on a topic that they share. [`pool`] is how they share tasks.
+//!
 //! [`Remote`] is the client's end, [`serve`] the daemon's. How bytes go over a connection is in [`stream`]: nothing is
 //! ever missing silently, whatever the broker loses, repeats or exchanges.
 
@@ -14,6 +17,7 @@
 pub mod address;
 mod client;
 pub mod identity;
+pub mod pool;
 mod server;
 pub mod stream;
 mod wire;
@@ -35,7 +39,7 @@ pub struct Options {
 }
 
 impl Options {
-    fn client(&self) -> ClientOptions {
+    pub(crate) fn client(&self) -> ClientOptions {
         ClientOptions {
             ca_file: self.broker_ca.clone(),
             // What was under way is lost then, and who uses it has to know.
@@ -77,6 +81,14 @@ pub enum Error {
     /// Somebody who is believed, but is no daemon.
     #[error("{0} answers, who is in the list of subjects, but not as a daemon")]
     NoDaemon(String),
+    /// No member of the pool has it.
+    #[error(
+        "no member of the pool has task {0}: it may still wait there to be taken, or its host may be down"
+    )]
+    NotTaken(String),
+    /// Several have such tasks.
+    #[error("{0} is the beginning of task ids on {1} hosts of the pool: give more of it")]
+    Ambiguous(String, usize),
     /// The connection to the broker.
     #[error("the connection to the broker was lost")]
     Lost,
@@ -91,6 +103,8 @@ impl Error {
             Error::Seal(_) | Error::Message(_) | Error::NoDaemon(_) => "not-believed",
             Error::NoAnswer(_) => "no-answer",
             Error::Refused { .. } => "refused",
+            Error::NotTaken(_) => "task-not-found",
+            Error::Ambiguous(..) => "task-ambiguous",
             Error::Lost => "connection-lost",
         }
     }
@@ -102,7 +116,7 @@ impl Error {
                 error,
                 ClientError::Connect { .. } | ClientError::Interrupted | ClientError::Closed
             ),
-            Error::NoAnswer(_) | Error::Lost => true,
+            Error::NoAnswer(_) | Error::NotTaken(_) | Error::Lost => true,
             _ => false,
         }
     }

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use xbee_envelope::seal::{self, Endpoint};
 use xbee_envelope::trust::{self, Role};
 use xbee_envelope::{Body, Fault, Message};
-use xbee_mq::client::Received;
+use xbee_mq::client::{Received, Subscription};
 use xbee_mq::session::AckMode;
 
 use crate::stream::{Carried, Peer};
@@ -22,6 +22,13 @@ pub const CONNECTIONS: usize = 512;
 /// Requests in messages of their own that are answered at a time.
 const REQUESTS: usize = 64;
 
+/// Header of a certificate that is shown to a pool: the task that is looked for, by its id or the beginning of it.
+pub(crate) const TASK_HEADER: &str = "xbee-task";
+/// In its place: whoever is there.
+pub(crate) const ANY_TASK: &str = "*";
+/// Longest value of that header, bytes.
+const MAX_TASK_BYTES: usize = 64;
+
 /// An answer to come.
 pub type Answer = Pin<Box<dyn Future<Output = Body> + Send>>;
 
@@ -31,6 +38,10 @@ pub trait Service: Send + Sync {
     fn connection(&self, subject: &str, stream: Carried);
     /// Answers a request that is one message.
     fn request(&self, subject: &str, body: Body) -> Answer;
+    /// Whether a task, named by its id or the beginning of it, is here, whoever's it is. Asked of members of a pool.
+    fn knows(&self, task: &str) -> bool;
+    /// The same, if it is this user's.
+    fn has(&self, subject: &str, task: &str) -> Pin<Box<dyn Future<Output = bool> + Send>>;
 }
 
 /// Serves a queue until `stop` resolves, or the connection to the broker is lost, which is an error; connections are over
@@ -51,6 +62,13 @@ pub async fn serve(
         .mq
         .subscribe(&address.destination(), AckMode::Auto)
         .await?;
+    let mut asked = match wire.endpoint.member() {
+        Some(_) => {
+            let topic = address.pool_topic();
+            Some(wire.mq.subscribe(&topic, AckMode::Auto).await?)
+        }
+        None => None,
+    };
     ready();
     let server = Server {
         wire,
@@ -63,6 +81,13 @@ pub async fn serve(
         let message = tokio::select! {
             message = own.next() => message,
             message = shared.next() => message,
+            message = next(&mut asked) => match message {
+                Some(message) => {
+                    server.asked(&message);
+                    continue;
+                }
+                None => None,
+            },
             () = &mut stop => {
                 server.wire.close("xbed ends").await;
                 return Ok(());
@@ -75,6 +100,14 @@ pub async fn serve(
             return Err(Error::Lost);
         };
         server.take(message).await;
+    }
+}
+
+/// The next message of a subscription, if there is one.
+async fn next(subscription: &mut Option<Subscription>) -> Option<Received> {
+    match subscription {
+        Some(subscription) => subscription.next().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -98,6 +131,7 @@ impl Server {
         let peer = |subject: String| Peer {
             subject,
             destination: destination.clone(),
+            member: None,
         };
         if is_unsealed(&message.body) {
             return self.meet(&message.body, destination);
@@ -127,6 +161,31 @@ impl Server {
         }
     }
 
+    /// Shows the own certificate to who looks for a task, if it is here and theirs. Others may have it, so there is no other
+    /// answer.
+    fn asked(&self, message: &Received) {
+        let task = message.headers.get(TASK_HEADER).unwrap_or_default();
+        let (Some(destination), true) = (reply_to(message), task.len() <= MAX_TASK_BYTES) else {
+            return;
+        };
+        // Before anything that costs more.
+        if task != ANY_TASK && !self.service.knows(task) {
+            return;
+        }
+        let Ok(hello) = Message::from_xml(&message.body) else {
+            return;
+        };
+        let Ok((subject, Role::User)) = self.wire.endpoint.meet(&message.body) else {
+            return;
+        };
+        let (service, task) = (self.service.clone(), task.to_owned());
+        self.aside(move |wire: Arc<Wire>| async move {
+            if task == ANY_TASK || service.has(&subject, &task).await {
+                show(&wire, &subject, &destination, hello.header.id).await;
+            }
+        });
+    }
+
     /// Takes the certificate of somebody, and shows the own.
     fn meet(&self, hello: &[u8], destination: String) {
         let id = match Message::from_xml(hello) {
@@ -142,15 +201,7 @@ impl Server {
             Ok((_, Role::Daemon)) => {}
             Ok((subject, Role::User)) => {
                 self.aside(move |wire: Arc<Wire>| async move {
-                    let own = match wire.endpoint.hello(&subject) {
-                        Ok(own) => own,
-                        Err(error) => {
-                            return tracing::warn!(%error, "no certificate can be shown");
-                        }
-                    };
-                    if let Err(error) = wire.mq.post(&destination, &wire.headers(), own).await {
-                        tracing::debug!(%error, "no answer can be sent");
-                    }
+                    show(&wire, &subject, &destination, id).await;
                 });
             }
             Err(error) => {
@@ -158,6 +209,7 @@ impl Server {
                 let to = Peer {
                     subject,
                     destination,
+                    member: None,
                 };
                 self.refuse(to, error.fault(), id);
             }
@@ -221,5 +273,16 @@ impl Server {
                     .try_post(Post::new(from, Body::Reset { connection, reason }));
             }
         }
+    }
+}
+
+/// Shows the own certificate to somebody.
+async fn show(wire: &Wire, subject: &str, destination: &str, answers: impl Into<Option<Uuid>>) {
+    let own = match wire.endpoint.hello(subject, answers.into()) {
+        Ok(own) => own,
+        Err(error) => return tracing::warn!(%error, "no certificate can be shown"),
+    };
+    if let Err(error) = wire.mq.post(destination, &wire.headers(), own).await {
+        tracing::debug!(%error, "no answer can be sent");
     }
 }

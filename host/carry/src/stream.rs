@@ -105,12 +105,14 @@ pub(crate) struct Handle {
 }
 
 /// Where the other side is.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Peer {
     /// Its subject.
     pub subject: String,
     /// Its own destination.
     pub destination: String,
+    /// Which one it is of a pool.
+    pub member: Option<Uuid>,
 }
 
 /// Why a connection ends early.

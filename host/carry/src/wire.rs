@@ -235,8 +235,9 @@ impl Wire {
         body: Body,
         answers: Option<Uuid>,
     ) -> Result<Vec<u8>, seal::Error> {
-        let (endpoint, to) = (self.endpoint.clone(), to.subject.clone());
-        let sealed = tokio::task::spawn_blocking(move || endpoint.seal(&to, body, answers)).await;
+        let (endpoint, to, member) = (self.endpoint.clone(), to.subject.clone(), to.member);
+        let seal = move || endpoint.seal(&to, member, body, answers);
+        let sealed = tokio::task::spawn_blocking(seal).await;
         sealed.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
     }
 

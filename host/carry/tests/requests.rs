@@ -1,6 +1,7 @@
 //! Requests that are one message, by somebody who speaks STOMP, to a daemon behind a broker.
 #![allow(clippy::unwrap_used)]
 
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -34,6 +35,14 @@ impl Service for Daemon {
         self.connections.lock().unwrap().push(stream);
     }
 
+    fn knows(&self, _: &str) -> bool {
+        false
+    }
+
+    fn has(&self, _: &str, _: &str) -> Pin<Box<dyn Future<Output = bool> + Send>> {
+        Box::pin(std::future::ready(false))
+    }
+
     fn request(&self, _: &str, body: Body) -> Answer {
         Box::pin(async move {
             match body {
@@ -63,7 +72,7 @@ struct User {
 
 impl User {
     async fn ask(&self, body: Body) {
-        let sealed = self.endpoint.seal(&self.daemon, body, None).unwrap();
+        let sealed = self.endpoint.seal(&self.daemon, None, body, None).unwrap();
         let headers = Headers::new().with("reply-to", TOPIC);
         self.mq
             .post(&self.destination, &headers, sealed)
@@ -105,7 +114,7 @@ async fn user(daemon: Arc<Daemon>) -> (tempfile::TempDir, User) {
     let mq = Client::connect(&uri).await.unwrap();
     let mut messages = mq.subscribe(TOPIC, AckMode::Auto).await.unwrap();
     let headers = Headers::new().with("reply-to", TOPIC);
-    let hello = endpoint.hello("").unwrap();
+    let hello = endpoint.hello("", None).unwrap();
     mq.send(&address.destination(), &headers, hello)
         .await
         .unwrap();

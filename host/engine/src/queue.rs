@@ -509,6 +509,16 @@ impl<K: Copy + Eq + Hash> Queue<K> {
         Some((claim.from_ms, claim.until_ms))
     }
 
+    /// Whether this has been admitted and has its capacity.
+    pub fn is_running(&self, key: K) -> bool {
+        self.running.contains_key(&key)
+    }
+
+    /// Whether something that needs this could begin, as far as capacity goes.
+    pub fn has_room(&self, demand: Demand) -> bool {
+        self.used.leaves(&self.capacity, demand)
+    }
+
     /// Number of tasks that wait.
     pub fn waiting(&self) -> usize {
         self.waiting.len()

@@ -10,6 +10,7 @@ use openssl::cms::{CMSOptions, CmsContentInfo};
 use openssl::stack::Stack;
 use openssl::symm::Cipher;
 use openssl::x509::X509;
+use uuid::Uuid;
 
 use crate::pki::{self, Kind};
 use crate::seal::{self, Endpoint, Identity, WINDOW_MS};
@@ -60,7 +61,7 @@ impl Site {
     }
 
     fn sealed(&self) -> Vec<u8> {
-        self.client.seal(DAEMON, request(), None).unwrap()
+        self.client.seal(DAEMON, None, request(), None).unwrap()
     }
 
     /// Bytes encrypted to the daemon, as anybody can.
@@ -78,19 +79,22 @@ fn identity(dir: &Path, name: &str) -> Identity {
 }
 
 fn endpoint(dir: &Path, name: &str) -> Endpoint {
+    endpoint_with(dir, name, dir.join(format!("{name}.streams")))
+}
+
+fn endpoint_with(dir: &Path, name: &str, streams: PathBuf) -> Endpoint {
     let files = Files {
         authorities: dir.join("ca.pem"),
         revoked: dir.join("crl.pem"),
         subjects: dir.join("subjects"),
     };
-    let streams = dir.join(format!("{name}.streams"));
     Endpoint::new(identity(dir, name), Trust::new(files), streams).unwrap()
 }
 
 fn introduce(client: &Endpoint, daemon: &Endpoint) {
-    let met = daemon.meet(&client.hello(DAEMON).unwrap()).unwrap();
+    let met = daemon.meet(&client.hello(DAEMON, None).unwrap()).unwrap();
     assert_eq!(met, (CLIENT.to_owned(), Role::User));
-    let met = client.meet(&daemon.hello(CLIENT).unwrap()).unwrap();
+    let met = client.meet(&daemon.hello(CLIENT, None).unwrap()).unwrap();
     assert_eq!(met, (DAEMON.to_owned(), Role::Daemon));
 }
 
@@ -117,7 +121,9 @@ fn what_is_sealed_is_opened_both_ways() {
         let (message, role) = site.daemon.open(&sealed).unwrap();
         assert_eq!((message.body, role), (request(), Role::User));
         let answers = Some(message.header.id);
-        let answer = site.daemon.seal(CLIENT, Body::StatusList(vec![]), answers);
+        let answer = site
+            .daemon
+            .seal(CLIENT, None, Body::StatusList(vec![]), answers);
         let (message, role) = site.client.open(&answer.unwrap()).unwrap();
         assert_eq!(message.header.answers, answers);
         assert_eq!(
@@ -342,9 +348,9 @@ const ACTS: &[Act] = &[
         |site| {
             let mallory = endpoint(site.dir.path(), "mallory");
             mallory
-                .meet(&site.daemon.hello("CN=mallory").unwrap())
+                .meet(&site.daemon.hello("CN=mallory", None).unwrap())
                 .unwrap();
-            let sealed = mallory.seal(DAEMON, request(), None).unwrap();
+            let sealed = mallory.seal(DAEMON, None, request(), None).unwrap();
             vec![refused(&site.daemon, &sealed)]
         },
         502,
@@ -428,8 +434,66 @@ const ACTS: &[Act] = &[
     ),
 ];
 
+#[test]
+fn a_message_is_for_one_of_those_that_share_a_certificate() {
+    let site = Site::new(Kind::P256);
+    let [one, two] = [1, 2].map(|number| {
+        let streams = site.path(&format!("{number}.streams"));
+        let daemon =
+            endpoint_with(site.dir.path(), "daemon", streams).of_member(Uuid::from_u128(number));
+        introduce(&site.client, &daemon);
+        daemon
+    });
+    let hello = Message::from_xml(&one.hello(CLIENT, None).unwrap()).unwrap();
+    assert_eq!(hello.header.member, one.member());
+    let to_one = |member| site.client.seal(DAEMON, member, request(), None).unwrap();
+    let sealed = to_one(one.member());
+    // A broker that hands it to both, and to one that knows of no others.
+    for other in [&two, &site.daemon] {
+        assert_eq!(refused(other, &sealed).unwrap(), 503);
+    }
+    assert_eq!(one.open(&sealed).unwrap().0.body, request());
+    assert_eq!(refused(&one, &sealed).unwrap(), 503);
+    assert_eq!(refused(&one, &to_one(None)).unwrap(), 503);
+    // Each has seen a part only of what the client says, which is no gap to it; and the client takes what both say.
+    for daemon in [&two, &one, &two] {
+        daemon.open(&to_one(daemon.member())).unwrap();
+        let answer = daemon.seal(CLIENT, None, Body::StatusList(vec![]), None);
+        site.client.open(&answer.unwrap()).unwrap();
+    }
+}
+
+#[test]
+fn what_is_sealed_to_oneself_is_of_nobody_else() {
+    let site = Site::new(Kind::P256);
+    let offer = Body::Offer {
+        task: Uuid::from_u128(7),
+        owner: CLIENT.into(),
+        request: "{}".into(),
+    };
+    let sealed = site.daemon.seal_own(offer.clone(), None).unwrap();
+    let other = endpoint_with(site.dir.path(), "daemon", site.path("other"));
+    for _ in 0..2 {
+        assert_eq!(other.open_own(&sealed).unwrap().body, offer);
+    }
+    // What a user says to the daemon, what the daemon says to a user, what anybody can encrypt, and what was altered.
+    let to_user = site.daemon.seal(CLIENT, None, offer.clone(), None).unwrap();
+    let by_user = site.client.seal(DAEMON, None, offer, None).unwrap();
+    let plain = site.encrypted(b"<x/>", Cipher::aes_256_gcm());
+    let mut altered = sealed.clone();
+    *altered.last_mut().unwrap() ^= 1;
+    for wrong in [to_user, by_user, plain, altered] {
+        assert!(other.open_own(&wrong).is_err());
+    }
+    // As a message of the daemon's it is none, even when it has met itself.
+    let member =
+        endpoint_with(site.dir.path(), "daemon", site.path("member")).of_member(Uuid::from_u128(1));
+    member.meet(&site.daemon.hello("", None).unwrap()).unwrap();
+    assert_eq!(refused(&member, &sealed).unwrap(), 503);
+}
+
 fn unwelcome(daemon: &Endpoint, other: &Endpoint) -> Result<u16, Box<Message>> {
-    let hello = other.hello(DAEMON).unwrap();
+    let hello = other.hello(DAEMON, None).unwrap();
     match daemon.meet(&hello) {
         Ok(_) => Err(Box::new(Message::from_xml(&hello).unwrap())),
         Err(error) => Ok(error.code()),

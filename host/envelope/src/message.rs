@@ -142,6 +142,8 @@ pub struct Header {
     pub stream: Uuid,
     /// From 1, larger with every message of the stream.
     pub sequence: u64,
+    /// Of several daemons that share a certificate: the one that it is for, or, with a certificate, the one that shows it.
+    pub member: Option<Uuid>,
 }
 
 /// A message.
@@ -260,6 +262,15 @@ pub enum Body {
         /// Why, for people.
         reason: String,
     },
+    /// A task that waits for one of several daemons that share a certificate, from one of them to all.
+    Offer {
+        /// The task to be.
+        task: Uuid,
+        /// The subject whose it is.
+        owner: String,
+        /// What it is to do: the request of the API, in JSON.
+        request: String,
+    },
     /// How a request ended, if there is nothing else to answer.
     Error {
         /// The kind.
@@ -365,6 +376,7 @@ impl Message {
         fields.push(leaf("Time", header.time));
         fields.push(leaf("Stream", header.stream));
         fields.push(leaf("Sequence", header.sequence));
+        fields.extend(header.member.map(|member| leaf("Member", member)));
         let root = wrap(
             "xbemsg:message",
             vec![
@@ -395,6 +407,7 @@ impl Message {
             time: header.value("xbe:Time")?,
             stream: header.value("xbe:Stream")?,
             sequence: header.value("xbe:Sequence")?,
+            member: header.optional_value("xbe:Member")?,
         };
         header.end()?;
         let mut body = Fields::new(expect(root.element("xbemsg:body"), "xbemsg:body")?)?;
@@ -518,6 +531,15 @@ fn write(body: &Body) -> Element {
             fields.extend([leaf("Connection", connection), leaf("Reason", reason)]);
             "Reset"
         }
+        Body::Offer {
+            task,
+            owner,
+            request,
+        } => {
+            fields.extend([leaf("TaskID", task), leaf("Owner", owner)]);
+            fields.push(leaf("Request", request));
+            "Offer"
+        }
         Body::Error { fault, text } => {
             fields.extend([leaf("Code", fault.code()), leaf("Name", fault.name())]);
             fields.push(leaf("Text", text));
@@ -628,6 +650,11 @@ fn read(element: Element) -> Result<Body, Error> {
         "xbe:Reset" => Body::Reset {
             connection: fields.value("xbe:Connection")?,
             reason: fields.text("xbe:Reason")?,
+        },
+        "xbe:Offer" => Body::Offer {
+            task: fields.value("xbe:TaskID")?,
+            owner: fields.text("xbe:Owner")?,
+            request: fields.text("xbe:Request")?,
         },
         "xbe:Error" => {
             let code: u16 = fields.value("xbe:Code")?;
@@ -740,6 +767,11 @@ pub(crate) mod tests {
             (uuid(), any::<u64>())
                 .prop_map(|(connection, offset)| Body::End { connection, offset }),
             (uuid(), text()).prop_map(|(connection, reason)| Body::Reset { connection, reason }),
+            (uuid(), text(), text()).prop_map(|(task, owner, request)| Body::Offer {
+                task,
+                owner,
+                request
+            }),
             (proptest::sample::select(Fault::ALL), text())
                 .prop_map(|(fault, text)| Body::Error { fault, text }),
         ]
@@ -754,9 +786,10 @@ pub(crate) mod tests {
             millis(),
             uuid(),
             any::<u64>(),
+            proptest::option::of(uuid()),
         );
-        (header, body()).prop_map(|((to, from, id, answers, time, stream, sequence), body)| {
-            Message {
+        (header, body()).prop_map(
+            |((to, from, id, answers, time, stream, sequence, member), body)| Message {
                 header: Header {
                     to,
                     from,
@@ -765,10 +798,11 @@ pub(crate) mod tests {
                     time,
                     stream,
                     sequence,
+                    member,
                 },
                 body,
-            }
-        })
+            },
+        )
     }
 
     pub(crate) fn sample(body: Body) -> Message {
@@ -781,6 +815,7 @@ pub(crate) mod tests {
                 time: Millis(1_767_323_045_678),
                 stream: Uuid::from_u128(2),
                 sequence: 1,
+                member: None,
             },
             body,
         }

@@ -77,6 +77,12 @@ pub enum Error {
     /// The receiver that is signed is another one.
     #[error("the message is for {0:?}")]
     Receiver(String),
+    /// It is for another of those that share the receiver's certificate, or for none that shares one.
+    #[error("the message is for another daemon with this certificate")]
+    Member,
+    /// What only daemons that share the receiver's certificate say to each other is of somebody else.
+    #[error("the message is of {0:?}, not of a daemon with this certificate")]
+    NotOwn(String),
     /// Nobody who was met.
     #[error("{0:?} has not shown a certificate")]
     Stranger(String),
@@ -181,6 +187,7 @@ pub struct Endpoint {
     identity: Identity,
     trust: Trust,
     stream: Uuid,
+    member: Option<Uuid>,
     state: Mutex<State>,
 }
 
@@ -202,6 +209,7 @@ impl Endpoint {
             identity,
             trust,
             stream: Uuid::new_v4(),
+            member: None,
             state: Mutex::new(State {
                 sequence: 0,
                 peers: HashMap::new(),
@@ -210,10 +218,24 @@ impl Endpoint {
         })
     }
 
+    /// The same as one of several that share the certificate. What is not sealed to this one it refuses, so that nobody can
+    /// have two of them take the same message.
+    pub fn of_member(mut self, member: Uuid) -> Self {
+        self.member = Some(member);
+        self
+    }
+
+    /// Which one it is, of several that share the certificate.
+    pub fn member(&self) -> Option<Uuid> {
+        self.member
+    }
+
     /// The message with the own certificate for somebody not met yet. It is not sealed.
-    pub fn hello(&self, to: &str) -> Result<Vec<u8>, Error> {
+    pub fn hello(&self, to: &str, answers: Option<Uuid>) -> Result<Vec<u8>, Error> {
         let pem = String::from_utf8_lossy(&self.identity.certificate.to_pem()?).into_owned();
-        Ok(self.message(to, Body::Certificate(pem), None).to_xml()?)
+        let mut message = self.message(to, Body::Certificate(pem), answers);
+        message.header.member = self.member;
+        Ok(message.to_xml()?)
     }
 
     /// A message, not sealed, to somebody to whom none can be sealed: a hint why.
@@ -262,12 +284,59 @@ impl Endpoint {
         Ok((subject, role))
     }
 
-    /// Seals a message to somebody who was met.
-    pub fn seal(&self, to: &str, body: Body, answers: Option<Uuid>) -> Result<Vec<u8>, Error> {
+    /// Seals a message to somebody who was met; to one member, if several share that certificate.
+    pub fn seal(
+        &self,
+        to: &str,
+        member: Option<Uuid>,
+        body: Body,
+        answers: Option<Uuid>,
+    ) -> Result<Vec<u8>, Error> {
         let certificate = self.peer(to)?;
         self.trust.check(&certificate)?;
-        let xml = self.message(to, body, answers).to_xml()?;
-        seal_bytes(&self.identity, &certificate, &xml)
+        let mut message = self.message(to, body, answers);
+        message.header.member = member;
+        seal_bytes(&self.identity, &certificate, &message.to_xml()?)
+    }
+
+    /// Seals a message to whoever has the own certificate and key, itself and others, for [`Endpoint::open_own`].
+    pub fn seal_own(&self, body: Body, answers: Option<Uuid>) -> Result<Vec<u8>, Error> {
+        let message = self.message(self.subject(), body, answers);
+        seal_bytes(
+            &self.identity,
+            &self.identity.certificate,
+            &message.to_xml()?,
+        )
+    }
+
+    /// Opens what was sealed with [`Endpoint::seal_own`], however long ago, and as often as it is given: only the caller can
+    /// know whether it has come before.
+    pub fn open_own(&self, sealed: &[u8]) -> Result<Message, Error> {
+        self.try_open_own(sealed)
+            .inspect_err(|error| log(error, "message"))
+    }
+
+    fn try_open_own(&self, sealed: &[u8]) -> Result<Message, Error> {
+        if sealed.len() > MAX_SEALED_BYTES {
+            return Err(Error::Large(sealed.len()));
+        }
+        self.trust.check(&self.identity.certificate)?;
+        let signed = decrypt(&self.identity, sealed)?;
+        let certificate = &self.identity.certificate;
+        let verified = verify(&signed, certificate).map_err(|source| Error::Signature {
+            sender: self.identity.subject.clone(),
+            source,
+        })?;
+        let message = Message::from_xml(&verified)?;
+        let header = &message.header;
+        // The same key signs what members say to users, too.
+        if header.to != self.identity.subject {
+            return Err(Error::Receiver(header.to.clone()));
+        }
+        if header.from != self.identity.subject {
+            return Err(Error::NotOwn(header.from.clone()));
+        }
+        Ok(message)
     }
 
     pub(crate) fn message(&self, to: &str, body: Body, answers: Option<Uuid>) -> Message {
@@ -282,6 +351,7 @@ impl Endpoint {
                 time: Millis::now(),
                 stream: self.stream,
                 sequence: state.sequence,
+                member: None,
             },
             body,
         }
@@ -316,6 +386,9 @@ impl Endpoint {
         let header = &message.header;
         if header.to != self.identity.subject {
             return Err(Error::Receiver(header.to.clone()));
+        }
+        if header.member != self.member {
+            return Err(Error::Member);
         }
         if header.time.get().abs_diff(now.get()) > WINDOW_MS {
             return Err(Error::Time(header.time));
@@ -584,6 +657,7 @@ mod tests {
             time: Millis::new(time).unwrap(),
             stream: Uuid::from_u128(stream),
             sequence,
+            member: None,
         }
     }
 

@@ -154,6 +154,8 @@ type Answer = oneshot::Sender<Result<(), ClientError>>;
 enum Request {
     /// A frame whose receipt is waited for; of this connection or of any.
     Frame(Frame, Option<u64>, Answer),
+    /// Frames of one transaction of this connection; the receipt of the last one is waited for.
+    Frames(Vec<Frame>, Frame, u64, Answer),
     /// A frame without receipt.
     Post(Frame),
     Subscribe(String, Frame, mpsc::Sender<Received>, Answer),
@@ -166,6 +168,7 @@ enum Request {
 pub struct Client {
     requests: mpsc::Sender<Request>,
     next_subscription: Arc<AtomicU64>,
+    next_transaction: Arc<AtomicU64>,
     prefetch: usize,
 }
 
@@ -204,6 +207,7 @@ impl Client {
         Ok(Client {
             requests,
             next_subscription: Arc::new(AtomicU64::new(1)),
+            next_transaction: Arc::new(AtomicU64::new(1)),
             prefetch,
         })
     }
@@ -270,6 +274,30 @@ impl Client {
     /// Gives this message back.
     pub async fn nack(&self, message: &Received) -> Result<(), ClientError> {
         self.answer(Command::Nack, message).await
+    }
+
+    /// Consumes this message and sends one, both or neither, and waits until the broker has done it. After an error it may
+    /// have been done. Where a broker applies a transaction step by step, the message is sent first.
+    pub async fn exchange(
+        &self,
+        message: &Received,
+        destination: &str,
+        headers: &Headers,
+        body: impl Into<Vec<u8>>,
+    ) -> Result<(), ClientError> {
+        // Of one connection, and one that was never ended is taken back with it.
+        let number = self.next_transaction.fetch_add(1, Ordering::Relaxed);
+        let of = |frame: Frame| frame.header("transaction", &number.to_string());
+        let id = message.headers.get("ack").unwrap_or_default();
+        let steps = vec![
+            of(Frame::new(Command::Begin)),
+            of(self::message(destination, headers, body)),
+            of(Frame::new(Command::Ack).header("id", id)),
+        ];
+        let commit = of(Frame::new(Command::Commit));
+        let connection = message.connection;
+        self.ask(|answer| Request::Frames(steps, commit, connection, answer))
+            .await
     }
 
     async fn answer(&self, command: Command, message: &Received) -> Result<(), ClientError> {
@@ -613,12 +641,21 @@ impl Task {
         answers: &mut HashMap<String, Answer>,
     ) -> bool {
         let (frame, answer) = match request {
-            Request::Frame(_, Some(connection), answer) if connection != number => {
+            Request::Frame(_, Some(connection), answer)
+            | Request::Frames(_, _, connection, answer)
+                if connection != number =>
+            {
                 // Whoever asked may be gone.
                 let _ = answer.send(Err(ClientError::Stale));
                 return false;
             }
             Request::Frame(frame, _, answer) => (frame, answer),
+            Request::Frames(steps, last, _, answer) => {
+                for step in steps {
+                    step.encode(Version::V1_2, out);
+                }
+                (last, answer)
+            }
             Request::Post(frame) => {
                 frame.encode(Version::V1_2, out);
                 return false;

@@ -70,6 +70,43 @@ async fn messages_are_sent_received_and_acknowledged() {
 }
 
 #[tokio::test]
+async fn one_message_is_exchanged_for_another_or_nothing_is_done() {
+    let broker = Broker::start();
+    let client = connect(&uri(&broker)).await.unwrap();
+    let none = Headers::new();
+    for body in ["1", "2"] {
+        client.send("/queue/a", &none, body).await.unwrap();
+    }
+    let one_at_a_time = ClientOptions {
+        prefetch: 1,
+        give_up_after: Duration::ZERO,
+        ..quick()
+    };
+    let taker = Client::connect_with(uri(&broker).parse().unwrap(), one_at_a_time).await;
+    let taker = taker.unwrap();
+    let mut a = taker
+        .subscribe("/queue/a", AckMode::ClientIndividual)
+        .await
+        .unwrap();
+    let one = a.next().await.unwrap();
+    taker
+        .exchange(&one, "/queue/b", &none, "one")
+        .await
+        .unwrap();
+    let two = a.next().await.unwrap();
+    // No destination: the broker refuses all of it, and ends the connection.
+    assert!(taker.exchange(&two, "", &none, "two").await.is_err());
+    assert!(a.next().await.is_none());
+    let mut a = client.subscribe("/queue/a", AckMode::Auto).await.unwrap();
+    let again = a.next().await.unwrap();
+    assert!(again.body == b"2" && again.is_redelivered());
+    let mut b = client.subscribe("/queue/b", AckMode::Auto).await.unwrap();
+    assert_eq!(b.next().await.unwrap().body, b"one");
+    client.send("/queue/b", &none, "last").await.unwrap();
+    assert_eq!(b.next().await.unwrap().body, b"last");
+}
+
+#[tokio::test]
 async fn more_than_a_subscription_takes_waits_and_heart_beats_go_on() {
     let broker = Broker::start();
     let client = connect(&uri(&broker)).await.unwrap();

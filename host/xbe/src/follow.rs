@@ -9,7 +9,7 @@ use xbee_api::client::{self, Client, Log};
 use xbee_api::{FollowQuery, SubState, TaskEvent, TaskStatus};
 
 use crate::error::Error;
-use crate::term::Progress;
+use crate::term::{Progress, note};
 
 /// How long `xbed` may be away, once it has answered, before a stream is given up.
 const AWAY: Duration = Duration::from_secs(30);
@@ -53,6 +53,37 @@ impl Patience {
         loop {
             if let Some(value) = self.bear(request().await).await? {
                 return Ok(value);
+            }
+        }
+    }
+}
+
+/// Waits until a task that was just submitted is where it can be asked for: at once, but in a pool not before one of its hosts
+/// has taken it.
+///
+/// # Errors
+/// Those of the server.
+pub async fn taken(client: &Client, task: &str) -> Result<(), Error> {
+    let mut is_told = false;
+    // It has answered that it has the task.
+    let mut patience = Patience {
+        has_answered: true,
+        ..Patience::default()
+    };
+    loop {
+        match client.status(task).await {
+            // Said by nobody who would know: it is not taken yet.
+            Err(error) if error.is_transient() && error.code() == "task-not-found" => {
+                if !is_told {
+                    note(format_args!("task {task} waits for a host of the pool"));
+                }
+                is_told = true;
+                patience.away_since = None;
+            }
+            answer => {
+                if patience.bear(answer).await?.is_some() {
+                    return Ok(());
+                }
             }
         }
     }

@@ -89,12 +89,24 @@ pub fn environment(cli: &Cli, client: &Client) -> Result<Vec<(&'static str, OsSt
 struct Queue(Remote);
 
 impl Connector for Queue {
-    fn connect(&self) -> Later<'_, Result<Box<dyn Stream>, client::Error>> {
-        Box::pin(async {
-            match self.0.connect().await {
+    fn connect<'a>(
+        &'a self,
+        task: Option<&'a str>,
+    ) -> Later<'a, Result<Box<dyn Stream>, client::Error>> {
+        Box::pin(async move {
+            match self.0.connect(task).await {
                 Ok(carried) => Ok(Box::new(carried) as Box<dyn Stream>),
                 Err(error) => Err(remote_error(self.0.address(), error)),
             }
+        })
+    }
+
+    fn connect_all(&self) -> Later<'_, Result<Vec<Box<dyn Stream>>, client::Error>> {
+        Box::pin(async {
+            let all = self.0.connect_all().await;
+            let all = all.map_err(|error| remote_error(self.0.address(), error))?;
+            let boxed = |carried| Box::new(carried) as Box<dyn Stream>;
+            Ok(all.into_iter().map(boxed).collect())
         })
     }
 

@@ -41,6 +41,7 @@ pub async fn submit(client: &Client, args: &cli::Submit) -> Result<u8, Error> {
         return Ok(0);
     }
     let id = task.id.to_string();
+    follow::taken(client, &id).await?;
     let task = tokio::select! {
         task = follow::states(client, &id, &progress, |_| Ok(())) => task?,
         never = ports.serve(client, &id) => match never {},
@@ -110,6 +111,7 @@ pub async fn run(client: &Client, args: &cli::Run) -> Result<u8, Error> {
     let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
     let line_is_open = Cell::new(false);
     let work = async {
+        follow::taken(client, &id).await?;
         tokio::try_join!(
             follow::states(client, &id, &progress, |event| {
                 // From here on the terminal is the job's, or from its first output on.
@@ -146,7 +148,11 @@ pub async fn run(client: &Client, args: &cli::Run) -> Result<u8, Error> {
                 note(format_args!("terminating task {id}; Ctrl-C again leaves at once"));
                 let (client, id) = (client.clone(), id.clone());
                 tokio::spawn(async move {
-                    if let Err(error) = client.terminate(&id).await {
+                    let terminated = match follow::taken(&client, &id).await {
+                        Ok(()) => client.terminate(&id).await.map(drop).map_err(Error::from),
+                        Err(error) => Err(error),
+                    };
+                    if let Err(error) = terminated {
                         note(chain(&error));
                     }
                 });

@@ -25,9 +25,10 @@ use crate::cache::{self, Asked, CacheError, Held, Room, Wanted};
 use crate::export;
 use crate::host::{Host, fill_random};
 use crate::plan::Plan;
-use crate::reach::{is_file, Purpose, Reach};
+use crate::pool::{Pool, PoolError};
+use crate::reach::{Purpose, Reach, is_file};
 use crate::steps;
-use crate::store::{Entry, Owner, Reservation, StoreError};
+use crate::store::{Entry, Job, Owner, Reservation, StoreError};
 use crate::task::TaskHandle;
 use crate::translate::{PlanError, Planned};
 use crate::uploads::{Claim, UploadError};
@@ -187,6 +188,14 @@ pub enum CommandError {
     /// The cache's word.
     #[error(transparent)]
     Cache(#[from] CacheError),
+    /// The pool.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// No member of the pool took it.
+    #[error(
+        "no host of the pool took the task within 30 days: submit it again, if it is still wanted"
+    )]
+    PoolAge,
     /// The store failed.
     #[error("the task could not be written down")]
     Store(#[from] StoreError),
@@ -250,6 +259,8 @@ impl CommandError {
             CommandError::NotFetched => "image-not-fetched",
             CommandError::Export(error) => error.code(),
             CommandError::Cache(error) => error.code(),
+            CommandError::Pool(error) => error.code(),
+            CommandError::PoolAge => "pool-age",
             CommandError::Store(error) => error.code(),
             CommandError::NotWritten(_) => "not-written",
         }
@@ -345,12 +356,27 @@ impl Changes {
 #[derive(Clone)]
 pub struct Commands {
     host: Arc<Host>,
+    /// Tasks that are submitted are left to it.
+    pool: Option<Arc<Pool>>,
 }
 
 impl Commands {
     /// Commands of this host.
     pub fn new(host: Arc<Host>) -> Self {
-        Commands { host }
+        Commands::of_pool(host, None)
+    }
+
+    /// The same as a member of a pool.
+    pub fn of_pool(host: Arc<Host>, pool: Option<Arc<Pool>>) -> Self {
+        Commands { host, pool }
+    }
+
+    /// Reservations are of a host, and not for those who ask a pool.
+    fn check_no_pool(&self) -> Result<(), CommandError> {
+        match self.pool {
+            Some(_) => Err(PoolError::Reservation.into()),
+            None => Ok(()),
+        }
     }
 
     /// What the host is.
@@ -360,19 +386,32 @@ impl Commands {
 
     /// Whether a job would be taken.
     pub async fn check(&self, caller: Caller, request: SubmitRequest) -> CheckReport {
-        let planned = self.plan(caller, request, Purpose::Look).await;
-        let refused = match &planned {
-            Ok((planned, _)) => {
+        let purpose = match self.pool {
+            // What is not sent with it cannot be sent at all.
+            Some(_) => Purpose::Take,
+            None => Purpose::Look,
+        };
+        let planned = self.plan(caller, request.clone(), purpose).await;
+        let (mut refused, warnings) = match planned {
+            Ok((Planned::Sweep(_), warnings)) if self.pool.is_some() => {
+                (Some(PoolError::Sweep.into()), warnings)
+            }
+            Ok((planned, warnings)) => {
                 let mut demands = planned.plans().map(Plan::demand);
                 let refused = demands.find_map(|demand| self.host.fits(demand).err());
-                refused.map(|error| error.to_string())
+                (refused.map(CommandError::from), warnings)
             }
-            Err(error) => Some(chain(error)),
+            Err(error) => (Some(error), vec![]),
         };
+        if let (Some(pool), Some(error)) = (&self.pool, &refused)
+            && pool.is_for_another(caller, &request, error).await
+        {
+            refused = None;
+        }
         CheckReport {
             accepted: refused.is_none(),
-            reasons: refused.into_iter().collect(),
-            warnings: planned.map(|(_, warnings)| warnings).unwrap_or_default(),
+            reasons: refused.iter().map(|error| chain(error)).collect(),
+            warnings,
         }
     }
 
@@ -398,12 +437,28 @@ impl Commands {
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
     }
 
+    /// What a request for one job means on this host.
+    pub async fn plan_one(
+        &self,
+        caller: Caller,
+        request: SubmitRequest,
+    ) -> Result<Job, CommandError> {
+        self.check_wishes(caller, &request)?;
+        match self.plan(caller, request, Purpose::Take).await?.0 {
+            Planned::One(job) => Ok(*job),
+            Planned::Sweep(_) => Err(PoolError::Sweep.into()),
+        }
+    }
+
     /// Takes a job. When this returns, the task is durable.
     pub async fn submit(
         &self,
         caller: Caller,
         request: SubmitRequest,
     ) -> Result<TaskStatus, CommandError> {
+        if let Some(pool) = &self.pool {
+            return pool.submit(caller, request).await;
+        }
         self.check_wishes(caller, &request)?;
         let planned = self.plan(caller, request, Purpose::Take).await?.0;
         let claim = self.claim(caller, &planned)?;
@@ -428,6 +483,9 @@ impl Commands {
         bytes: Option<u64>,
         pieces: impl Stream<Item = Result<Bytes, axum::Error>> + Unpin,
     ) -> Result<Upload, CommandError> {
+        if self.pool.is_some() {
+            return Err(PoolError::Files.into());
+        }
         let uploads = &self.host.uploads;
         Ok(uploads.receive(caller.owner, bytes, pieces).await?)
     }
@@ -476,6 +534,7 @@ impl Commands {
         caller: Caller,
         request: ReserveRequest,
     ) -> Result<Reserved, CommandError> {
+        self.check_no_pool()?;
         let mut bytes = [0; 16];
         fill_random(&mut bytes);
         let ticket = Uuid::from_bytes(bytes).simple().to_string();
@@ -498,6 +557,7 @@ impl Commands {
 
     /// The task that is reserved under a ticket. Its owner alone may use it; who may do everything else may not.
     fn by_ticket(&self, caller: Caller, ticket: &str) -> Result<Arc<TaskHandle>, CommandError> {
+        self.check_no_pool()?;
         let digest = digest(ticket);
         let mut tasks = self.host.tasks();
         tasks.retain(|task| {

@@ -90,6 +90,7 @@ struct File {
     #[serde(default)]
     xen: XenFile,
     message_queue: Option<MessageQueueFile>,
+    pool: Option<MessageQueueFile>,
     #[serde(default)]
     cache: CacheFile,
 }
@@ -102,7 +103,7 @@ struct CacheFile {
     entries: Option<usize>,
 }
 
-/// The table `[message-queue]`.
+/// The tables `[message-queue]` and `[pool]`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct MessageQueueFile {
@@ -314,6 +315,8 @@ pub struct Config {
     pub outbound: Outbound,
     /// The queue that users on other machines ask through.
     pub message_queue: Option<MessageQueue>,
+    /// The queue that this host shares with others, who have the same identity there.
+    pub pool: Option<MessageQueue>,
     /// What fetched files may take that are kept.
     pub cache: CacheLimits,
 }
@@ -339,13 +342,14 @@ pub struct MessageQueue {
 }
 
 impl MessageQueueFile {
-    fn read(self, path: &Path) -> Result<MessageQueue, ConfigError> {
+    fn read(self, table: &'static str, path: &Path) -> Result<MessageQueue, ConfigError> {
         let address = self.uri.parse().map_err(|source| ConfigError::Queue {
+            table,
             path: path.into(),
             source,
         })?;
-        let mut identity =
-            xbee_carry::identity::Files::find(&self.identity).map_err(ConfigError::Identity)?;
+        let identity = xbee_carry::identity::Files::find(&self.identity);
+        let mut identity = identity.map_err(|source| ConfigError::Identity { table, source })?;
         let trust = &mut identity.trust;
         for (file, other) in [
             (&mut trust.authorities, self.authorities),
@@ -405,8 +409,10 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// The message queue has no address.
-    #[error("`uri` in [message-queue] of the configuration file {path}")]
+    #[error("`uri` in [{table}] of the configuration file {path}")]
     Queue {
+        /// Of which queue.
+        table: &'static str,
         /// The file.
         path: PathBuf,
         /// Why.
@@ -414,8 +420,14 @@ pub enum ConfigError {
         source: BadAddress,
     },
     /// Nobody to be on the message queue.
-    #[error("`identity` in [message-queue] of the configuration file")]
-    Identity(#[source] xbee_carry::identity::Error),
+    #[error("`identity` in [{table}] of the configuration file")]
+    Identity {
+        /// Of which queue.
+        table: &'static str,
+        /// Why.
+        #[source]
+        source: xbee_carry::identity::Error,
+    },
     /// The file makes no sense.
     #[error("the configuration file {path} is not as expected")]
     Parse {
@@ -453,10 +465,11 @@ impl Config {
                 path: options.config.unwrap_or_default(),
             });
         }
-        let message_queue = file.message_queue.map(|queue| {
-            let path = options.config.clone().unwrap_or_default();
-            queue.read(&path)
-        });
+        let path = options.config.clone().unwrap_or_default();
+        let message_queue = file
+            .message_queue
+            .map(|queue| queue.read("message-queue", &path));
+        let pool = file.pool.map(|queue| queue.read("pool", &path));
         let quota = file.quota.quota(Quota::UNLIMITED);
         let mut quotas = HashMap::new();
         for (name, of_user) in &file.quotas {
@@ -487,6 +500,7 @@ impl Config {
                     .saturating_mul(1 << 20),
                 entries: file.cache.entries.unwrap_or(CACHE_ENTRIES),
             },
+            pool: pool.transpose()?,
             policy,
             staging_allowance: Duration::from_secs(file.queue.staging_allowance_s.unwrap_or(600)),
             retries: file.queue.retries.unwrap_or(0),

@@ -1,12 +1,14 @@
 //! The host: its tasks, its capacity, and what they share.
 
+mod place;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 use uuid::Uuid;
@@ -23,6 +25,7 @@ use crate::command::CommandError;
 use crate::config::{Backend, Config};
 use crate::fault;
 use crate::images::ImageStore;
+use crate::plan::Plan;
 use crate::steps;
 use crate::store::{Entry, Job, Owner, Reservation, Store, StoreError, StoredTask, TaskRecord};
 use crate::task::{self, Begin, TaskHandle};
@@ -55,6 +58,10 @@ pub struct Host {
     queue: Mutex<Queue<Uuid>>,
     /// Told when the queue has changed.
     queue_changed: Notify,
+    /// Changes whenever something may begin that could not before.
+    pub freed: watch::Sender<()>,
+    /// Tasks to come that have their capacity already.
+    places: Mutex<HashSet<Uuid>>,
     /// Ordered by id, so that prefixes are ranges.
     tasks: RwLock<BTreeMap<Uuid, Arc<TaskHandle>>>,
     arrays: RwLock<BTreeMap<Uuid, Arc<Array>>>,
@@ -129,6 +136,8 @@ impl Host {
             images,
             queue: Mutex::new(Queue::new(capacity, config.policy.clone())),
             queue_changed: Notify::new(),
+            freed: watch::Sender::default(),
+            places: Mutex::default(),
             tasks: RwLock::default(),
             arrays: RwLock::default(),
             config,
@@ -239,11 +248,7 @@ impl Host {
     /// A task as the queue knows it, once it is known what it is to do.
     fn request(&self, task: &TaskHandle) -> Option<Request> {
         let job = task.job()?;
-        let allowance = self.config.staging_allowance.as_millis();
-        let longest_ms = job
-            .plan
-            .longest_run_ms()
-            .and_then(|run_ms| run_ms.checked_add(allowance.try_into().ok()?));
+        let longest_ms = self.longest_ms(&job.plan);
         Some(Request {
             demand: task.demand()?,
             owner: task.record.owner.uid,
@@ -251,6 +256,13 @@ impl Host {
             longest_ms: longest_ms.unwrap_or(NEVER_MS),
             not_before_ms: task.state().not_before_ms,
         })
+    }
+
+    /// How long a job holds its capacity at most, if that is bounded, milliseconds.
+    fn longest_ms(&self, plan: &Plan) -> Option<u64> {
+        let allowance = self.config.staging_allowance.as_millis();
+        let run_ms = plan.longest_run_ms()?;
+        run_ms.checked_add(allowance.try_into().ok()?)
     }
 
     /// Puts a task that may start into the queue; one that had its turn gives its place back.
@@ -530,6 +542,7 @@ impl Host {
 
     fn schedule(&self) {
         self.admit();
+        self.freed.send_replace(());
         self.queue_changed.notify_one();
     }
 
@@ -541,6 +554,7 @@ impl Host {
             };
             match self.task(id) {
                 Some(task) => task.admit(),
+                None if self.has_place(id) => {}
                 None => self.lock_queue().remove(id, now_ms),
             }
         }

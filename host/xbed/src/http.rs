@@ -37,6 +37,7 @@ use crate::cache::{self, CacheError};
 use crate::command::{Caller, CommandError, Commands};
 use crate::exec;
 use crate::logs::Stream;
+use crate::pool::PoolError;
 use crate::store::{Owner, StoreError};
 use crate::task::TaskHandle;
 use crate::uploads::UploadError;
@@ -195,7 +196,11 @@ impl From<CommandError> for Failure {
             CommandError::RoomLater { .. } | CommandError::Queue(QueueError::NoRoom { .. }) => {
                 StatusCode::CONFLICT
             }
-            CommandError::Queue(_) => StatusCode::SERVICE_UNAVAILABLE,
+            CommandError::Pool(
+                PoolError::Sweep | PoolError::Reservation | PoolError::Files | PoolError::Seal(_),
+            )
+            | CommandError::PoolAge => StatusCode::BAD_REQUEST,
+            CommandError::Queue(_) | CommandError::Pool(_) => StatusCode::SERVICE_UNAVAILABLE,
             CommandError::TicketInvalid
             | CommandError::Priority(_)
             | CommandError::LocalFile(_)

@@ -21,6 +21,7 @@ mod images;
 mod logs;
 mod message_queue;
 mod plan;
+mod pool;
 mod reach;
 mod retry;
 mod session;
@@ -36,17 +37,27 @@ mod view;
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 use xbee_api::chain;
+use xbee_carry::pool::Member;
 
 use crate::command::Commands;
 use crate::config::{Command, Config, Options};
-use crate::host::Host;
+use crate::host::{Host, HostError};
+use crate::message_queue::Door;
+use crate::pool::Pool;
+
+/// File in the data directory: how far the streams of messages of the host's own queue have come.
+const STREAMS: &str = "message-streams";
+/// The same of the pool's.
+const POOL_STREAMS: &str = "pool-streams";
 
 /// Why `xbed` ends.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +80,9 @@ pub enum Fatal {
     /// The own identity there.
     #[error("there is no message queue for this xbed")]
     MessageQueue(#[source] xbee_carry::identity::Error),
+    /// The same for a pool.
+    #[error("there is no pool for this xbed")]
+    Pool(#[source] xbee_carry::identity::Error),
     /// The socket, later.
     #[error("the API's socket failed")]
     Serve(#[source] std::io::Error),
@@ -145,7 +159,7 @@ async fn run(options: Options) -> Result<(), Fatal> {
     let hypervisor = backend::open(&config).await?;
     let stager = backend::stager(&config);
     let socket = config.socket.clone();
-    let message_queue = config.message_queue.clone();
+    let (message_queue, pool) = (config.message_queue.clone(), config.pool.clone());
     let host = Host::open(config, hypervisor, stager).await?;
     host.recover().await?;
     let about = host.info();
@@ -161,14 +175,40 @@ async fn run(options: Options) -> Result<(), Fatal> {
     let mut terminate = signal(SignalKind::terminate()).map_err(Fatal::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Fatal::Signal)?;
     let stopped = CancellationToken::new();
-    let queue = match message_queue {
-        Some(queue) => {
-            let door = message_queue::Door::new(host.clone());
-            let queue = message_queue::serve(queue, door, stopped.clone());
-            Some(tokio::spawn(queue.map_err(Fatal::MessageQueue)?))
-        }
-        None => None,
-    };
+    let doors = TaskTracker::new();
+    if let Some(queue) = message_queue {
+        let streams = host.config.data.join(STREAMS);
+        let endpoint = queue.identity.open(Some(streams));
+        let endpoint = Arc::new(endpoint.map_err(Fatal::MessageQueue)?);
+        let door = Door::new(host.clone(), None);
+        let (address, options) = (queue.address, queue.options);
+        doors.spawn(message_queue::serve(
+            address,
+            options,
+            endpoint,
+            door,
+            stopped.clone(),
+        ));
+    }
+    if let Some(queue) = pool {
+        let streams = host.config.data.join(POOL_STREAMS);
+        let member = host.store.pool_member().map_err(HostError::from)?;
+        let endpoint = queue.identity.open(Some(streams)).map_err(Fatal::Pool)?;
+        let endpoint = Arc::new(endpoint.of_member(member));
+        let (address, options) = (queue.address, queue.options);
+        let member = Member::new(address.clone(), options.clone(), endpoint.clone(), member);
+        let pool = Pool::new(host.clone(), member);
+        let door = Door::new(host.clone(), Some(pool.clone()));
+        doors.spawn(pool.run(stopped.clone()));
+        doors.spawn(message_queue::serve(
+            address,
+            options,
+            endpoint,
+            door,
+            stopped.clone(),
+        ));
+    }
+    doors.close();
     let stop = async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -179,10 +219,8 @@ async fn run(options: Options) -> Result<(), Fatal> {
         .await
         .map_err(Fatal::Serve)?;
     stopped.cancel();
-    if let Some(queue) = queue {
-        // It has a limit of its own, and nothing to say.
-        let _ = queue.await;
-    }
+    // They have a limit of their own.
+    doors.wait().await;
     // Domains go on: the next xbed takes them up again.
     info!("stopped; running domains go on");
     if let Err(error) = std::fs::remove_file(&socket) {

@@ -1,6 +1,7 @@
 //! The front door for users on other machines: connections and requests in sealed messages, through a message broker.
 //! Certificates say who asks; each subject has a number of its own for ever, as the kernel's users have.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,15 +15,16 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use xbee_api::{CacheRequest, ConfirmRequest, ReserveRequest, SubmitRequest, chain};
 use xbee_carry::stream::Carried;
-use xbee_carry::{Answer, Service};
+use xbee_carry::{Address, Answer, Options, Service};
 use xbee_engine::QueueError;
+use xbee_envelope::seal::Endpoint;
 use xbee_envelope::{Body, CacheEntry, Fault, TaskState};
 
 use crate::cache::{Asked, CacheError};
 use crate::command::{Caller, CommandError, Commands};
-use crate::config::MessageQueue;
 use crate::host::Host;
-use crate::store::StoreError;
+use crate::pool::Pool;
+use crate::store::{Owner, StoreError};
 
 /// Shortest and longest wait before a broker is tried again.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -31,26 +33,43 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 const GOOD_AFTER: Duration = Duration::from_secs(30);
 /// How long a message that wants a file in the cache waits for it before it is answered that it is being fetched.
 const FETCH_WAIT: Duration = Duration::from_secs(20);
-/// File in the data directory: how far the streams of messages have come.
-const STREAMS: &str = "message-streams";
 
-/// Serves the queue until it is stopped; a broker that goes away is tried again without end. Fails at once without an
-/// identity.
+/// Pauses before a broker is tried again, each twice as long as the one before.
+pub struct Pause(Duration);
+
+impl Default for Pause {
+    fn default() -> Pause {
+        Pause(PAUSE)
+    }
+}
+
+impl Pause {
+    /// What comes next is the first one again.
+    pub fn begin_anew(&mut self) {
+        self.0 = PAUSE;
+    }
+
+    /// Waits, unless there is a reason not to.
+    pub async fn rest(&mut self, unless: impl Future<Output = ()>) {
+        tokio::select! {
+            () = unless => {}
+            () = tokio::time::sleep(self.0) => {}
+        }
+        self.0 = (self.0 * 2).min(PAUSE_MAX);
+    }
+}
+
+/// Serves the queue until it is stopped; a broker that goes away is tried again without end.
 pub fn serve(
-    queue: MessageQueue,
+    address: Address,
+    options: Options,
+    endpoint: Arc<Endpoint>,
     door: Door,
     stopped: CancellationToken,
-) -> Result<impl Future<Output = ()>, xbee_carry::identity::Error> {
-    let MessageQueue {
-        address,
-        options,
-        identity,
-    } = queue;
-    let streams = door.host.config.data.join(STREAMS);
-    let endpoint = Arc::new(identity.open(Some(streams))?);
+) -> impl Future<Output = ()> {
     let door: Arc<dyn Service> = Arc::new(door);
-    Ok(async move {
-        let mut pause = PAUSE;
+    async move {
+        let mut pause = Pause::default();
         while !stopped.is_cancelled() {
             let begun = Instant::now();
             let listening = || info!("listening on {address} as {}", endpoint.subject());
@@ -72,15 +91,11 @@ pub fn serve(
                 warn!("not on the message queue {address}: {}", chain(&error));
             }
             if begun.elapsed() >= GOOD_AFTER {
-                pause = PAUSE;
+                pause.begin_anew();
             }
-            tokio::select! {
-                () = stopped.cancelled() => {}
-                () = tokio::time::sleep(pause) => {}
-            }
-            pause = (pause * 2).min(PAUSE_MAX);
+            pause.rest(stopped.cancelled()).await;
         }
-    })
+    }
 }
 
 /// Resolves when the end was to be over.
@@ -96,20 +111,25 @@ pub struct Door {
 }
 
 impl Door {
-    /// For this host.
-    pub fn new(host: Arc<Host>) -> Door {
+    /// For this host, alone or as a member of a pool.
+    pub fn new(host: Arc<Host>, pool: Option<Arc<Pool>>) -> Door {
         Door {
-            commands: Commands::new(host.clone()),
+            commands: Commands::of_pool(host.clone(), pool),
             host,
         }
     }
 }
 
 /// Who a subject is here.
-async fn caller(host: Arc<Host>, subject: String) -> Result<Caller, StoreError> {
-    let owner = tokio::task::spawn_blocking(move || host.store.remote(&subject)).await;
-    let owner = owner.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
+pub async fn caller(host: Arc<Host>, subject: String) -> Result<Caller, StoreError> {
+    let owner = blocking(move || host.store.remote(&subject)).await?;
     Ok(Caller { owner })
+}
+
+/// Does what may wait for the disk.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
 }
 
 impl Service for Door {
@@ -149,6 +169,25 @@ impl Service for Door {
             }
         })
     }
+
+    fn knows(&self, task: &str) -> bool {
+        let host = Owner { uid: 0, gid: 0 };
+        is_found(&self.commands, Caller { owner: host }, task)
+    }
+
+    fn has(&self, subject: &str, task: &str) -> Pin<Box<dyn Future<Output = bool> + Send>> {
+        let (host, commands) = (self.host.clone(), self.commands.clone());
+        let (subject, task) = (subject.to_owned(), task.to_owned());
+        Box::pin(async move {
+            let caller = caller(host, subject).await;
+            caller.is_ok_and(|caller| is_found(&commands, caller, &task))
+        })
+    }
+}
+
+/// Whether the caller may know of such a task, or of several.
+fn is_found(commands: &Commands, caller: Caller, task: &str) -> bool {
+    !matches!(commands.find(caller, task), Err(CommandError::NotFound(_)))
 }
 
 /// Carries out a request that is one message.

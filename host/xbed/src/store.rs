@@ -4,11 +4,13 @@
 //! state, and the entries that change the BES state are its history: one place for each fact.
 //! WAL with `synchronous = FULL`: what was written when a call returns is on the disk.
 
+mod pool;
+
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, Transaction, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use xbee_api::{ArrayMember, SubmitRequest};
@@ -274,6 +276,7 @@ impl Store {
         }
         connection.execute_batch(SUBJECTS).map_err(failed)?;
         connection.execute_batch(CACHED).map_err(failed)?;
+        connection.execute_batch(pool::SCHEMA).map_err(failed)?;
         Ok(Store {
             path: path.into(),
             connection: Mutex::new(connection),
@@ -341,19 +344,7 @@ impl Store {
         let mut connection = self.lock();
         let insert = |connection: &mut Connection| {
             let transaction = connection.transaction()?;
-            let mut numbers = vec![];
-            for (id, text) in &texts {
-                transaction
-                    .prepare_cached("INSERT INTO task (id, record) VALUES (?1, ?2)")?
-                    .execute(params![id, text])?;
-                let number = transaction.last_insert_rowid();
-                transaction
-                    .prepare_cached(
-                        "INSERT INTO journal (task, seq, at_ms, state) VALUES (?1, 0, ?2, ?3)",
-                    )?
-                    .execute(params![number, first.at_ms.cast_signed(), state])?;
-                numbers.push(number);
-            }
+            let numbers = insert_rows(&transaction, &texts, first.at_ms, &state)?;
             transaction.commit()?;
             Ok(numbers)
         };
@@ -497,6 +488,27 @@ impl Store {
         }
         Ok(tasks)
     }
+}
+
+/// Adds tasks, by id and record, with their first journal entry; gives their numbers.
+fn insert_rows(
+    transaction: &Transaction<'_>,
+    tasks: &[(String, String)],
+    at_ms: u64,
+    state: &str,
+) -> rusqlite::Result<Vec<i64>> {
+    let mut numbers = vec![];
+    for (id, text) in tasks {
+        transaction
+            .prepare_cached("INSERT INTO task (id, record) VALUES (?1, ?2)")?
+            .execute(params![id, text])?;
+        let number = transaction.last_insert_rowid();
+        transaction
+            .prepare_cached("INSERT INTO journal (task, seq, at_ms, state) VALUES (?1, 0, ?2, ?3)")?
+            .execute(params![number, at_ms.cast_signed(), state])?;
+        numbers.push(number);
+    }
+    Ok(numbers)
 }
 
 #[cfg(test)]
