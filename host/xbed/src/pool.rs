@@ -61,11 +61,11 @@ pub enum PoolError {
         task: Uuid,
         /// Why.
         #[source]
-        source: ClientError,
+        source: Box<ClientError>,
     },
     /// It does not fit into a message.
     #[error("the task cannot be sealed for the pool")]
-    Seal(#[from] seal::Error),
+    Seal(#[source] Box<seal::Error>),
     /// A request that is no JSON.
     #[error("the request cannot be written down")]
     Request(#[source] serde_json::Error),
@@ -207,7 +207,10 @@ impl Pool {
         fault::point("pool offer");
         let headers = self.member.persistent();
         let sent = talk.mq.send(&self.member.tasks(), &headers, offer).await;
-        sent.map_err(|source| PoolError::Unknown { task, source })?;
+        sent.map_err(|source| PoolError::Unknown {
+            task,
+            source: Box::new(source),
+        })?;
         fault::point("pool offered");
         let at_ms = view::now_ms();
         Ok(TaskStatus {
@@ -268,7 +271,7 @@ impl Pool {
         let owner = owner.ok_or_else(|| CommandError::NotFound(caller.owner.uid.to_string()))?;
         let text = serde_json::to_string(request).map_err(PoolError::Request)?;
         let offer = self.member.offer(task, owner, text).await;
-        Ok(offer.map_err(PoolError::Seal)?)
+        Ok(offer.map_err(|error| PoolError::Seal(Box::new(error)))?)
     }
 
     /// What a request means here, if this host could ever run it.
