@@ -160,7 +160,7 @@ async fn what_was_not_used_for_longest_goes_first_and_nothing_that_a_task_has_or
         }
         ids.push(bench.add(0, &uri).await.unwrap().id);
     }
-    let mut left = vec![ids[0], ids[1], ids[3]];
+    let mut left = [ids[0], ids[1], ids[3]];
     left.sort();
     let left: Vec<String> = left.iter().map(Uuid::to_string).collect();
     assert_eq!(bench.ids(), left);
