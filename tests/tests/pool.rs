@@ -182,7 +182,7 @@ fn what_one_host_does_the_pool_does() {
     let file = format!("{}:/in", pool.site.path("pki/ca.pem").display());
     let ran = pool.alice(&["run", "-v", &file, "--", "/bin/cat", "/in"]);
     assert!(
-        ran.code == 125 && ran.stderr.contains("is a file of xbed's host"),
+        ran.code == 125 && ran.stderr.contains("a file is sent to one host"),
         "{ran:?}"
     );
 }

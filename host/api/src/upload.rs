@@ -15,13 +15,22 @@ use tokio::sync::{oneshot, watch};
 /// Bytes read at once.
 const CHUNK_BYTES: usize = 64 << 10;
 
+/// Whether `xbed` wants what is to be sent.
+#[derive(Debug)]
+enum Wanted {
+    /// Not said yet: it may still refuse, and be heard.
+    Unknown(oneshot::Receiver<()>),
+    Yes,
+    /// It has refused; the answer to that is still to be read.
+    No,
+}
+
 /// The next so many bytes of a file.
 #[derive(Debug)]
 pub(crate) struct FileBody {
     file: File,
     left: u64,
-    /// Resolves when `xbed` wants them; until then it may still refuse, and be heard.
-    wanted: Option<oneshot::Receiver<()>>,
+    wanted: Wanted,
     sent: watch::Sender<u64>,
 }
 
@@ -52,7 +61,7 @@ impl FileBody {
         request.map(|()| FileBody {
             file,
             left: bytes,
-            wanted: Some(wanted),
+            wanted: Wanted::Unknown(wanted),
             sent,
         })
     }
@@ -69,12 +78,14 @@ impl Body for FileBody {
         if self.left == 0 {
             return Poll::Ready(None);
         }
-        if let Some(wanted) = &mut self.wanted {
-            if ready!(Pin::new(wanted).poll(context)).is_err() {
-                // It was refused; the answer to that is still to be read.
-                return Poll::Pending;
-            }
-            self.wanted = None;
+        if let Wanted::Unknown(wanted) = &mut self.wanted {
+            self.wanted = match ready!(Pin::new(wanted).poll(context)) {
+                Ok(()) => Wanted::Yes,
+                Err(_) => Wanted::No,
+            };
+        }
+        if matches!(self.wanted, Wanted::No) {
+            return Poll::Pending;
         }
         let most = usize::try_from(self.left).unwrap_or(usize::MAX);
         let mut chunk = vec![0; most.min(CHUNK_BYTES)];

@@ -13,7 +13,10 @@ fn main() -> ExitCode {
         (Some("memory"), Some(bytes)) => {
             let mut memory = vec![0_u8; bytes];
             memory.iter_mut().step_by(PAGE_BYTES).for_each(|b| *b = 1);
-            println!("{}", memory.iter().filter(|b| **b == 1).count() * PAGE_BYTES);
+            println!(
+                "{}",
+                memory.iter().filter(|b| **b == 1).count() * PAGE_BYTES
+            );
         }
         (Some("threads"), Some(count)) => {
             let sleep = || thread::sleep(Duration::from_secs(600));

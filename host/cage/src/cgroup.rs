@@ -342,7 +342,10 @@ mod tests {
     fn beside_the_subgroup_of_a_service_others_are_made() {
         let mounts = "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw";
         for (own, made) in [
-            ("0::/system.slice/xbed.service/xbed", "system.slice/xbed.service"),
+            (
+                "0::/system.slice/xbed.service/xbed",
+                "system.slice/xbed.service",
+            ),
             ("0::/system.slice/xbed.service", "system.slice/xbed.service"),
             ("0::/xbed", ""),
         ] {

@@ -40,7 +40,9 @@ async fn add(client: &Client, request: &CacheRequest, json: bool) -> Result<u8, 
     let mut news = client.cache(request).await?;
     let entry: CacheEntry = loop {
         match news.next().await? {
-            CacheNews::Progress(progress) => bar.transfer(&progress.what, progress.done_bytes, progress.total_bytes),
+            CacheNews::Progress(progress) => {
+                bar.transfer(&progress.what, progress.done_bytes, progress.total_bytes)
+            }
             CacheNews::Entry(entry) => break entry,
             // Turned into an error by the client.
             CacheNews::Error(_) => {}

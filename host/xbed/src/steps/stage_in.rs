@@ -316,9 +316,8 @@ async fn local(context: &StepContext, source: &Source, to: PathBuf) -> Result<Pa
 
 /// What is asked of the cache for an image, if it is one for the cache.
 fn cacheable(context: &StepContext, source: &Source) -> Result<Option<Wanted>, Failure> {
-    if !context.host.cache.is_on()
-        || source.upload.is_some()
-        || cache::named(&source.uri).is_some() {
+    if !context.host.cache.is_on() || source.upload.is_some() || cache::named(&source.uri).is_some()
+    {
         return Ok(None);
     }
     let wanted = Wanted {

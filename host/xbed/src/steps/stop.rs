@@ -105,10 +105,10 @@ mod tests {
     use xbee_hypervisor::sim::{SimConfig, SimEvent, SimHost, SimHypervisor};
     use xbee_staging::{Limits, Stager};
 
-    use crate::steps::files;
     use crate::command::{Caller, Commands};
     use crate::config::{Config, Options};
     use crate::host::Host;
+    use crate::steps::files;
     use crate::store::Owner;
 
     /// So long that something can happen while it is taken out.
