@@ -1,6 +1,7 @@
 //! Users and daemons with certificates, and a message broker for them.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -273,4 +274,19 @@ pub fn activemq(site: &Site) -> Option<(Process, String)> {
         .arg(format!("xbean:file:{}", path.display()));
     let broker = Process::start(&mut command, port, &directory);
     Some((broker, format!("stomp://127.0.0.1:{port}")))
+}
+
+/// The URI of a file on a server that sends it once.
+pub fn one_file(content: &str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("http://{}/file", listener.local_addr().unwrap());
+    let length = content.len();
+    let answer = format!("HTTP/1.1 200 x\r\nContent-Length: {length}\r\n\r\n{content}");
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut head = BufReader::new(stream.try_clone().unwrap()).lines();
+        while head.next().is_some_and(|line| !line.unwrap().is_empty()) {}
+        stream.write_all(answer.as_bytes()).unwrap();
+    });
+    uri
 }

@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use xbee_tests::site::{Process, Site, activemq, document, plain_broker, rabbitmq};
+use xbee_tests::site::{Process, Site, activemq, document, one_file, plain_broker, rabbitmq};
 use xbee_tests::{PATIENCE, Ran, Xbed};
 
 /// A broker and users, for members to come.
@@ -127,6 +127,12 @@ fn what_one_host_does_the_pool_does() {
     assert_eq!((ran.code, ran.stdout.as_str()), (0, "hello\n"), "{ran:?}");
     let fails = document(&pool.site, "fails.xsdl", &["/bin/sh", "-c", "exit 3"]);
     assert_eq!(pool.alice(&["submit", "--wait", &fails]).code, 3);
+    // The result is kept by whichever has the task, and fetched from there.
+    let (source, result) = (one_file("content"), pool.site.path("result"));
+    let (source, target) = (format!("{source}:/in"), format!("/in:{}", result.display()));
+    pool.alice(&["run", "-v", &source, "-o", &target, "--", "true"])
+        .ok();
+    assert_eq!(std::fs::read_to_string(result).unwrap(), "content");
     // One on each, if they take turns; found wherever they are.
     let sleepers = [0; 2].map(|_| pool.submit(&["/bin/sleep", "1000"]));
     let executes = |task: &str| {
@@ -171,7 +177,7 @@ fn what_one_host_does_the_pool_does() {
             "{ran:?}"
         );
     }
-    assert_eq!(tasks(&one).len() + tasks(&two).len(), 2);
+    assert_eq!(tasks(&one).len() + tasks(&two).len(), 3);
 
     // What is of a host is not for a pool.
     let ran = pool.alice(&["reserve", "--for", "1h"]);

@@ -6,14 +6,14 @@ mod files;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use xbee_tests::site::{
-    Site, activemq, document, free_port, plain_broker, rabbitmq, wait_for_port,
+    Site, activemq, document, free_port, one_file, plain_broker, rabbitmq, wait_for_port,
 };
 use xbee_tests::{Xbed, program, run};
 
@@ -666,20 +666,6 @@ fn a_stranger_speaks_the_thesis() {
     assert_eq!(codes, ["sealed", "503", "503", "503"]);
 }
 
-/// The URI of a file on a server that sends it once.
-fn one_file(content: &str) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let uri = format!("http://{}/file", listener.local_addr().unwrap());
-    let length = content.len();
-    let answer = format!("HTTP/1.1 200 x\r\nContent-Length: {length}\r\n\r\n{content}");
-    std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        let mut head = BufReader::new(stream.try_clone().unwrap()).lines();
-        while head.next().is_some_and(|line| !line.unwrap().is_empty()) {}
-        stream.write_all(answer.as_bytes()).unwrap();
-    });
-    uri
-}
 #[test]
 fn the_same_through_rabbitmq() {
     let site = Site::new(&["alice"]);

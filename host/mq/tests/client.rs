@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::Broker;
+use common::{Broker, PATIENCE};
 use xbee_mq::access::{PasswordHash, User, Users};
 use xbee_mq::client::{Client, ClientError, ClientOptions};
 use xbee_mq::config::TlsFiles;
@@ -71,11 +71,14 @@ async fn messages_are_sent_received_and_acknowledged() {
 
 #[tokio::test]
 async fn one_message_is_exchanged_for_another_or_nothing_is_done() {
-    let broker = Broker::start();
+    let broker = Broker::limited(|limits| limits.queue_messages = 3);
     let client = connect(&uri(&broker)).await.unwrap();
     let none = Headers::new();
     for body in ["1", "2"] {
         client.send("/queue/a", &none, body).await.unwrap();
+    }
+    for _ in 0..3 {
+        client.send("/queue/full", &none, "").await.unwrap();
     }
     let one_at_a_time = ClientOptions {
         prefetch: 1,
@@ -94,11 +97,13 @@ async fn one_message_is_exchanged_for_another_or_nothing_is_done() {
         .await
         .unwrap();
     let two = a.next().await.unwrap();
-    // No destination: the broker refuses all of it, and ends the connection.
-    assert!(taker.exchange(&two, "", &none, "two").await.is_err());
+    // There is no room, which shows at the COMMIT: the broker refuses all of it, and ends the connection.
+    let refused = taker.exchange(&two, "/queue/full", &none, "two").await;
+    assert!(refused.is_err());
     assert!(a.next().await.is_none());
     let mut a = client.subscribe("/queue/a", AckMode::Auto).await.unwrap();
-    let again = a.next().await.unwrap();
+    let again = tokio::time::timeout(PATIENCE, a.next()).await;
+    let again = again.expect("it is lost").unwrap();
     assert!(again.body == b"2" && again.is_redelivered());
     let mut b = client.subscribe("/queue/b", AckMode::Auto).await.unwrap();
     assert_eq!(b.next().await.unwrap().body, b"one");

@@ -21,6 +21,7 @@ use xbee_envelope::seal;
 use xbee_mq::client::{Client, ClientError, Received, Subscription};
 use xbee_mq::session::AckMode;
 
+use crate::cache::CacheError;
 use crate::command::{Caller, CommandError, Commands};
 use crate::fault;
 use crate::host::Host;
@@ -501,6 +502,7 @@ fn is_of_this_host(error: &CommandError) -> bool {
     matches!(
         error,
         CommandError::Plan(PlanError::Image(_) | PlanError::Mismatch { .. })
+            | CommandError::Cache(CacheError::NotFound(_))
             | CommandError::Retries { .. }
             | CommandError::Queue(
                 QueueError::TooManyCpus { .. }

@@ -15,7 +15,7 @@ use xbee_mq::limits::Limits;
 use xbee_mq::server::{Server, ServerError};
 
 /// A test that waits longer has failed.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A broker that ends with this value.
 pub struct Broker {
