@@ -154,14 +154,10 @@ impl Running {
     /// Resident memory of all its processes, in KiB.
     fn resident_kib(&self) -> u64 {
         let group = self.process.id().to_string();
-        let output = Command::new("ps")
-            .args(["-o", "rss=", "-g", &group])
-            .output()
-            .unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        text.split_whitespace()
-            .map(|n| n.parse::<u64>().unwrap())
-            .sum()
+        let processes = said("pgrep", &["-d", ",", "-g", &group]);
+        let text = said("ps", &["-o", "rss=", "-p", &processes]);
+        let kib = text.split_whitespace().map(|n| n.parse::<u64>().unwrap());
+        kib.sum()
     }
 }
 
@@ -274,9 +270,11 @@ fn connect(address: SocketAddr) -> TcpStream {
 }
 
 fn message(queue: &str, persistent: bool, receipt: u64, out: &mut Vec<u8>) {
+    // "persistent:false" is what all do without it, but to RabbitMQ it says that the queue is another one.
+    let persistent = if persistent { "persistent:true\n" } else { "" };
     write!(
         out,
-        "SEND\ndestination:{queue}\npersistent:{persistent}\nreceipt:{receipt}\ncontent-length:{BODY_BYTES}\n\n"
+        "SEND\ndestination:{queue}\n{persistent}receipt:{receipt}\ncontent-length:{BODY_BYTES}\n\n"
     )
     .unwrap();
     out.resize(out.len() + BODY_BYTES, b'x');
@@ -296,12 +294,20 @@ fn frames(stream: &mut TcpStream, buffer: &mut [u8]) -> u64 {
     memchr::memchr_iter(0, text).count() as u64
 }
 
-/// Takes all messages of a queue, and counts them.
-fn consume(address: SocketAddr, queue: &str, stop: Arc<AtomicBool>, taken: Arc<AtomicU64>) {
+/// Subscribes to a queue, before anybody sends to it: RabbitMQ may refuse one of two that make it at the same time.
+fn subscribe(address: SocketAddr, queue: &str) -> TcpStream {
     let mut stream = connect(address);
-    let subscribe =
-        format!("SUBSCRIBE\nid:1\ndestination:{queue}\nack:auto\nactivemq.prefetchSize:1000\n\n\0");
+    let subscribe = format!(
+        "SUBSCRIBE\nid:1\nreceipt:1\ndestination:{queue}\nack:auto\nactivemq.prefetchSize:1000\n\n\0"
+    );
     stream.write_all(subscribe.as_bytes()).unwrap();
+    // Before the receipt there may be an end of line after the last frame.
+    while frames(&mut stream, &mut [0; 1024]) == 0 {}
+    stream
+}
+
+/// Takes all messages, and counts them.
+fn consume(mut stream: TcpStream, stop: Arc<AtomicBool>, taken: Arc<AtomicU64>) {
     stream
         .set_read_timeout(Some(Duration::from_millis(100)))
         .unwrap();
@@ -326,8 +332,9 @@ fn load(address: SocketAddr, persistent: bool) -> (f64, f64) {
     let stop = Arc::new(AtomicBool::new(false));
     let taken = Arc::new(AtomicU64::new(0));
     let consumer = {
-        let (queue, stop, taken) = (queue.clone(), stop.clone(), taken.clone());
-        std::thread::spawn(move || consume(address, &queue, stop, taken))
+        let stream = subscribe(address, &queue);
+        let (stop, taken) = (stop.clone(), taken.clone());
+        std::thread::spawn(move || consume(stream, stop, taken))
     };
     let mut stream = connect(address);
     let mut buffer = vec![0; 64 * 1024];
