@@ -36,6 +36,7 @@ lint: ## formatting, clippy, licences, spelling
 bench: ## measure, into bench/results.md
 	@ci/install run
 	@images/build base
+	@cargo build --release --workspace --bins
 	@ci/results main cargo run --release -p xbee-tests --bin bench
 
 bench-staging: ## stage-in of a packed image against lbzip2, pigz and zstd; into bench/results.md
