@@ -322,21 +322,25 @@ impl Endpoint {
         }
         self.trust.check(&self.identity.certificate)?;
         let signed = decrypt(&self.identity, sealed)?;
-        let certificate = &self.identity.certificate;
-        let verified = verify(&signed, certificate).map_err(|source| Error::Signature {
-            sender: self.identity.subject.clone(),
+        // The same key signs what members say to users, too: whom it is for counts here as well.
+        let message = self.signed(&signed, &self.identity.certificate, &self.identity.subject)?;
+        if message.header.from != self.identity.subject {
+            return Err(Error::NotOwn(message.header.from));
+        }
+        Ok(message)
+    }
+
+    /// The message that a sender has signed to this receiver.
+    fn signed(&self, signed: &[u8], certificate: &X509Ref, sender: &str) -> Result<Message, Error> {
+        let verified = verify(signed, certificate).map_err(|source| Error::Signature {
+            sender: sender.to_owned(),
             source,
         })?;
         let message = Message::from_xml(&verified)?;
-        let header = &message.header;
-        // The same key signs what members say to users, too.
-        if header.to != self.identity.subject {
-            return Err(Error::Receiver(header.to.clone()));
+        match message.header.to == self.identity.subject {
+            true => Ok(message),
+            false => Err(Error::Receiver(message.header.to)),
         }
-        if header.from != self.identity.subject {
-            return Err(Error::NotOwn(header.from.clone()));
-        }
-        Ok(message)
     }
 
     pub(crate) fn message(&self, to: &str, body: Body, answers: Option<Uuid>) -> Message {
@@ -378,15 +382,8 @@ impl Endpoint {
         let sender = Message::from_xml(&content(&signed)?)?.header.from;
         let certificate = self.peer(&sender)?;
         let role = self.trust.check(&certificate)?;
-        let verified = verify(&signed, &certificate).map_err(|source| Error::Signature {
-            sender: sender.clone(),
-            source,
-        })?;
-        let message = Message::from_xml(&verified)?;
+        let message = self.signed(&signed, &certificate, &sender)?;
         let header = &message.header;
-        if header.to != self.identity.subject {
-            return Err(Error::Receiver(header.to.clone()));
-        }
         if header.member != self.member {
             return Err(Error::Member);
         }

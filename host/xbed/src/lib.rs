@@ -176,19 +176,16 @@ async fn run(options: Options) -> Result<(), Fatal> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Fatal::Signal)?;
     let stopped = CancellationToken::new();
     let doors = TaskTracker::new();
+    let serve = |address, options, endpoint, door| {
+        let serving = message_queue::serve(address, options, endpoint, door, stopped.clone());
+        doors.spawn(serving);
+    };
     if let Some(queue) = message_queue {
         let streams = host.config.data.join(STREAMS);
         let endpoint = queue.identity.open(Some(streams));
         let endpoint = Arc::new(endpoint.map_err(Fatal::MessageQueue)?);
         let door = Door::new(host.clone(), None);
-        let (address, options) = (queue.address, queue.options);
-        doors.spawn(message_queue::serve(
-            address,
-            options,
-            endpoint,
-            door,
-            stopped.clone(),
-        ));
+        serve(queue.address, queue.options, endpoint, door);
     }
     if let Some(queue) = pool {
         let streams = host.config.data.join(POOL_STREAMS);
@@ -200,13 +197,7 @@ async fn run(options: Options) -> Result<(), Fatal> {
         let pool = Pool::new(host.clone(), member);
         let door = Door::new(host.clone(), Some(pool.clone()));
         doors.spawn(pool.run(stopped.clone()));
-        doors.spawn(message_queue::serve(
-            address,
-            options,
-            endpoint,
-            door,
-            stopped.clone(),
-        ));
+        serve(address, options, endpoint, door);
     }
     doors.close();
     let stop = async move {
