@@ -1,0 +1,1 @@
+//! Filters that a sink places at the source.

@@ -1,0 +1,12 @@
+//! Event channels between guests and hosts: publish and subscribe, with filters at the source.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod event;
+pub mod filter;
+pub mod types;
+pub mod value;
+
+pub use event::{EventError, EventRef, Submission};
+pub use types::{EventType, FieldKind, TypeError};
+pub use value::Value;
