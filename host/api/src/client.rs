@@ -25,8 +25,8 @@ use uuid::Uuid;
 use crate::upload::FileBody;
 use crate::{
     CacheEntry, CacheNews, CacheRequest, CheckReport, ConfirmRequest, DomainExport, EXEC_HEADER,
-    ErrorBody, ExecRequest, ExportForm, FollowQuery, HostInfo, ReserveRequest, Reserved,
-    ResultFile, SshAccess, SubmitRequest, TaskEvent, TaskStatus, TicketRequest, UPGRADE_EXEC,
+    ErrorBody, ExecRequest, ExportForm, FollowQuery, HostInfo, PlaceRequest, Places, ReserveRequest,
+    Reserved, ResultFile, SshAccess, SubmitRequest, TaskEvent, TaskStatus, TicketRequest, UPGRADE_EXEC,
     UPGRADE_TCP, Upload,
 };
 
@@ -172,6 +172,21 @@ impl Error {
         }
     }
 
+    /// Nothing of the request has reached a server.
+    pub fn is_unsent(&self) -> bool {
+        match self {
+            Error::InvalidUri { .. }
+            | Error::NotRunning { .. }
+            | Error::Forbidden { .. }
+            | Error::Foreign { .. }
+            | Error::Connect { .. }
+            | Error::Remote { .. }
+            | Error::InvalidTaskId { .. }
+            | Error::InvalidEntry { .. } => true,
+            Error::Refused { .. } | Error::Lost(_) | Error::Timeout | Error::Answer { .. } => false,
+        }
+    }
+
     fn answer(what: &'static str) -> Self {
         Error::Answer { what, source: None }
     }
@@ -276,6 +291,18 @@ impl Client {
         Ok(Client { way })
     }
 
+    /// The same for an address that the user has not chosen: only the user's own `xbed` or root's is trusted there.
+    ///
+    /// # Errors
+    /// [`Error::InvalidUri`].
+    pub fn from_told_uri(uri: &str) -> Result<Self, Error> {
+        let mut client = Client::from_uri(uri)?;
+        if let Way::Socket { is_default, .. } = &mut client.way {
+            *is_default = true;
+        }
+        Ok(client)
+    }
+
     /// The client of the `xbed` that the connector reaches; `uri` names it for other processes.
     pub fn through(uri: String, connector: Arc<dyn Connector>) -> Self {
         let way = Way::Other { uri, connector };
@@ -339,6 +366,17 @@ impl Client {
     /// `POST /v1/tasks`: durable once it returns.
     pub async fn submit(&self, request: &SubmitRequest) -> Result<TaskStatus, Error> {
         self.post("/v1/tasks", request).await
+    }
+
+    /// `POST /v1/places`.
+    pub async fn places(&self, request: &SubmitRequest) -> Result<Places, Error> {
+        self.post("/v1/places", request).await
+    }
+
+    /// `POST /v1/placements`: durable once it returns. If it fails, [`Error::is_unsent`] and an answer say that the host has not
+    /// got it.
+    pub async fn place(&self, request: &PlaceRequest) -> Result<TaskStatus, Error> {
+        self.post("/v1/placements", request).await
     }
 
     /// `POST /v1/reservations`: durable once it returns.

@@ -8,6 +8,8 @@
 //! | `POST /v1/check` | [`SubmitRequest`] | [`CheckReport`] |
 //! | `POST /v1/export` | [`SubmitRequest`]; `?form=` of [`ExportForm`] | [`DomainExport`]: the domain the job would get |
 //! | `POST /v1/tasks` | [`SubmitRequest`] | 201 [`TaskStatus`] (durable) |
+//! | `POST /v1/places` | [`SubmitRequest`] | [`Places`]: the hosts that could take the job, the best first |
+//! | `POST /v1/placements` | [`PlaceRequest`] | 201 [`TaskStatus`] (durable); the same again for the same key |
 //! | `POST /v1/reservations` | [`ReserveRequest`] | 201 [`Reserved`] (durable) |
 //! | `POST /v1/reservations/confirm` | [`ConfirmRequest`] | [`TaskStatus`] (durable) |
 //! | `POST /v1/reservations/start` | [`TicketRequest`] | [`TaskStatus`] (durable) |

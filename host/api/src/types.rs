@@ -133,6 +133,42 @@ pub struct TicketRequest {
     pub ticket: String,
 }
 
+/// A job for the host that was asked for it before, see [`Places`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlaceRequest {
+    /// Made by the client, for this job alone: however often it is asked with the same key, the host has the job once.
+    pub key: Uuid,
+    /// Not at all, unless it begins at once.
+    pub at_once: bool,
+    /// The job.
+    pub request: SubmitRequest,
+}
+
+/// Where a job could be placed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Places {
+    /// Hosts, the best first.
+    pub places: Vec<Place>,
+    /// Other hosts that answered, those that could not among them.
+    pub asked: usize,
+    /// Why no other host was asked, though this one cannot begin at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// A host that offers to take a job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// The address of its `xbed`, as a client names it; the one that was asked if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<String>,
+    /// Its name, for people.
+    pub host: String,
+    /// It would begin now; else when others have ended.
+    pub at_once: bool,
+}
+
 /// A guest's TCP port made reachable on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublishedPort {

@@ -11,6 +11,6 @@ mod queue;
 mod task;
 
 pub use calendar::NEVER_MS;
-pub use policy::{Capacity, Demand, Due, Policy, QueueError, Quota, Request};
+pub use policy::{Capacity, Demand, Due, FULL_PERMILLE, Load, Policy, QueueError, Quota, Request};
 pub use queue::Queue;
 pub use task::{Action, DomainFate, Failure, Input, Outcome, Phase, Step, Task, TransitionError};

@@ -19,6 +19,22 @@ pub struct Capacity {
     pub queue_length: usize,
 }
 
+/// A host of which nothing is free, in thousandths.
+pub const FULL_PERMILLE: u32 = 1000;
+
+/// How much of a host is in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Load {
+    /// Virtual CPUs that could be given out.
+    pub free_vcpus: u32,
+    /// Memory that could be given out, bytes.
+    pub free_memory_bytes: u64,
+    /// Thousandths in use of what is scarcest: CPUs, memory or domains.
+    pub permille: u32,
+    /// Tasks that wait.
+    pub waiting: usize,
+}
+
 /// What a task needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Demand {

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
 
 use crate::calendar::{Calendar, Claim, NEVER_MS, Used};
-use crate::policy::{Capacity, Demand, Due, Policy, QueueError, Quota, Request};
+use crate::policy::{FULL_PERMILLE, Load, Capacity, Demand, Due, Policy, QueueError, Quota, Request};
 
 /// Tasks looked at beyond the first that cannot begin.
 const BACKFILL_DEPTH: usize = 64;
@@ -517,6 +517,31 @@ impl<K: Copy + Eq + Hash> Queue<K> {
     /// Whether something that needs this could begin, as far as capacity goes.
     pub fn has_room(&self, demand: Demand) -> bool {
         self.used.leaves(&self.capacity, demand)
+    }
+
+    /// How much of the host is in use.
+    pub fn load(&self) -> Load {
+        let (used, all) = (&self.used, &self.capacity);
+        let permille = |used: u64, all: u64| match all {
+            0 => FULL_PERMILLE,
+            all => {
+                let share = u128::from(used) * u128::from(FULL_PERMILLE) / u128::from(all);
+                u32::try_from(share).unwrap_or(FULL_PERMILLE).min(FULL_PERMILLE)
+            }
+        };
+        let shares = [
+            permille(used.vcpus, all.vcpus.into()),
+            permille(used.memory_bytes, all.memory_bytes),
+            permille(used.domains, all.domains.into()),
+        ];
+        Load {
+            free_vcpus: all
+                .vcpus
+                .saturating_sub(u32::try_from(used.vcpus).unwrap_or(u32::MAX)),
+            free_memory_bytes: all.memory_bytes.saturating_sub(used.memory_bytes),
+            permille: shares.into_iter().max().unwrap_or(FULL_PERMILLE),
+            waiting: self.waiting.len(),
+        }
     }
 
     /// Number of tasks that wait.

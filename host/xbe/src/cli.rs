@@ -290,6 +290,10 @@ pub struct Submit {
     /// Wait until the task has ended; the exit code is the job's
     #[arg(long)]
     pub wait: bool,
+    /// If the xbed cannot begin it at once, let the best of the hosts have it that it knows ([kecho] in its
+    /// configuration); says which
+    #[arg(long)]
+    pub anywhere: bool,
     /// Output for programs.
     #[command(flatten)]
     pub json: Json,

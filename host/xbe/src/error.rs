@@ -57,6 +57,9 @@ pub enum Error {
     /// The address of a message broker's queue.
     #[error("--server or XBE_SERVER")]
     Address(#[source] xbee_carry::address::BadAddress),
+    /// The same, named by an `xbed`.
+    #[error("the address of another host")]
+    Told(#[source] xbee_carry::address::BadAddress),
     /// A `file:` URI, or what it is to become.
     #[error(transparent)]
     Staging(#[from] xbee_staging::Error),
@@ -97,6 +100,31 @@ pub enum Error {
         "ports of a task on another machine are forwarded by xbe while it runs: `xbe run` and `xbe submit --wait` do that; or leave -p out, and use `xbe ssh TASK -- -L PORT:localhost:PORT`"
     )]
     NobodyListens,
+    /// Nobody takes the job.
+    #[error("no host took the job: {}", refusals.join("; "))]
+    NotPlaced {
+        /// Who not, and why not.
+        refusals: Vec<String>,
+    },
+    /// A host may have the job or not.
+    #[error(
+        "{host} did not say whether it has the job: before you submit it again, see `xbe {}ps -a`",
+        server.as_ref().map(|server| format!("--server {server} ")).unwrap_or_default()
+    )]
+    Unsure {
+        /// Which.
+        host: String,
+        /// Its address, where it is not the one that was asked first.
+        server: Option<String>,
+        /// What it said, or why it said nothing.
+        source: Box<client::Error>,
+    },
+    /// A socket of another machine.
+    #[error("{server} is a socket of the machine of the xbed that names it, which this is not")]
+    OtherMachine {
+        /// What was named.
+        server: String,
+    },
     /// The stream of an exec or of a forwarded port broke.
     #[error("the connection to the guest was lost")]
     Tunnel(#[source] io::Error),
@@ -122,7 +150,7 @@ impl Error {
         match self {
             Error::Api(error) => error.code(),
             Error::Pki(error) => error.code(),
-            Error::Address(_) => "invalid-server",
+            Error::Address(_) | Error::Told(_) => "invalid-server",
             Error::Read { .. } => "cannot-read",
             Error::NotAFile { .. } => "not-a-file",
             Error::NoDirectory { .. } => "no-directory",
@@ -134,6 +162,9 @@ impl Error {
             Error::NotOver { .. } => "task-not-final",
             Error::Port { .. } => "port-unavailable",
             Error::NobodyListens => "nobody-listens",
+            Error::NotPlaced { .. } => "not-placed",
+            Error::Unsure { .. } => "placement-unsure",
+            Error::OtherMachine { .. } => "other-machine",
             Error::Tunnel(_) => "connection-lost",
             Error::Exec(_) => "exec-failed",
             Error::NoSsh => "no-ssh",

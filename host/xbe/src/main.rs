@@ -3,6 +3,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
+mod anywhere;
 mod cache;
 mod check;
 mod cli;
@@ -88,6 +89,7 @@ async fn perform<'a>(
     match &cli.command {
         Command::Run(args) if args.print_jsdl => run::print_jsdl(args),
         Command::Run(args) => run::run(client()?, args).await,
+        Command::Submit(args) if args.anywhere => anywhere::submit(cli, client()?, args).await,
         Command::Submit(args) => run::submit(client()?, args).await,
         Command::Reserve(args) => reserve::reserve(client()?, args).await,
         Command::Confirm(args) => reserve::confirm(client()?, args).await,

@@ -32,15 +32,48 @@ fn given(option: Option<&PathBuf>, variable: &str) -> Option<PathBuf> {
 /// # Errors
 /// The address or the identity is wrong; nothing is connected yet.
 pub fn client(cli: &Cli) -> Result<Client, Error> {
-    let variable = || env::var_os(SERVER_VARIABLE).map(|uri| uri.to_string_lossy().into());
-    let server: Option<String> = cli.server.clone().or_else(variable);
-    let Some(uri) = server.filter(|uri| !uri.is_empty()) else {
+    let Some(uri) = server(cli) else {
         return Ok(Client::local());
     };
     if !Address::is_meant(&uri) {
         return Ok(Client::from_uri(&uri)?);
     }
-    let address: Address = uri.parse().map_err(Error::Address)?;
+    let address = uri.parse().map_err(Error::Address)?;
+    queue(cli, uri, address)
+}
+
+fn server(cli: &Cli) -> Option<String> {
+    let variable = || env::var_os(SERVER_VARIABLE).map(|uri| uri.to_string_lossy().into());
+    let server: Option<String> = cli.server.clone().or_else(variable);
+    server.filter(|uri| !uri.is_empty())
+}
+
+/// The client of an `xbed` that another one, which `own` talks to, has named. At the broker that `own` uses the user is the same.
+///
+/// # Errors
+/// The address or the identity is wrong; nothing is connected yet.
+pub fn told(cli: &Cli, own: &Client, uri: &str) -> Result<Client, Error> {
+    if !Address::is_meant(uri) {
+        if own.is_remote() {
+            let server = uri.to_owned();
+            return Err(Error::OtherMachine { server });
+        }
+        return Ok(Client::from_told_uri(uri)?);
+    }
+    let mut address: Address = uri.parse().map_err(Error::Told)?;
+    let own = server(cli).filter(|own| Address::is_meant(own));
+    if let Some(Ok(own)) = own.map(|own| own.parse::<Address>()) {
+        let (own, other) = (own.broker, &mut address.broker);
+        // A password is not said to another broker, nor in the clear where it was not.
+        if (&own.host, own.port, own.tls) == (&other.host, other.port, other.tls) {
+            (other.login, other.passcode) = (own.login, own.passcode);
+        }
+    }
+    queue(cli, uri.to_owned(), address)
+}
+
+/// The client of the `xbed` at a queue.
+fn queue(cli: &Cli, uri: String, address: Address) -> Result<Client, Error> {
     let identity = given(cli.identity.as_ref(), IDENTITY_VARIABLE).unwrap_or_else(default_identity);
     let failed = |error: xbee_carry::Error| Error::from(remote_error(&address, error));
     let endpoint = Files::find(&identity)

@@ -35,18 +35,33 @@ pub async fn submit(client: &Client, args: &cli::Submit) -> Result<u8, Error> {
     } else {
         term::out(task.id)?
     }
+    tell_and_wait(client, task, files, ports, &progress, args.wait).await
+}
+
+/// Says where a new task's ports are, and waits for its end if that is wanted; gives the exit code.
+///
+/// # Errors
+/// Those of the server, and of what is fetched from it.
+pub async fn tell_and_wait(
+    client: &Client,
+    task: TaskStatus,
+    files: Files,
+    ports: Ports,
+    progress: &Progress,
+    wait: bool,
+) -> Result<u8, Error> {
     tell_ports(&task);
     ports.tell();
-    if !args.wait {
+    if !wait {
         return Ok(0);
     }
     let id = task.id.to_string();
     follow::taken(client, &id).await?;
     let task = tokio::select! {
-        task = follow::states(client, &id, &progress, |_| Ok(())) => task?,
+        task = follow::states(client, &id, progress, |_| Ok(())) => task?,
         never = ports.serve(client, &id) => match never {},
     };
-    files.fetch(client, &task, &progress).await?;
+    files.fetch(client, &task, progress).await?;
     tell_end(&task);
     Ok(exit::of_job(&task))
 }

@@ -5,6 +5,7 @@
 
 mod error;
 mod found;
+mod placing;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -38,6 +39,7 @@ use crate::view;
 
 pub use error::CommandError;
 pub use found::Found;
+pub use placing::Placing;
 
 /// Shortest prefix of an id that names a task.
 const MIN_PREFIX: usize = 4;
@@ -602,7 +604,7 @@ fn digest(ticket: &str) -> [u8; 32] {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use clap::Parser;
     use xbee_hypervisor::sim::{SimConfig, SimHost, SimHypervisor};
@@ -611,9 +613,25 @@ mod tests {
     use crate::config::{Config, Options};
 
     async fn commands() -> (tempfile::TempDir, Commands) {
+        commands_with(&[]).await
+    }
+
+    /// Of a simulated host with further lines in its configuration.
+    pub async fn commands_with(lines: &[&str]) -> (tempfile::TempDir, Commands) {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().to_str().unwrap();
-        let options = Options::parse_from(["xbed", "--backend", "sim", "--data", data]);
+        let path = dir.path().join("xbed.toml");
+        std::fs::write(&path, lines.join("\n")).unwrap();
+        let path = path.to_str().unwrap();
+        let options = Options::parse_from([
+            "xbed",
+            "--backend",
+            "sim",
+            "--data",
+            data,
+            "--config",
+            path,
+        ]);
         let config = Config::load(options).unwrap();
         let sim = SimHost::new(SimConfig::new(config.domains()));
         let hypervisor = Arc::new(SimHypervisor::new(sim));
@@ -621,13 +639,18 @@ mod tests {
         (dir, Commands::new(host.unwrap()))
     }
 
-    fn caller(uid: u32) -> Caller {
+    /// The host that they are of.
+    pub fn host_of(commands: &Commands) -> Arc<Host> {
+        commands.host.clone()
+    }
+
+    pub fn caller(uid: u32) -> Caller {
         Caller {
             owner: Owner { uid, gid: uid },
         }
     }
 
-    fn request(jsdl: &str) -> SubmitRequest {
+    pub fn request(jsdl: &str) -> SubmitRequest {
         SubmitRequest {
             jsdl: jsdl.into(),
             ..SubmitRequest::default()

@@ -12,6 +12,7 @@ use xbee_carry::address::BadAddress;
 use xbee_engine::{Capacity, Policy, Quota};
 use xbee_hypervisor::qemu::Outbound;
 
+use crate::anywhere::SERVER_BYTES;
 use crate::broker::BrokerOptions;
 
 /// Command line of `xbed`.
@@ -91,8 +92,20 @@ struct File {
     xen: XenFile,
     message_queue: Option<MessageQueueFile>,
     pool: Option<MessageQueueFile>,
+    kecho: Option<KechoFile>,
     #[serde(default)]
     cache: CacheFile,
+}
+
+/// The table `[kecho]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct KechoFile {
+    registry: String,
+    channel: Option<String>,
+    address: Option<String>,
+    identity: Option<PathBuf>,
+    authorities: Option<PathBuf>,
 }
 
 /// The table `[cache]`.
@@ -317,8 +330,104 @@ pub struct Config {
     pub message_queue: Option<MessageQueue>,
     /// The queue that this host shares with others, who have the same identity there.
     pub pool: Option<MessageQueue>,
+    /// The channel on which hosts tell each other what they could run.
+    pub kecho: Option<Kecho>,
     /// What fetched files may take that are kept.
     pub cache: CacheLimits,
+}
+
+/// A channel of hosts.
+#[derive(Debug, Clone)]
+pub struct Kecho {
+    /// The registry of channels.
+    pub registry: String,
+    /// The channel's name.
+    pub channel: String,
+    /// Where clients reach this host: a queue of a message broker, or a socket of this machine.
+    pub address: String,
+    /// Who this host is to the others; without, they are reached without TLS.
+    pub identity: Option<KechoIdentity>,
+}
+
+/// Certificates in PEM.
+#[derive(Debug, Clone)]
+pub struct KechoIdentity {
+    /// Whose certificates are believed.
+    pub authorities: PathBuf,
+    /// The own one.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+}
+
+/// An address as others are told it: without user and password.
+fn told(address: &Address) -> String {
+    let vhost = &address.broker.virtual_host;
+    match vhost.as_str() {
+        "/" => address.to_string(),
+        vhost => {
+            let vhost: String = url::form_urlencoded::byte_serialize(vhost.as_bytes()).collect();
+            format!("{address}?vhost={vhost}")
+        }
+    }
+}
+
+impl KechoFile {
+    fn read(
+        self,
+        path: &Path,
+        queue: Option<&MessageQueue>,
+        socket: &Path,
+    ) -> Result<Kecho, ConfigError> {
+        let wrong = |key, detail| ConfigError::Kecho {
+            key,
+            path: path.into(),
+            detail,
+        };
+        let address = match (self.address, queue) {
+            (Some(address), _) => address,
+            (None, Some(queue)) => told(&queue.address),
+            (None, None) => {
+                let socket = std::path::absolute(socket).unwrap_or_else(|_| socket.into());
+                format!("unix://{}", socket.display())
+            }
+        };
+        if address.len() > usize::from(SERVER_BYTES) || address.contains(char::is_control) {
+            return Err(wrong("address", "it may have 255 bytes"));
+        }
+        if Address::is_meant(&address) {
+            let queue: Address = address.parse().map_err(|source| ConfigError::Queue {
+                table: "kecho",
+                path: path.into(),
+                source,
+            })?;
+            if queue.broker.login.is_some() || queue.broker.passcode.is_some() {
+                let detail = "all hosts and their users are told it, so leave user and password out";
+                return Err(wrong("address", detail));
+            }
+        } else if !address.starts_with("unix:///") {
+            let detail = "expected stomp+ssl://BROKER/QUEUE or unix:///PATH";
+            return Err(wrong("address", detail));
+        }
+        let identity = self.identity.map(|identity| {
+            let files = xbee_carry::identity::Files::find(&identity);
+            let files = files.map_err(|source| ConfigError::Identity {
+                table: "kecho",
+                source,
+            })?;
+            Ok(KechoIdentity {
+                authorities: self.authorities.unwrap_or(files.trust.authorities),
+                certificate: files.certificate,
+                key: files.key,
+            })
+        });
+        Ok(Kecho {
+            registry: self.registry,
+            channel: self.channel.unwrap_or_else(|| KECHO_CHANNEL.to_owned()),
+            address,
+            identity: identity.transpose()?,
+        })
+    }
 }
 
 /// Bounds of the cache of fetched files.
@@ -370,6 +479,8 @@ impl MessageQueueFile {
     }
 }
 
+/// The channel of hosts, unless configured.
+const KECHO_CHANNEL: &str = "xbee.hosts";
 /// Virtual CPUs given out for each logical CPU of the host, unless configured: most domains wait most of the time.
 const VCPUS_PER_CPU: u32 = 4;
 
@@ -428,6 +539,16 @@ pub enum ConfigError {
         #[source]
         source: xbee_carry::identity::Error,
     },
+    /// The channel of hosts.
+    #[error("`{key}` in [kecho] of the configuration file {path}: {detail}")]
+    Kecho {
+        /// Which key.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what was expected.
+        detail: &'static str,
+    },
     /// The file makes no sense.
     #[error("the configuration file {path} is not as expected")]
     Parse {
@@ -469,7 +590,15 @@ impl Config {
         let message_queue = file
             .message_queue
             .map(|queue| queue.read("message-queue", &path));
+        let message_queue = message_queue.transpose()?;
         let pool = file.pool.map(|queue| queue.read("pool", &path));
+        let socket = options
+            .socket
+            .or(file.socket)
+            .unwrap_or_else(xbee_api::default_socket);
+        let kecho = file
+            .kecho
+            .map(|kecho| kecho.read(&path, message_queue.as_ref(), &socket));
         let quota = file.quota.quota(Quota::UNLIMITED);
         let mut quotas = HashMap::new();
         for (name, of_user) in &file.quotas {
@@ -491,7 +620,8 @@ impl Config {
             reservations: file.queue.reservations.unwrap_or(usual.reservations),
         };
         Ok(Config {
-            message_queue: message_queue.transpose()?,
+            message_queue,
+            kecho: kecho.transpose()?,
             cache: CacheLimits {
                 max_bytes: file
                     .cache
@@ -509,10 +639,7 @@ impl Config {
             disk_mib: file.disk_mib,
             // Other processes have other working directories.
             data: std::path::absolute(&data).unwrap_or(data),
-            socket: options
-                .socket
-                .or(file.socket)
-                .unwrap_or_else(xbee_api::default_socket),
+            socket,
             backend,
             images: options
                 .images
@@ -709,6 +836,38 @@ mod tests {
             cause.contains("line 2") && cause.contains("backends"),
             "{cause}"
         );
+    }
+
+    #[test]
+    fn others_are_told_where_this_host_is_reached() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("xbed.toml");
+        let load = |lines: &str| {
+            let registry = "[kecho]\nregistry = \"tcp:[::1]:7400\"\n";
+            std::fs::write(&path, format!("{registry}{lines}")).unwrap();
+            let path = path.to_str().unwrap();
+            let options = ["xbed", "--config", path, "--socket", "/run/x/s"];
+            Config::load(Options::parse_from(options)).map(|config| config.kecho.unwrap())
+        };
+        let kecho = load("").unwrap();
+        assert_eq!(kecho.address, "unix:///run/x/s");
+        assert_eq!((kecho.channel.as_str(), kecho.identity.is_none()), ("xbee.hosts", true));
+        let queue = "[message-queue]\nuri = \"stomp://me:secret@h/q\"\nidentity = \"/p/x\"\n";
+        let kecho = load(&format!("identity = \"/p/x\"\nchannel = \"c\"\n{queue}")).unwrap();
+        assert_eq!(kecho.address, "stomp://h:61613/q");
+        let identity = kecho.identity.unwrap();
+        assert_eq!(identity.certificate, Path::new("/p/x.pem"));
+        assert_eq!(identity.authorities, Path::new("/p/ca.pem"));
+        for (address, told) in [
+            ("stomp://me:secret@h/q", "password out"),
+            ("stomp://h/a/b", "a queue's name"),
+            ("/run/x/s", "unix:///PATH"),
+            (&format!("unix:///{}", "x".repeat(255)), "255 bytes"),
+        ] {
+            let error = load(&format!("address = {address:?}\n")).unwrap_err();
+            let error = xbee_api::chain(&error);
+            assert!(error.contains(told) && !error.contains("secret"), "{error}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ mod place;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
@@ -19,9 +19,10 @@ use xbee_engine::{
 use xbee_hypervisor::{HostCapabilities, Hypervisor};
 use xbee_staging::Stager;
 
+use crate::anywhere::Anywhere;
 use crate::array::Array;
 use crate::cache::{self, Cache, CacheError};
-use crate::command::CommandError;
+use crate::command::{CommandError, Placing};
 use crate::config::{Backend, Config};
 use crate::fault;
 use crate::images::ImageStore;
@@ -62,6 +63,10 @@ pub struct Host {
     pub freed: watch::Sender<()>,
     /// Tasks to come that have their capacity already.
     places: Mutex<HashSet<Uuid>>,
+    /// Jobs that are being placed here.
+    pub placing: Placing,
+    /// This host among others.
+    anywhere: OnceLock<Arc<Anywhere>>,
     /// Ordered by id, so that prefixes are ranges.
     tasks: RwLock<BTreeMap<Uuid, Arc<TaskHandle>>>,
     arrays: RwLock<BTreeMap<Uuid, Arc<Array>>>,
@@ -138,6 +143,8 @@ impl Host {
             queue_changed: Notify::new(),
             freed: watch::Sender::default(),
             places: Mutex::default(),
+            placing: Placing::default(),
+            anywhere: OnceLock::new(),
             tasks: RwLock::default(),
             arrays: RwLock::default(),
             config,
@@ -576,6 +583,17 @@ impl Host {
             }
         }
         self.lock_queue().wake_ms(now_ms)
+    }
+
+    /// This host among others, if it is.
+    pub fn anywhere(&self) -> Option<&Arc<Anywhere>> {
+        self.anywhere.get()
+    }
+
+    /// From now on this host is among others; once.
+    pub fn join(&self, anywhere: Arc<Anywhere>) {
+        // A second one would change nothing, and nobody makes one.
+        let _ = self.anywhere.set(anywhere);
     }
 
     /// Whether the host could ever run this.

@@ -28,11 +28,12 @@ use tokio::net::{UnixListener, unix::UCred};
 use uuid::Uuid;
 use xbee_api::{
     CheckReport, ConfirmRequest, DomainExport, EXEC_HEADER, ErrorBody, ExecRequest, ExportForm,
-    FollowQuery, HostInfo, ReserveRequest, Reserved, ResultFile, SshAccess, SubmitRequest,
+    FollowQuery, HostInfo, PlaceRequest, Places, ReserveRequest, Reserved, ResultFile, SshAccess, SubmitRequest,
     TaskStatus, TicketRequest, UPGRADE_EXEC, UPGRADE_TCP, Upload, chain,
 };
 use xbee_engine::QueueError;
 
+use crate::anywhere::AnywhereError;
 use crate::cache::{self, CacheError};
 use crate::command::{Caller, CommandError, Commands};
 use crate::exec;
@@ -57,6 +58,8 @@ pub fn router(commands: Commands) -> Router {
         .route("/v1/export", post(export))
         .route("/v1/tasks", get(list).post(submit))
         .route("/v1/tasks/{id}", get(status).delete(remove))
+        .route("/v1/places", post(places))
+        .route("/v1/placements", post(place))
         .route("/v1/reservations", post(reserve))
         .route("/v1/reservations/confirm", post(confirm))
         .route("/v1/reservations/start", post(start))
@@ -197,10 +200,23 @@ impl From<CommandError> for Failure {
                 StatusCode::CONFLICT
             }
             CommandError::Pool(
-                PoolError::Sweep | PoolError::Reservation | PoolError::Files | PoolError::Seal(_),
+                PoolError::Sweep
+                | PoolError::Reservation
+                | PoolError::Files
+                | PoolError::Anywhere
+                | PoolError::Seal(_),
             )
             | CommandError::PoolAge => StatusCode::BAD_REQUEST,
             CommandError::Queue(_) | CommandError::Pool(_) => StatusCode::SERVICE_UNAVAILABLE,
+            CommandError::Anywhere(error) => match error {
+                AnywhereError::Off | AnywhereError::Long(_) => StatusCode::BAD_REQUEST,
+                AnywhereError::Away | AnywhereError::Busy | AnywhereError::Nobody { .. } => {
+                    StatusCode::SERVICE_UNAVAILABLE
+                }
+                AnywhereError::NotAtOnce | AnywhereError::Placing | AnywhereError::Gone(_) => {
+                    StatusCode::CONFLICT
+                }
+            },
             CommandError::TicketInvalid
             | CommandError::Priority(_)
             | CommandError::LocalFile(_)
@@ -311,6 +327,23 @@ async fn submit(
     request: Result<Json<SubmitRequest>, JsonRejection>,
 ) -> Answer<(StatusCode, Json<TaskStatus>)> {
     let status = commands.submit(caller, body(request)?).await?;
+    Ok((StatusCode::CREATED, Json(status)))
+}
+
+async fn places(
+    State(commands): State<Commands>,
+    caller: Caller,
+    request: Result<Json<SubmitRequest>, JsonRejection>,
+) -> Answer<Json<Places>> {
+    Ok(Json(commands.places(caller, body(request)?).await?))
+}
+
+async fn place(
+    State(commands): State<Commands>,
+    caller: Caller,
+    request: Result<Json<PlaceRequest>, JsonRejection>,
+) -> Answer<(StatusCode, Json<TaskStatus>)> {
+    let status = commands.place(caller, body(request)?).await?;
     Ok((StatusCode::CREATED, Json(status)))
 }
 

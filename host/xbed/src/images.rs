@@ -8,7 +8,7 @@ use xbee_hypervisor::{Disk, DiskFormat};
 /// The image of a job that names none.
 pub const DEFAULT_IMAGE: &str = "base";
 /// Memory of a domain where neither job nor image says, MiB.
-const DEFAULT_MEMORY_MIB: u64 = 192;
+pub const DEFAULT_MEMORY_MIB: u64 = 192;
 
 /// `image.toml`.
 #[derive(Debug, Deserialize)]

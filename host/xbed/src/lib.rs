@@ -6,6 +6,7 @@
 //! It is a library only for the program and for `tests/fuzz`, which asks the API anything.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod anywhere;
 mod array;
 mod backend;
 mod broker;
@@ -83,6 +84,9 @@ pub enum Fatal {
     /// The same for a pool.
     #[error("there is no pool for this xbed")]
     Pool(#[source] xbee_carry::identity::Error),
+    /// The channel of hosts.
+    #[error("there is no channel of hosts for this xbed")]
+    Kecho(#[source] anywhere::StartError),
     /// The socket, later.
     #[error("the API's socket failed")]
     Serve(#[source] std::io::Error),
@@ -160,6 +164,7 @@ async fn run(options: Options) -> Result<(), Fatal> {
     let stager = backend::stager(&config);
     let socket = config.socket.clone();
     let (message_queue, pool) = (config.message_queue.clone(), config.pool.clone());
+    let kecho = config.kecho.clone();
     let host = Host::open(config, hypervisor, stager).await?;
     host.recover().await?;
     let about = host.info();
@@ -199,6 +204,10 @@ async fn run(options: Options) -> Result<(), Fatal> {
         doors.spawn(pool.run(stopped.clone()));
         serve(address, options, endpoint, door);
     }
+    let talk = match kecho {
+        Some(kecho) => Some(anywhere::start(&host, kecho).map_err(Fatal::Kecho)?),
+        None => None,
+    };
     doors.close();
     let stop = async move {
         tokio::select! {
@@ -210,6 +219,10 @@ async fn run(options: Options) -> Result<(), Fatal> {
         .await
         .map_err(Fatal::Serve)?;
     stopped.cancel();
+    // No offers any more.
+    if let Some(talk) = talk {
+        message_queue::blocking(move || talk.end()).await;
+    }
     // They have a limit of their own.
     doors.wait().await;
     // Domains go on: the next xbed takes them up again.

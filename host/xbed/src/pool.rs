@@ -36,6 +36,8 @@ const HOLD: Duration = Duration::from_secs(2);
 /// How long a task may wait in a pool before it has failed. Those that have been here are known for as long, so that nobody can
 /// bring one back.
 const MAX_AGE_MS: u64 = 30 * 24 * 3_600_000;
+/// For how long it is remembered that a task was taken, milliseconds.
+pub const KEYS_KNOWN_MS: u64 = 2 * MAX_AGE_MS;
 /// For how long a task is passed on that no member who answers could run, milliseconds: one of them may be restarting.
 const NOBODY_MS: u64 = 20_000;
 /// Header of a task that nobody could run: since when, milliseconds since the Unix epoch.
@@ -72,7 +74,7 @@ pub enum PoolError {
     Request(#[source] serde_json::Error),
     /// Many tasks at a time.
     #[error(
-        "the document is a parameter sweep, and a pool takes one job at a time: submit its jobs one by one, or name the queue of one host"
+        "the document is a parameter sweep, and a pool or --anywhere takes one job at a time: submit its jobs one by one, or all to one host"
     )]
     Sweep,
     /// It is of a host.
@@ -83,6 +85,9 @@ pub enum PoolError {
         "a file is sent to one host, and a task of a pool may run on any: take the file from a server, or name the queue of one host"
     )]
     Files,
+    /// It is of a host.
+    #[error("a pool finds a host by itself: submit without --anywhere, or name one host")]
+    Anywhere,
 }
 
 impl PoolError {
@@ -95,6 +100,7 @@ impl PoolError {
             PoolError::Sweep => "pool-sweep",
             PoolError::Reservation => "pool-reservation",
             PoolError::Files => "pool-files",
+            PoolError::Anywhere => "pool-anywhere",
         }
     }
 }
@@ -489,16 +495,18 @@ impl Pool {
                 (None, state)
             }
         };
-        let forget_ms = view::now_ms().saturating_sub(2 * MAX_AGE_MS);
+        let forget_ms = view::now_ms().saturating_sub(KEYS_KNOWN_MS);
         let times = (offer.at_ms, forget_ms);
-        self.host
-            .accept_offered((offer.task, caller.owner), job, state, times)
-            .await
+        let accepted = self
+            .host
+            .accept_offered((offer.task, caller.owner), job, state, times);
+        // One that was here before is acknowledged as well.
+        accepted.await.map(drop)
     }
 }
 
 /// Whether another host may see that otherwise.
-fn is_of_this_host(error: &CommandError) -> bool {
+pub fn is_of_this_host(error: &CommandError) -> bool {
     matches!(
         error,
         CommandError::Plan(PlanError::Image(_) | PlanError::Mismatch { .. })

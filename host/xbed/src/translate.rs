@@ -13,7 +13,8 @@ use xbee_jsdl::{
 };
 use xbee_staging::Uri;
 
-use crate::images::{DEFAULT_IMAGE, ImageError, ImageStore};
+use crate::anywhere::Needs;
+use crate::images::{DEFAULT_IMAGE, DEFAULT_MEMORY_MIB, ImageError, ImageStore};
 use crate::plan::{
     Boot, Command, Creation, Limits, Plan, Script, Source, StageIn, StageOut, When, Work,
 };
@@ -117,6 +118,41 @@ impl Plan {
         let warnings = parsed.warnings.iter().map(ToString::to_string).collect();
         let plan = resolve(&parsed.job, &request.publish, images)?;
         Ok((plan, warnings))
+    }
+}
+
+impl Needs {
+    /// What a request needs of a host, whichever: this one need neither have the image nor be one that is named.
+    ///
+    /// # Errors
+    /// No host could do it: what keeps a document from being a task but the host itself.
+    pub fn read(request: &SubmitRequest, images: &ImageStore) -> Result<Needs, PlanError> {
+        let options = Options {
+            lenient: request.lenient,
+        };
+        let document = request.jsdl.as_bytes();
+        let sweep = sweep::expand(document, &options, MAX_SWEEP_JOBS);
+        if sweep.map_err(PlanError::Invalid)?.is_some() {
+            return Err(PlanError::Unsupported {
+                element: "jsdl-sweep:Sweep".into(),
+                detail: "its jobs belong to one host: submit it without --anywhere".into(),
+            });
+        }
+        let job = xbee_jsdl::parse(document, &options).map_err(PlanError::Invalid)?;
+        let job = job.job;
+        let image = match &job.instance {
+            None => Some(DEFAULT_IMAGE.to_owned()),
+            Some(instance) => instance.source.image_name().map(ToString::to_string),
+        };
+        let known = images.get(image.as_deref().unwrap_or(DEFAULT_IMAGE));
+        let usual_bytes = known.map_or(DEFAULT_MEMORY_MIB << 20, |image| image.memory_bytes);
+        let (vcpus, memory_bytes) = machine(&job.resources, usual_bytes)?;
+        Ok(Needs {
+            image,
+            vcpus,
+            memory_bytes,
+            hosts: job.resources.candidate_hosts,
+        })
     }
 }
 
@@ -235,6 +271,7 @@ fn resolve(
     }
     let mut directories = vec![cwd];
     directories.extend(mounts.declared);
+    is_candidate(&job.resources.candidate_hosts)?;
     let (vcpus, memory_bytes) = machine(&job.resources, usual_memory_bytes)?;
     Ok(Plan {
         name: job.identification.name.clone(),
@@ -254,6 +291,31 @@ fn limit(what: &'static str, count: usize, limit: usize) -> Result<(), PlanError
         return Err(PlanError::TooMany { what, count, limit });
     }
     Ok(())
+}
+
+fn mismatch(element: &str, asked: &str, here: &str) -> PlanError {
+    PlanError::Mismatch {
+        element: element.into(),
+        detail: format!("the job asks for {asked}, this host has {here}"),
+    }
+}
+
+/// The name that documents have for this host.
+pub fn host_name() -> String {
+    let name = rustix::system::uname();
+    name.nodename().to_string_lossy().into_owned()
+}
+
+/// Whether this host is among those that a job may run on; all may, if none is named.
+///
+/// # Errors
+/// [`PlanError::Mismatch`].
+pub fn is_candidate(hosts: &[String]) -> Result<(), PlanError> {
+    let here = host_name();
+    match hosts.is_empty() || hosts.contains(&here) {
+        true => Ok(()),
+        false => Err(mismatch("CandidateHosts", &hosts.join(", "), &here)),
+    }
 }
 
 /// CPUs and memory, after the requirements that no choice of these can meet were looked at.
@@ -285,10 +347,6 @@ fn machine(wanted: &Resources, usual_memory_bytes: u64) -> Result<(u32, u64), Pl
             detail: "a job runs in one domain; ask for 1".into(),
         });
     }
-    let mismatch = |element: &str, asked: &str, here: &str| PlanError::Mismatch {
-        element: element.into(),
-        detail: format!("the job asks for {asked}, this host has {here}"),
-    };
     if let Some(system) = &wanted.operating_system
         && system != "LINUX"
     {
@@ -298,16 +356,6 @@ fn machine(wanted: &Resources, usual_memory_bytes: u64) -> Result<(u32, u64), Pl
         && !["x86_64", "x86"].contains(&architecture.as_str())
     {
         return Err(mismatch("CPUArchitectureName", architecture, "x86_64"));
-    }
-    let hosts = &wanted.candidate_hosts;
-    if !hosts.is_empty() {
-        let here = rustix::system::uname()
-            .nodename()
-            .to_string_lossy()
-            .into_owned();
-        if !hosts.contains(&here) {
-            return Err(mismatch("CandidateHosts", &hosts.join(", "), &here));
-        }
     }
     let vcpus = choose(
         [

@@ -46,6 +46,34 @@ fn a_large_task_is_not_overtaken() {
 }
 
 #[test]
+fn the_load_is_that_of_what_is_scarcest() {
+    let mut queue = queue();
+    let idle = queue.load();
+    assert_eq!((idle.permille, idle.waiting), (0, 0));
+    assert_eq!(idle.free_vcpus, CAPACITY.vcpus);
+    assert_eq!(idle.free_memory_bytes, CAPACITY.memory_bytes);
+    queue.push(1, request(1, 1, NEVER_MS));
+    queue.push(2, request(1, 4, NEVER_MS));
+    assert_eq!(admitted(&mut queue, 0), [1]);
+    let load = queue.load();
+    let used = [
+        1000 / CAPACITY.vcpus,
+        1000 / CAPACITY.domains,
+        (10_000 / CAPACITY.memory_bytes) as u32,
+    ];
+    assert_eq!(Some(load.permille), used.into_iter().max());
+    assert_eq!(load.free_vcpus, CAPACITY.vcpus - 1);
+    assert_eq!(load.free_memory_bytes, CAPACITY.memory_bytes - 10);
+    assert_eq!(load.waiting, 1);
+    let none = Capacity {
+        domains: 0,
+        ..CAPACITY
+    };
+    let full = Queue::<usize>::new(none, Policy::default()).load();
+    assert_eq!(full.permille, FULL_PERMILLE);
+}
+
+#[test]
 fn a_task_is_overtaken_by_those_that_do_not_delay_it() {
     let mut queue = queue();
     queue.push(1, request(1, 3, 100));

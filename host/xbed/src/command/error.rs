@@ -4,6 +4,7 @@ use uuid::Uuid;
 use xbee_engine::QueueError;
 
 use super::WRITE_LIMIT;
+use crate::anywhere::AnywhereError;
 use crate::cache::CacheError;
 use crate::pool::PoolError;
 use crate::store::StoreError;
@@ -141,6 +142,9 @@ pub enum CommandError {
     /// The cache's word.
     #[error(transparent)]
     Cache(#[from] CacheError),
+    /// Other hosts.
+    #[error(transparent)]
+    Anywhere(#[from] AnywhereError),
     /// The pool.
     #[error(transparent)]
     Pool(#[from] PoolError),
@@ -212,6 +216,7 @@ impl CommandError {
             CommandError::NotFetched => "image-not-fetched",
             CommandError::Export(error) => error.code(),
             CommandError::Cache(error) => error.code(),
+            CommandError::Anywhere(error) => error.code(),
             CommandError::Pool(error) => error.code(),
             CommandError::PoolAge => "pool-age",
             CommandError::Store(error) => error.code(),

@@ -5,10 +5,13 @@ use std::collections::HashSet;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use uuid::Uuid;
-use xbee_engine::{Demand, NEVER_MS, QueueError, Request, Task};
+use xbee_engine::{Demand, Load, NEVER_MS, QueueError, Request, Task};
 
 use super::{Host, random};
+use crate::anywhere::{AnywhereError, Begins};
 use crate::command::CommandError;
+use crate::fault;
+use crate::pool::KEYS_KNOWN_MS;
 use crate::store::{Entry, Job, Owner, StoreError, StoredTask, TaskRecord};
 use crate::task::{self, Begin, TaskHandle};
 use crate::view;
@@ -31,6 +34,49 @@ impl Host {
         match self.lock_queue().check(owner.uid, demand, 1) {
             Err(QueueError::TooManyWaiting { .. } | QueueError::Full { .. }) => Ok(()),
             checked => checked,
+        }
+    }
+
+    /// When something of this size could begin here, and how much of the host is in use.
+    ///
+    /// # Errors
+    /// It never could.
+    pub fn standing(&self, demand: Demand) -> Result<(Begins, Load), QueueError> {
+        let queue = self.lock_queue();
+        queue.fits(demand)?;
+        let load = queue.load();
+        let begins = match (self.config.domains, load.waiting) {
+            (0, _) => Begins::Never,
+            (_, 0) if queue.has_room(demand) => Begins::AtOnce,
+            _ => Begins::Later,
+        };
+        Ok((begins, load))
+    }
+
+    /// Takes a job that the client placed here, under an id that is made of its key: once, however often it is asked for.
+    /// Durable on return.
+    pub async fn place(
+        self: &Arc<Self>,
+        (id, owner): (Uuid, Owner),
+        job: Job,
+        at_once: bool,
+    ) -> Result<(), CommandError> {
+        self.lock_queue().check(owner.uid, job.plan.demand(), 1)?;
+        if at_once && !self.take_place(id, owner, &job) {
+            return Err(AnywhereError::NotAtOnce.into());
+        }
+        let now_ms = view::now_ms();
+        let times = (now_ms, now_ms.saturating_sub(KEYS_KNOWN_MS));
+        fault::point("place");
+        let accepted = self.accept_offered((id, owner), Some(job), Task::default(), times);
+        let accepted = accepted.await;
+        fault::point("placed");
+        if accepted.is_err() {
+            self.give_place(id);
+        }
+        match accepted? {
+            true => Ok(()),
+            false => Err(AnywhereError::Gone(id).into()),
         }
     }
 
@@ -87,15 +133,15 @@ impl Host {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes an offer of the pool a task, once; without a job it is in this state and that is all. It begins at once where it
-    /// has its place, else it waits for its turn. Durable on return.
+    /// Makes what was offered a task, once; without a job it is in this state and that is all. It begins at once where it
+    /// has its place, else it waits for its turn. Durable on return; false if it has been here.
     pub async fn accept_offered(
         self: &Arc<Self>,
         (id, owner): (Uuid, Owner),
         job: Option<Job>,
         state: Task,
         (offered_ms, forget_ms): (u64, u64),
-    ) -> Result<(), CommandError> {
+    ) -> Result<bool, CommandError> {
         let record = TaskRecord {
             id,
             owner,
@@ -121,7 +167,7 @@ impl Host {
         let Some((number, record)) = inserted else {
             // It has been here. A place that was taken for it is nobody's.
             self.give_place(id);
-            return Ok(());
+            return Ok(false);
         };
         let handle: Arc<TaskHandle> = self.hold(StoredTask {
             number,
@@ -134,6 +180,6 @@ impl Host {
             true => handle.admit(),
             false => self.enqueue(&handle),
         }
-        Ok(())
+        Ok(true)
     }
 }
