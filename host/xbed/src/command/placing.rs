@@ -27,7 +27,8 @@ struct Taking<'a>(&'a Placing, Uuid);
 impl Placing {
     fn begin(&self, id: Uuid) -> Option<Taking<'_>> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.insert(id).then_some(Taking(self, id))
+        // Made only then: to drop one gives the key back.
+        all.insert(id).then(|| Taking(self, id))
     }
 }
 
@@ -147,6 +148,11 @@ impl Commands {
         let _placing = placing.ok_or(AnywhereError::Placing)?;
         if let Some(task) = self.host.task(id) {
             return Ok(task.status());
+        }
+        // A host that once had it does not say that it has no room for it: the client would go on to another.
+        let host = self.host.clone();
+        if blocking(move || host.store.was_offered(id)).await? {
+            return Err(AnywhereError::Gone(id).into());
         }
         let job = self.plan_one(caller, place.request).await?;
         let uploads = job.plan.uploads().collect();

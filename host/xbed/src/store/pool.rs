@@ -69,6 +69,19 @@ impl Store {
         Ok(number)
     }
 
+    /// Whether a task that was offered has been here, whatever has become of it.
+    pub fn was_offered(&self, id: Uuid) -> Result<bool, StoreError> {
+        self.lock()
+            .query_row(
+                "SELECT 1 FROM pool_task WHERE id = ?1",
+                [id.to_string()],
+                |_| Ok(()),
+            )
+            .optional()
+            .map(|found| found.is_some())
+            .map_err(|e| self.failed(e))
+    }
+
     /// The subject of a user with a certificate.
     pub fn subject(&self, owner: Owner) -> Result<Option<String>, StoreError> {
         self.lock()
