@@ -25,9 +25,9 @@ use uuid::Uuid;
 use crate::upload::FileBody;
 use crate::{
     CacheEntry, CacheNews, CacheRequest, CheckReport, ConfirmRequest, DomainExport, EXEC_HEADER,
-    ErrorBody, ExecRequest, ExportForm, FollowQuery, HostInfo, PlaceRequest, Places, ReserveRequest,
-    Reserved, ResultFile, SshAccess, SubmitRequest, TaskEvent, TaskStatus, TicketRequest, UPGRADE_EXEC,
-    UPGRADE_TCP, Upload,
+    ErrorBody, ExecRequest, ExportForm, FollowQuery, HostInfo, PlaceRequest, Places,
+    ReserveRequest, Reserved, ResultFile, SshAccess, SubmitRequest, TaskEvent, TaskStatus,
+    TicketRequest, UPGRADE_EXEC, UPGRADE_TCP, Upload,
 };
 
 /// Longest wait for the head of an answer, for the whole of one that is not a stream, and for `xbed` to take

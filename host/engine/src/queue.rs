@@ -12,7 +12,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
 
 use crate::calendar::{Calendar, Claim, NEVER_MS, Used};
-use crate::policy::{FULL_PERMILLE, Load, Capacity, Demand, Due, Policy, QueueError, Quota, Request};
+use crate::policy::{
+    Capacity, Demand, Due, FULL_PERMILLE, Load, Policy, QueueError, Quota, Request,
+};
 
 /// Tasks looked at beyond the first that cannot begin.
 const BACKFILL_DEPTH: usize = 64;
@@ -526,7 +528,9 @@ impl<K: Copy + Eq + Hash> Queue<K> {
             0 => FULL_PERMILLE,
             all => {
                 let share = u128::from(used) * u128::from(FULL_PERMILLE) / u128::from(all);
-                u32::try_from(share).unwrap_or(FULL_PERMILLE).min(FULL_PERMILLE)
+                u32::try_from(share)
+                    .unwrap_or(FULL_PERMILLE)
+                    .min(FULL_PERMILLE)
             }
         };
         let shares = [

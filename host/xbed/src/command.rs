@@ -623,15 +623,8 @@ pub(crate) mod tests {
         let path = dir.path().join("xbed.toml");
         std::fs::write(&path, lines.join("\n")).unwrap();
         let path = path.to_str().unwrap();
-        let options = Options::parse_from([
-            "xbed",
-            "--backend",
-            "sim",
-            "--data",
-            data,
-            "--config",
-            path,
-        ]);
+        let options =
+            Options::parse_from(["xbed", "--backend", "sim", "--data", data, "--config", path]);
         let config = Config::load(options).unwrap();
         let sim = SimHost::new(SimConfig::new(config.domains()));
         let hypervisor = Arc::new(SimHypervisor::new(sim));

@@ -402,7 +402,8 @@ impl KechoFile {
                 source,
             })?;
             if queue.broker.login.is_some() || queue.broker.passcode.is_some() {
-                let detail = "all hosts and their users are told it, so leave user and password out";
+                let detail =
+                    "all hosts and their users are told it, so leave user and password out";
                 return Err(wrong("address", detail));
             }
         } else if !address.starts_with("unix:///") {
@@ -851,7 +852,10 @@ mod tests {
         };
         let kecho = load("").unwrap();
         assert_eq!(kecho.address, "unix:///run/x/s");
-        assert_eq!((kecho.channel.as_str(), kecho.identity.is_none()), ("xbee.hosts", true));
+        assert_eq!(
+            (kecho.channel.as_str(), kecho.identity.is_none()),
+            ("xbee.hosts", true)
+        );
         let queue = "[message-queue]\nuri = \"stomp://me:secret@h/q\"\nidentity = \"/p/x\"\n";
         let kecho = load(&format!("identity = \"/p/x\"\nchannel = \"c\"\n{queue}")).unwrap();
         assert_eq!(kecho.address, "stomp://h:61613/q");

@@ -28,8 +28,8 @@ use tokio::net::{UnixListener, unix::UCred};
 use uuid::Uuid;
 use xbee_api::{
     CheckReport, ConfirmRequest, DomainExport, EXEC_HEADER, ErrorBody, ExecRequest, ExportForm,
-    FollowQuery, HostInfo, PlaceRequest, Places, ReserveRequest, Reserved, ResultFile, SshAccess, SubmitRequest,
-    TaskStatus, TicketRequest, UPGRADE_EXEC, UPGRADE_TCP, Upload, chain,
+    FollowQuery, HostInfo, PlaceRequest, Places, ReserveRequest, Reserved, ResultFile, SshAccess,
+    SubmitRequest, TaskStatus, TicketRequest, UPGRADE_EXEC, UPGRADE_TCP, Upload, chain,
 };
 use xbee_engine::QueueError;
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod anywhere;
 mod check;
 mod cli;
 mod export;

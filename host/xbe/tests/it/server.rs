@@ -1,6 +1,6 @@
 //! A server that speaks the API, with tasks that the tests know.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -47,6 +47,20 @@ pub struct Seen {
     pub asked: u64,
     /// Tasks do not end when they are terminated.
     pub stubborn: bool,
+    /// What is answered to who asks where a job could go.
+    pub places: Places,
+    /// What is answered to jobs that are placed, one after the other; the last goes on.
+    pub reactions: VecDeque<Reaction>,
+    pub placements: Vec<PlaceRequest>,
+}
+
+/// What becomes of a job that is placed.
+#[derive(Clone, Copy)]
+pub enum Reaction {
+    Take,
+    Refuse(u16, &'static str),
+    /// Nobody knows.
+    HangUp,
 }
 
 #[derive(Clone)]
@@ -88,6 +102,8 @@ fn router(fake: Fake) -> Router {
         .route("/v1/host", get(host))
         .route("/v1/check", post(check))
         .route("/v1/export", post(export))
+        .route("/v1/places", post(places))
+        .route("/v1/placements", post(place))
         .route("/v1/tasks", get(list).post(submit))
         .route("/v1/tasks/{id}", get(status).delete(remove))
         .route("/v1/tasks/{id}/events", get(events))
@@ -310,6 +326,33 @@ async fn submit(AxumState(fake): AxumState<Fake>, Json(request): Json<SubmitRequ
     fake.seen.lock().unwrap().submitted.push(request);
     let status = fake.find(&becomes.to_string()).unwrap();
     (StatusCode::CREATED, Json(status)).into_response()
+}
+
+async fn places(AxumState(fake): AxumState<Fake>, Json(_): Json<SubmitRequest>) -> Json<Places> {
+    Json(fake.seen.lock().unwrap().places.clone())
+}
+
+async fn place(AxumState(fake): AxumState<Fake>, Json(request): Json<PlaceRequest>) -> Response {
+    let reaction = {
+        let mut seen = fake.seen.lock().unwrap();
+        seen.placements.push(request);
+        match seen.reactions.len() {
+            0 => Reaction::Take,
+            1 => seen.reactions[0],
+            _ => seen.reactions.pop_front().unwrap(),
+        }
+    };
+    match reaction {
+        Reaction::Take => {
+            let status = fake.find(&SUBMITTED.to_string()).unwrap();
+            (StatusCode::CREATED, Json(status)).into_response()
+        }
+        Reaction::Refuse(status, code) => {
+            failure(StatusCode::from_u16(status).unwrap(), code, "not this one")
+        }
+        // The connection ends with its task.
+        Reaction::HangUp => std::panic::resume_unwind(Box::new(())),
+    }
 }
 
 async fn status(AxumState(fake): AxumState<Fake>, UrlPath(id): UrlPath<String>) -> Response {

@@ -365,10 +365,7 @@ mod tests {
     fn what_is_no_message_is_none() {
         let kinds = Kinds::new().unwrap();
         let read = |message: Message| over_the_wire(&kinds, &message);
-        assert_eq!(
-            read(offer("\u{1b}[2J")),
-            Err(BadMessage::Field("why"))
-        );
+        assert_eq!(read(offer("\u{1b}[2J")), Err(BadMessage::Field("why")));
         let (kind, attribute, mut payload) = kinds.write(&offer("")).unwrap();
         payload[kind.field("begins").unwrap().offset] = 3;
         let bytes = bytes(kind, attribute, &payload);

@@ -55,7 +55,10 @@ pub enum AnywhereError {
     #[error("what the job needs cannot be asked of other hosts")]
     Long(#[source] TypeError),
     /// Nobody could run it.
-    #[error("no host can run this job. This one: {here}. Of the others {asked} answered{}", list(others))]
+    #[error(
+        "no host can run this job. This one: {here}. Of the others {asked} answered{}",
+        list(others)
+    )]
     Nobody {
         /// Why not here.
         here: String,
@@ -350,7 +353,10 @@ mod tests {
         let anywhere = Anywhere::new(&host, config("unix:///s")).unwrap();
         let bid = |needs: &Needs| anywhere.bid(needs).unwrap();
         let offered = bid(&needs("base", 4));
-        assert_eq!((offered.begins, offered.server.as_str()), (Begins::AtOnce, "unix:///s"));
+        assert_eq!(
+            (offered.begins, offered.server.as_str()),
+            (Begins::AtOnce, "unix:///s")
+        );
         assert_eq!((offered.load_permille, offered.free_vcpus), (0, 4));
         for (wanted, why) in [
             (needs("base", 5), "at most 4"),

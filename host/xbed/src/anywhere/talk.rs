@@ -5,7 +5,14 @@ use xbee_kecho::{EventType, Value};
 pub struct StartError;
 pub struct Talk;
 impl Talk {
-    pub fn say(&self, _k: &EventType, _a: (&'static str, Value), _p: &[u8]) -> Result<(), StartError> { Err(StartError) }
+    pub fn say(
+        &self,
+        _k: &EventType,
+        _a: (&'static str, Value),
+        _p: &[u8],
+    ) -> Result<(), StartError> {
+        Err(StartError)
+    }
     pub fn end(&self) {}
 }
 pub fn start(host: &Arc<Host>, config: Kecho) -> Result<Talk, StartError> {

@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
-use xbee_engine::Load;
 use xbee_api::{Place, PlaceRequest, Places, SubmitRequest, TaskStatus, chain};
+use xbee_engine::Load;
 
 use super::{Caller, CommandError, Commands};
 use crate::anywhere::{AnywhereError, Begins, Bid, Needs, Outcome};
@@ -83,7 +83,8 @@ impl Commands {
         let mut before = bids.len();
         if let Ok(load) = &here {
             // Who has to wait waits here, unless there is less to wait for elsewhere.
-            let longer = |bid: &Bid| bid.begins == Begins::Later && bid.waiting as usize >= load.waiting;
+            let longer =
+                |bid: &Bid| bid.begins == Begins::Later && bid.waiting as usize >= load.waiting;
             before = bids.iter().position(longer).unwrap_or(before);
         }
         let after = bids.split_off(before);
