@@ -338,6 +338,7 @@ pub struct Config {
 
 /// A channel of hosts.
 #[derive(Debug, Clone)]
+#[allow(dead_code, reason = "read once there are event channels")]
 pub struct Kecho {
     /// The registry of channels.
     pub registry: String,
@@ -351,6 +352,7 @@ pub struct Kecho {
 
 /// Certificates in PEM.
 #[derive(Debug, Clone)]
+#[allow(dead_code, reason = "read once there are event channels")]
 pub struct KechoIdentity {
     /// Whose certificates are believed.
     pub authorities: PathBuf,

@@ -591,6 +591,7 @@ impl Host {
     }
 
     /// From now on this host is among others; once.
+    #[allow(dead_code, reason = "called once there are event channels")]
     pub fn join(&self, anywhere: Arc<Anywhere>) {
         // A second one would change nothing, and nobody makes one.
         let _ = self.anywhere.set(anywhere);

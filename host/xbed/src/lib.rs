@@ -6,6 +6,10 @@
 //! It is a library only for the program and for `tests/fuzz`, which asks the API anything.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+#[allow(
+    dead_code,
+    reason = "offers are made and heard once there are event channels"
+)]
 mod anywhere;
 mod array;
 mod backend;
@@ -204,10 +208,9 @@ async fn run(options: Options) -> Result<(), Fatal> {
         doors.spawn(pool.run(stopped.clone()));
         serve(address, options, endpoint, door);
     }
-    let talk = match kecho {
-        Some(kecho) => Some(anywhere::start(&host, kecho).map_err(Fatal::Kecho)?),
-        None => None,
-    };
+    if let Some(kecho) = kecho {
+        anywhere::start(&host, kecho).map_err(Fatal::Kecho)?;
+    }
     doors.close();
     let stop = async move {
         tokio::select! {
@@ -219,10 +222,6 @@ async fn run(options: Options) -> Result<(), Fatal> {
         .await
         .map_err(Fatal::Serve)?;
     stopped.cancel();
-    // No offers any more.
-    if let Some(talk) = talk {
-        message_queue::blocking(move || talk.end()).await;
-    }
     // They have a limit of their own.
     doors.wait().await;
     // Domains go on: the next xbed takes them up again.

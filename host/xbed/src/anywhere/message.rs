@@ -79,6 +79,17 @@ pub enum BadMessage {
     Field(&'static str),
 }
 
+/// A message as an event.
+#[derive(Debug)]
+pub struct Written<'a> {
+    /// Its type.
+    pub kind: &'a EventType,
+    /// By which it is decided who has it sent.
+    pub attribute: (&'static str, Value),
+    /// Its fields.
+    pub payload: Vec<u8>,
+}
+
 /// The types of the events.
 #[derive(Debug)]
 pub struct Kinds {
@@ -125,10 +136,7 @@ impl Kinds {
     ///
     /// # Errors
     /// A name is longer than there is room for.
-    pub fn write(
-        &self,
-        message: &Message,
-    ) -> Result<(&EventType, (&'static str, Value), Vec<u8>), TypeError> {
+    pub fn write(&self, message: &Message) -> Result<Written<'_>, TypeError> {
         match message {
             Message::Question(question) => {
                 let needs = &question.needs;
@@ -140,7 +148,11 @@ impl Kinds {
                     Value::Int(needs.memory_bytes.cast_signed()),
                     needs.hosts.join(&SEPARATOR.to_string()).into(),
                 ])?;
-                Ok((&self.question, (ASKED, true.into()), payload))
+                Ok(Written {
+                    kind: &self.question,
+                    attribute: (ASKED, true.into()),
+                    payload,
+                })
             }
             Message::Offer(offer) => {
                 let bid = &offer.bid;
@@ -162,7 +174,11 @@ impl Kinds {
                     cut(&bid.why, TEXT_BYTES).into(),
                 ])?;
                 let to = (TO, offer.asker.to_string().into());
-                Ok((&self.offer, to, payload))
+                Ok(Written {
+                    kind: &self.offer,
+                    attribute: to,
+                    payload,
+                })
             }
         }
     }
@@ -280,7 +296,11 @@ mod tests {
 
     /// The event as the others have it.
     fn over_the_wire(kinds: &Kinds, message: &Message) -> Result<Message, BadMessage> {
-        let (kind, attribute, payload) = kinds.write(message).unwrap();
+        let Written {
+            kind,
+            attribute,
+            payload,
+        } = kinds.write(message).unwrap();
         let bytes = bytes(kind, attribute, &payload);
         kinds.read(&EventRef::parse(&bytes, kind).unwrap())
     }
@@ -342,7 +362,7 @@ mod tests {
         let bare = Message::Question(bare);
         assert_eq!(over_the_wire(&kinds, &bare), Ok(bare));
         // An offer is for one, and says for whom.
-        let (_, attribute, _) = kinds.write(&offer("")).unwrap();
+        let attribute = kinds.write(&offer("")).unwrap().attribute;
         assert_eq!(attribute, (TO, Uuid::from_u128(2).to_string().into()));
     }
 
@@ -366,7 +386,11 @@ mod tests {
         let kinds = Kinds::new().unwrap();
         let read = |message: Message| over_the_wire(&kinds, &message);
         assert_eq!(read(offer("\u{1b}[2J")), Err(BadMessage::Field("why")));
-        let (kind, attribute, mut payload) = kinds.write(&offer("")).unwrap();
+        let Written {
+            kind,
+            attribute,
+            mut payload,
+        } = kinds.write(&offer("")).unwrap();
         payload[kind.field("begins").unwrap().offset] = 3;
         let bytes = bytes(kind, attribute, &payload);
         let event = EventRef::parse(&bytes, kind).unwrap();
@@ -382,7 +406,11 @@ mod tests {
         fn anything_is_read_or_refused(changes in vec((any::<Index>(), any::<u8>()), 0..20)) {
             let kinds = Kinds::new().unwrap();
             for message in [question(), offer("")] {
-                let (kind, attribute, mut payload) = kinds.write(&message).unwrap();
+                let Written {
+                    kind,
+                    attribute,
+                    mut payload,
+                } = kinds.write(&message).unwrap();
                 for (at, byte) in &changes {
                     payload[at.index(kind.size())] = *byte;
                 }

@@ -166,9 +166,8 @@ impl Anywhere {
             asker: self.me,
             needs,
         });
-        let (kind, attribute, payload) =
-            self.kinds.write(&question).map_err(AnywhereError::Long)?;
-        let kind = kind.clone();
+        let written = self.kinds.write(&question).map_err(AnywhereError::Long)?;
+        let (kind, attribute, payload) = (written.kind.clone(), written.attribute, written.payload);
         let (tells, mut hears) = mpsc::channel(OFFERS_WAITING);
         let _open = self.open(id, tells).ok_or(AnywhereError::Busy)?;
         let begun = Instant::now();
