@@ -4,8 +4,11 @@
 
 pub mod event;
 pub mod filter;
+mod log;
+mod memory;
 pub mod types;
 pub mod value;
+mod wire;
 
 pub use event::{EventError, EventRef, Submission};
 pub use types::{EventType, FieldKind, TypeError};
