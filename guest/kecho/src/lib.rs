@@ -8,5 +8,6 @@ pub mod types;
 pub mod value;
 
 pub use event::{EventError, EventRef, Submission};
+pub use filter::{FilterError, SinkFilter, State};
 pub use types::{EventType, FieldKind, TypeError};
 pub use value::Value;
