@@ -385,7 +385,7 @@ fn what_is_wrong_is_said_with_its_place_and_remedy() {
         (
             &many,
             "filter-too-large",
-            "line 1, column 1030: more than 256 values and operators; make the filter shorter",
+            "line 1, column 1022: more than 256 values and operators; make the filter shorter",
         ),
         (
             &names,
