@@ -395,7 +395,7 @@ fn what_is_wrong_is_said_with_its_place_and_remedy() {
         (
             &variables,
             "filter-too-large",
-            "line 1, column 219: more than 16 variables; use fewer",
+            "line 1, column 187: more than 16 variables; use fewer",
         ),
         (
             &stack,
