@@ -400,7 +400,7 @@ fn what_is_wrong_is_said_with_its_place_and_remedy() {
         (
             &stack,
             "filter-too-large",
-            "line 1, column 140: more than 32 values wait for their operators; put the nested part of an operator first",
+            "line 1, column 145: more than 32 values wait for their operators; put the nested part of an operator first",
         ),
         (
             &long,
