@@ -237,14 +237,22 @@ impl<'a> EventRef<'a> {
 
     /// The value of an attribute, the first of that name.
     pub fn attribute(&self, name: &str) -> Option<ValueRef<'a>> {
+        self.find_attribute(name).1
+    }
+
+    /// The value of an attribute, and how many were looked at.
+    #[inline]
+    pub(crate) fn find_attribute(&self, name: &str) -> (usize, Option<ValueRef<'a>>) {
         let mut rest = self.attributes;
-        for _ in 0..MAX_ATTRIBUTES {
-            let found = take(&mut rest)?;
+        for looked in 1..=MAX_ATTRIBUTES {
+            let Some(found) = take(&mut rest) else {
+                return (looked, None);
+            };
             if found.0 == name.as_bytes() {
-                return value(found.1, found.2);
+                return (looked, value(found.1, found.2));
             }
         }
-        None
+        (MAX_ATTRIBUTES, None)
     }
 
     /// All attributes that are ones.

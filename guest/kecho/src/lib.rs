@@ -11,5 +11,6 @@ pub mod value;
 mod wire;
 
 pub use event::{EventError, EventRef, Submission};
+pub use filter::{FilterError, SinkFilter, State};
 pub use types::{EventType, FieldKind, TypeError};
 pub use value::Value;
