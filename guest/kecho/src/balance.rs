@@ -8,7 +8,7 @@
 //! `forward_after` it asks others. The first answer counts, the rest are dropped, and who was asked in vain is told to
 //! stop. A [`Worker`] is a server's queue, and a [`Reporter`] says when its load is to be told to the fronts.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::{self, Display, Formatter};
 use std::time::Duration;
 
@@ -164,10 +164,8 @@ impl Loads {
     /// The least loaded but for `except`, and takes note that each gets one more. Between equals `turn` decides, or all
     /// fronts would send to the same.
     fn least(&mut self, except: &[ServerId], turn: u64, now: Duration) -> Vec<ServerId> {
-        let mut found: Vec<_> = (self.servers.iter())
-            .filter(|(server, report)| {
-                now.saturating_sub(report.at) <= self.max_age && !except.contains(server)
-            })
+        let mut found: Vec<_> = (self.fresh(now))
+            .filter(|(server, _)| !except.contains(server))
             .map(|(server, report)| {
                 let load = report.load.saturating_add(report.sent);
                 (load, mix(server.0 ^ mix(turn)), *server)
@@ -181,6 +179,12 @@ impl Loads {
             self.note(*server);
         }
         to
+    }
+
+    /// Those whose servers are thought to be there.
+    fn fresh(&self, now: Duration) -> impl Iterator<Item = (&ServerId, &Report)> {
+        let max_age = self.max_age;
+        (self.servers.iter()).filter(move |(_, report)| now.saturating_sub(report.at) <= max_age)
     }
 
     fn note(&mut self, server: ServerId) {
@@ -395,6 +399,11 @@ impl Front {
         self.counts
     }
 
+    /// How many servers may get a request.
+    pub fn known(&self, now: Duration) -> usize {
+        self.loads.fresh(now).count()
+    }
+
     /// How many requests wait for an answer.
     pub fn open(&self) -> usize {
         self.open.len()
@@ -442,7 +451,11 @@ impl Front {
 /// A server's requests: those that wait, and those that it works on.
 #[derive(Debug)]
 pub struct Worker {
-    waiting: VecDeque<RequestId>,
+    /// In the order of their coming.
+    waiting: BTreeMap<u64, RequestId>,
+    /// Where in `waiting` each is.
+    places: HashMap<RequestId, u64>,
+    offered: u64,
     /// With whether the answer is still wanted.
     running: Vec<(RequestId, bool)>,
     at_once: usize,
@@ -453,7 +466,9 @@ impl Worker {
     /// Works on `at_once` requests at a time, and lets `max_waiting` wait.
     pub fn new(at_once: usize, max_waiting: usize) -> Worker {
         Worker {
-            waiting: VecDeque::new(),
+            waiting: BTreeMap::new(),
+            places: HashMap::new(),
+            offered: 0,
             running: vec![],
             at_once: at_once.max(1),
             max_waiting,
@@ -466,13 +481,15 @@ impl Worker {
     /// Too many wait.
     pub fn offer(&mut self, request: RequestId) -> Result<(), Error> {
         let running = self.running.iter().any(|(one, _)| *one == request);
-        if running || self.waiting.contains(&request) {
+        if running || self.places.contains_key(&request) {
             return Ok(());
         }
         if self.waiting.len() >= self.max_waiting {
             return Err(Error::WorkerFull(self.waiting.len()));
         }
-        self.waiting.push_back(request);
+        self.waiting.insert(self.offered, request);
+        self.places.insert(request, self.offered);
+        self.offered += 1;
         Ok(())
     }
 
@@ -481,16 +498,16 @@ impl Worker {
         if self.running.len() >= self.at_once {
             return None;
         }
-        let request = self.waiting.pop_front()?;
+        let (_, request) = self.waiting.pop_first()?;
+        self.places.remove(&request);
         self.running.push((request, true));
         Some(request)
     }
 
     /// The front does not want an answer any more. `true` where this server had it.
     pub fn cancel(&mut self, request: RequestId) -> bool {
-        let waited = self.waiting.len();
-        self.waiting.retain(|one| *one != request);
-        let mut stopped = waited > self.waiting.len();
+        let place = self.places.remove(&request);
+        let mut stopped = place.is_some_and(|place| self.waiting.remove(&place).is_some());
         for (one, wanted) in &mut self.running {
             if *one == request {
                 stopped |= *wanted;

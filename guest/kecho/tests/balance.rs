@@ -95,6 +95,7 @@ fn further_copies_go_to_the_idle_only() {
 fn an_old_report_does_not_count() {
     let mut front = front(copies(1), &[0, 1]);
     front.report(ServerId(1), 1, ms(1500));
+    assert_eq!((front.known(ms(2000)), front.known(ms(2001))), (2, 1));
     assert_eq!(front.request(ms(2000)).unwrap().1, ids(&[0]));
     assert_eq!(front.request(ms(2001)).unwrap().1, ids(&[1]));
     let error = front.request(ms(3501)).unwrap_err();
