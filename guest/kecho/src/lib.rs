@@ -2,6 +2,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod balance;
 pub mod event;
 pub mod filter;
 mod log;
