@@ -22,6 +22,9 @@ pub const SLEEPING: usize = 1;
 /// Cell of a sink's page: why the source wants it no longer, or 0.
 pub const ENDED: usize = 2;
 
+/// Cell of a sink's page: the sequence of the first event that it may get.
+pub const FIRST: usize = 3;
+
 /// The source was left or its process ended.
 pub const ENDED_LEFT: u64 = 1;
 /// The sink was too slow.
@@ -105,8 +108,8 @@ pub enum Found {
     Nothing,
     /// A frame, whose body was appended.
     Frame(Header),
-    /// What came next is no longer there; it goes on here.
-    Overrun(u64),
+    /// What came next is no longer there; it goes on with what still is.
+    Overrun,
     /// What no source writes.
     Nonsense,
 }
@@ -163,7 +166,7 @@ impl Reader {
                 out.truncate(begin);
                 self.position = tail;
                 self.head = ring.cell(HEAD).load(Ordering::Acquire).max(tail);
-                return Found::Overrun(tail);
+                return Found::Overrun;
             }
             let end = self.position.wrapping_add(header.stride() as u64);
             if header.kind.is_none() || end > self.head {

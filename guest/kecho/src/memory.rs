@@ -245,6 +245,14 @@ impl Ring {
         }
     }
 
+    /// Appends what lies between two positions, of which the first need not begin a word, to `out`.
+    pub fn copy_bytes(&self, from: u64, to: u64, out: &mut Vec<u8>) {
+        let begin = out.len();
+        let skip = (from & 7) as usize;
+        self.copy_out(from, (to - (from & !7)) as usize, out);
+        out.drain(begin..begin + skip);
+    }
+
     /// Sends `bytes` bytes from a position on over a socket, as many as fit now.
     ///
     /// # Errors
