@@ -1,0 +1,64 @@
+//! The section Event channels of bench/results.md.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::system::{Result, System};
+use crate::{SYSTEMS, fanout, latency};
+
+/// Rounds of the comparison.
+const ROUNDS: usize = 5;
+
+/// A directory that goes with its owner.
+pub struct Scratch(pub PathBuf);
+
+impl Scratch {
+    pub fn new() -> Result<Scratch> {
+        let path = std::env::temp_dir().join(format!("bench-kecho-{}", std::process::id()));
+        std::fs::create_dir_all(&path)?;
+        Ok(Scratch(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Those that are named, or all.
+fn chosen(names: &[&str]) -> Result<Vec<&'static dyn System>> {
+    for name in names {
+        if !SYSTEMS.iter().any(|system| system.name() == *name) {
+            let all: Vec<&str> = SYSTEMS.iter().map(|system| system.name()).collect();
+            return Err(format!("no system {name:?}; there are {}", all.join("; ")).into());
+        }
+    }
+    let all = SYSTEMS.iter().copied();
+    Ok(all
+        .filter(|system| names.is_empty() || names.contains(&system.name()))
+        .collect())
+}
+
+/// Prints the tables of latency alone.
+pub fn latency_only(rounds: &str, names: &[&str]) -> Result<()> {
+    let scratch = Scratch::new()?;
+    let outcomes = latency::measure(&chosen(names)?, rounds.parse()?, &scratch.0);
+    println!("{}", latency::report(&outcomes));
+    Ok(())
+}
+
+/// Prints the tables of many subscribers alone.
+pub fn fanout_only(rounds: &str, names: &[&str]) -> Result<()> {
+    let systems = chosen(names)?;
+    let systems: Vec<_> = systems.into_iter().filter(|s| !s.polls()).collect();
+    let scratch = Scratch::new()?;
+    let outcomes = fanout::measure(&systems, rounds.parse()?, &scratch.0);
+    println!("{}", fanout::report(&outcomes));
+    Ok(())
+}
+
+fn said(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(arguments).output()?;
+    Ok(String::from_utf8(output.stdout)?.trim().into())
+}
