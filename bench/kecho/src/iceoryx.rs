@@ -10,6 +10,7 @@ use iceoryx2::port::subscriber::Subscriber as Slot;
 use iceoryx2::prelude::*;
 use iceoryx2::service::port_factory::{event, publish_subscribe};
 
+use crate::report::SCRATCH;
 use crate::system::{Place, Publisher, Result, Subscriber, System, crate_version};
 
 /// Subscribers of a service at most.
@@ -86,6 +87,14 @@ fn open(place: &Place) -> Result<(Node<ipc::Service>, Topic, Wake)> {
     let root = Path::new(root.as_os_str().as_encoded_bytes())
         .map_err(|error| format!("a path for iceoryx2: {error:?}"))?;
     config.global.set_root_path(&root);
+    // What it leaves in /dev/shm has the name of the scratch directory, and goes with that.
+    let names = place.directory.components();
+    let scratch = names
+        .filter_map(|name| name.as_os_str().to_str())
+        .find(|name| name.starts_with(SCRATCH))
+        .unwrap_or(SCRATCH);
+    config.global.prefix = FileName::new(format!("{scratch}-").as_bytes())
+        .map_err(|error| format!("a prefix for iceoryx2: {error:?}"))?;
     let node = NodeBuilder::new()
         .config(&config)
         .create::<ipc::Service>()?;

@@ -14,10 +14,12 @@ mod nats;
 mod nats_async;
 mod numbers;
 mod redis;
+mod redis_rs;
 mod report;
 mod role;
 mod rounds;
 mod spinners;
+mod stream;
 mod svg;
 mod system;
 mod tcp;
@@ -34,6 +36,7 @@ const SYSTEMS: &[&dyn System] = &[
     &nats::Nats,
     &nats_async::NatsAsync,
     &redis::Redis,
+    &redis_rs::RedisRs,
     &mosquitto::Mosquitto,
     &zeromq::ZeroMq::Tcp,
     &zeromq::ZeroMq::Ipc,

@@ -9,12 +9,15 @@ use crate::{SYSTEMS, fanout, latency};
 /// Rounds of the comparison.
 const ROUNDS: usize = 5;
 
+/// How the scratch directory's name begins.
+pub const SCRATCH: &str = "bench-kecho-";
+
 /// A directory that goes with its owner.
 pub struct Scratch(pub PathBuf);
 
 impl Scratch {
     pub fn new() -> Result<Scratch> {
-        let path = std::env::temp_dir().join(format!("bench-kecho-{}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("{SCRATCH}{}", std::process::id()));
         std::fs::create_dir_all(&path)?;
         Ok(Scratch(path))
     }
@@ -23,6 +26,17 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
+        let name = self.0.file_name().unwrap_or_default().to_string_lossy();
+        let mine = format!("{name}-");
+        for file in std::fs::read_dir("/dev/shm")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            if file.file_name().to_string_lossy().starts_with(&mine) {
+                let _ = std::fs::remove_file(file.path());
+            }
+        }
     }
 }
 
