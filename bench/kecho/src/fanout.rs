@@ -9,8 +9,6 @@ use crate::system::{Result, System};
 
 /// Subscribers, each a process.
 pub const SUBSCRIBERS: [usize; 3] = [1, 8, 64];
-/// Bursts whose publishing is timed.
-const BURSTS: usize = 200;
 /// Columns for one number of subscribers: the call's p50 and p99 in nanoseconds, and events a second.
 const COLUMNS: usize = 3;
 
@@ -39,7 +37,7 @@ fn of_one(stage: &Stage<'_>, subscribers: usize) -> Result<Vec<f64>> {
     crew.tell(0, "meet")?;
     crew.hear("subscribed", subscribers)?;
     crew.hear("met", 1)?;
-    crew.tell(0, &format!("submit {BURSTS}"))?;
+    crew.tell(0, "submit")?;
     let mut numbers = crew.result()?;
     crew.tell(0, "flood")?;
     numbers.extend(crew.result()?);

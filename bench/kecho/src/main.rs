@@ -50,6 +50,7 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match arguments.as_slice() {
         ["spin"] => spinners::spin(),
+        ["all"] => report::all(),
         ["latency", rounds, names @ ..] => report::latency_only(rounds, names),
         ["fanout", rounds, names @ ..] => report::fanout_only(rounds, names),
         [role, name, rest @ ..] => match SYSTEMS.iter().find(|system| system.name() == *name) {

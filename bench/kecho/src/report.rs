@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use crate::role::text_of;
 use crate::system::{Result, System};
 use crate::{SYSTEMS, fanout, latency};
 
@@ -70,6 +71,54 @@ pub fn fanout_only(rounds: &str, names: &[&str]) -> Result<()> {
     let outcomes = fanout::measure(&systems, rounds.parse()?, &scratch.0);
     println!("{}", fanout::report(&outcomes));
     Ok(())
+}
+
+/// Prints the whole section.
+pub fn all() -> Result<()> {
+    let scratch = Scratch::new()?;
+    let before = load()?;
+    let latencies = latency::measure(SYSTEMS, ROUNDS, &scratch.0);
+    let many: Vec<_> = SYSTEMS.iter().copied().filter(|s| !s.polls()).collect();
+    let rates = fanout::measure(&many, ROUNDS, &scratch.0);
+    let machine = said(
+        "sed",
+        &["-n", "s/^model name[[:space:]]*: //p;T;q", "/proc/cpuinfo"],
+    )?;
+    println!(
+        "## Event channels\n\nBy `make bench-kecho`, {}, on {} × {machine}; load before and after: {before}, {}. Each publisher and each \
+         subscriber is a process of its own, all on one machine; brokers and TCP on loopback. The systems take turns, medians of {ROUNDS} \
+         rounds; ratios are of the same round. It is the ratios that count: the machine may be noisy.\n",
+        said("date", &["-u", "+%F"])?,
+        std::thread::available_parallelism()?,
+        load()?,
+    );
+    println!("### One event from process to process\n");
+    println!(
+        "Half of a round trip, the receiver blocked. On idle cores each wake-up is a core's; busy cores have something else to do (a \
+         process of class SCHED_IDLE on each).\n"
+    );
+    println!("{}", latency::report(&latencies));
+    println!("### One publisher, many subscribers\n");
+    println!(
+        "100 bytes. The call: means of bursts of 100 events, all of which arrive before the next. Events a second: all \
+         events have reached all subscribers, in order. Where a system would drop events or a subscriber, the publisher is at most \
+         16384 events ahead (4096 for Mosquitto).\n"
+    );
+    println!("{}", fanout::report(&rates));
+    println!("### Versions\n");
+    println!("| system | version |\n|---|---|");
+    for system in SYSTEMS {
+        let version = system.version();
+        let version = version.unwrap_or_else(|error| text_of(error.as_ref()));
+        println!("| {} | {version} |", system.name());
+    }
+    Ok(())
+}
+
+fn load() -> Result<String> {
+    let text = std::fs::read_to_string("/proc/loadavg")?;
+    let words: Vec<&str> = text.split_whitespace().take(3).collect();
+    Ok(words.join(" "))
 }
 
 fn said(program: &str, arguments: &[&str]) -> Result<String> {

@@ -24,6 +24,13 @@ const TRIPS: u64 = 20_000;
 const TRIPS_FOR: Duration = Duration::from_millis(400);
 /// Events in a burst whose submission is timed.
 const BURST: u64 = 100;
+/// Bursts that count, at most.
+const BURSTS: usize = 200;
+/// How long bursts are timed, at most; `LEAST_BURSTS` are timed however long they take.
+const BURSTS_FOR: Duration = Duration::from_secs(1);
+const LEAST_BURSTS: usize = 20;
+/// Bursts before those that count.
+const BURSTS_BEFORE: usize = 5;
 /// How long a flood of events should last, at least.
 const FLOOD_FOR: Duration = Duration::from_millis(500);
 /// Events of a flood, at most.
@@ -232,7 +239,7 @@ impl Answers {
     }
 }
 
-/// `meet` waits for all subscribers, `submit BURSTS` times the call, `flood` measures the rate.
+/// `meet` waits for all subscribers, `submit` times the call, `flood` measures the rate.
 fn publish(system: &dyn System, place: &Place, subscribers: usize, orders: &Orders) -> Result<()> {
     let listener = UnixListener::bind(place.file("answers"))?;
     let mut publisher = system.publisher(place, subscribers)?;
@@ -253,22 +260,24 @@ fn publish(system: &dyn System, place: &Place, subscribers: usize, orders: &Orde
                 meet(publisher.as_mut(), &answers.streams)?;
                 say("met");
             }
-            ("submit", bursts) => {
+            ("submit", _) => {
                 let mut times = Vec::new();
-                for burst in 0..bursts.parse::<u64>()? + 10 {
+                let started = Instant::now();
+                let enough = BURSTS_BEFORE + BURSTS;
+                while times.len() < BURSTS_BEFORE + LEAST_BURSTS
+                    || (times.len() < enough && started.elapsed() < BURSTS_FOR)
+                {
                     let begin = Instant::now();
                     for n in 1..=BURST {
                         mark(&mut event, number, n == BURST);
                         number += 1;
                         publisher.send(&event)?;
                     }
-                    let time = begin.elapsed();
+                    times.push(begin.elapsed().as_nanos() as f64 / BURST as f64);
                     publisher.flush()?;
                     answers.wait(number)?;
-                    if burst >= 10 {
-                        times.push(time.as_nanos() as f64 / BURST as f64);
-                    }
                 }
+                times.drain(..BURSTS_BEFORE);
                 times.sort_by(f64::total_cmp);
                 let (p50, p99) = (quantile(&times, 0.5), quantile(&times, 0.99));
                 say(&format!("result {p50:.1} {p99:.1}"));
