@@ -7,9 +7,6 @@ use crate::role::text_of;
 use crate::system::{Result, System};
 use crate::{SYSTEMS, fanout, latency};
 
-/// Rounds of the comparison.
-const ROUNDS: usize = 5;
-
 /// How the scratch directory's name begins.
 pub const SCRATCH: &str = "bench-kecho-";
 
@@ -74,19 +71,20 @@ pub fn fanout_only(rounds: &str, names: &[&str]) -> Result<()> {
 }
 
 /// Prints the whole section.
-pub fn all() -> Result<()> {
+pub fn all(rounds: &str) -> Result<()> {
+    let rounds = rounds.parse()?;
     let scratch = Scratch::new()?;
     let before = load()?;
-    let latencies = latency::measure(SYSTEMS, ROUNDS, &scratch.0);
+    let latencies = latency::measure(SYSTEMS, rounds, &scratch.0);
     let many: Vec<_> = SYSTEMS.iter().copied().filter(|s| !s.polls()).collect();
-    let rates = fanout::measure(&many, ROUNDS, &scratch.0);
+    let rates = fanout::measure(&many, rounds, &scratch.0);
     let machine = said(
         "sed",
         &["-n", "s/^model name[[:space:]]*: //p;T;q", "/proc/cpuinfo"],
     )?;
     println!(
         "## Event channels\n\nBy `make bench-kecho`, {}, on {} × {machine}; load before and after: {before}, {}. Each publisher and each \
-         subscriber is a process of its own, all on one machine; brokers and TCP on loopback. The systems take turns, medians of {ROUNDS} \
+         subscriber is a process of its own, all on one machine; brokers and TCP on loopback. The systems take turns, medians of {rounds} \
          rounds; ratios are of the same round. It is the ratios that count: the machine may be noisy.\n",
         said("date", &["-u", "+%F"])?,
         std::thread::available_parallelism()?,
