@@ -51,7 +51,7 @@ bench-mq: ## the message broker against RabbitMQ and ActiveMQ, and what sealing 
 bench-kecho: ## event channels against NATS, Redis, Mosquitto, ZeroMQ, zenoh and iceoryx2; into bench/results.md and docs
 	@ci/install kecho
 	@cargo build --release --locked --manifest-path bench/kecho/Cargo.toml
-	@ci/results 'Event channels' bench/kecho/target/release/bench-kecho all $(or $(ROUNDS),5)
+	@ci/results 'Event channels' bench/kecho/target/release/bench-kecho all $(or $(ROUNDS),5) docs
 
 xen-bench: ## the experiments on a real Xen, which runs in QEMU; into bench/results.md
 	@ci/results Xen ci/xen/bench

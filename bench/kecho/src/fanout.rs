@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::crew::{Crew, Stage};
 use crate::numbers::short;
 use crate::rounds::{Outcome, table, take_turns};
+use crate::svg::{Axis, Chart, Line};
 use crate::system::{Result, System};
 
 /// Subscribers, each a process.
@@ -44,7 +45,7 @@ fn of_one(stage: &Stage<'_>, subscribers: usize) -> Result<Vec<f64>> {
     Ok(numbers)
 }
 
-/// The tables of the call's cost and of the rate; `rivals` are whom `ours` is compared with.
+/// The tables of the call's cost and of the rate.
 pub fn report(outcomes: &[Outcome]) -> String {
     let head = [
         "nanoseconds a call",
@@ -70,6 +71,27 @@ pub fn report(outcomes: &[Outcome]) -> String {
             .collect()
     });
     text
+}
+
+/// Events a second by the number of subscribers.
+pub fn chart(outcomes: &[Outcome]) -> Chart {
+    let line = |outcome: &Outcome| {
+        let points = SUBSCRIBERS.iter().enumerate();
+        let points = points.map(|(n, count)| (*count as f64, outcome.median(COLUMNS * n + 2)));
+        Line::new(outcome.system.name(), points)
+    };
+    Chart {
+        title: "Events a second that reach all subscribers, 100 bytes".into(),
+        x: Axis::logarithmic("subscribers, each a process"),
+        y: Axis::logarithmic("events a second"),
+        lines: outcomes.iter().map(line).collect(),
+    }
+}
+
+/// The median of the call for each number of subscribers, in nanoseconds.
+pub fn calls(outcome: &Outcome) -> Vec<f64> {
+    let columns = (0..SUBSCRIBERS.len()).map(|n| COLUMNS * n);
+    columns.map(|column| outcome.median(column)).collect()
 }
 
 /// How many times the events of the best of `rivals` in the same round `ours` delivers, for each number of subscribers.

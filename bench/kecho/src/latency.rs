@@ -46,6 +46,15 @@ fn of_one(stage: &Stage<'_>) -> Result<Vec<f64>> {
     Ok(numbers)
 }
 
+/// The ratios of p50 to that of another in the same round: idle and busy, each for both sizes.
+pub fn against(ours: &Outcome, other: &Outcome) -> Vec<f64> {
+    let columns = [false, true].map(|busy| [column(busy, 0), column(busy, 1)]);
+    let columns = columns.into_iter().flatten();
+    columns
+        .map(|column| ours.ratio(column, |round| other.of_round(round, column)))
+        .collect()
+}
+
 /// Both tables; ratios are to the first system.
 pub fn report(outcomes: &[Outcome]) -> String {
     let mut text = String::new();

@@ -1,9 +1,10 @@
 //! `make bench-kecho`: event channels against NATS, Redis, Mosquitto, ZeroMQ, zenoh and iceoryx2.
 //!
-//! `bench-kecho all ROUNDS` prints the section Event channels of bench/results.md. Each publisher and each subscriber is a process
+//! `bench-kecho all ROUNDS DOCS` prints the section Event channels of bench/results.md and writes its chart to DOCS. Each publisher and each subscriber is a process
 //! of its own: this program with a role as its argument. The systems take turns in every round; what counts are the
 //! ratios of one round.
 
+mod aims;
 mod crew;
 mod event;
 mod fanout;
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match arguments.as_slice() {
         ["spin"] => spinners::spin(),
-        ["all", rounds] => report::all(rounds),
+        ["all", rounds, docs] => report::all(rounds, docs.as_ref()),
         ["latency", rounds, names @ ..] => report::latency_only(rounds, names),
         ["fanout", rounds, names @ ..] => report::fanout_only(rounds, names),
         [role, name, rest @ ..] => match SYSTEMS.iter().find(|system| system.name() == *name) {
@@ -59,7 +60,7 @@ fn main() -> ExitCode {
         },
         _ => {
             eprintln!(
-                "usage: bench-kecho all ROUNDS | bench-kecho latency ROUNDS [SYSTEM...] | bench-kecho fanout ROUNDS [SYSTEM...]"
+                "usage: bench-kecho all ROUNDS DOCS | bench-kecho latency ROUNDS [SYSTEM...] | bench-kecho fanout ROUNDS [SYSTEM...]"
             );
             return ExitCode::from(2);
         }

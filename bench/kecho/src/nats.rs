@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 
-use crate::stream::{self, BATCH_BYTES, Frames};
+use crate::stream::{self, BATCH_BYTES, Frame, Frames};
 use crate::system::{Place, Publisher, Result, Subscriber, System, said_version};
 
 /// Events that a publisher is ahead: the server drops a subscriber that is too slow.
@@ -103,7 +103,7 @@ impl Publisher for Sending {
     }
 }
 
-fn split(buffer: &[u8]) -> Result<Option<(&[u8], Option<&[u8]>)>> {
+fn split(buffer: &[u8]) -> Result<Option<Frame<'_>>> {
     let Some(end) = buffer.iter().position(|byte| *byte == b'\n') else {
         return Ok(None);
     };

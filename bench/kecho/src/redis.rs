@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 
-use crate::stream::{self, BATCH_BYTES, Frames};
+use crate::stream::{self, BATCH_BYTES, Frame, Frames};
 use crate::system::{Place, Publisher, Result, Subscriber, System, said_version};
 
 /// Answers that a publisher of many has outstanding.
@@ -135,7 +135,7 @@ impl Publisher for Sending {
 }
 
 /// `*3`, then `message`, the channel and the event, each after its length.
-fn split(buffer: &[u8]) -> Result<Option<(&[u8], Option<&[u8]>)>> {
+fn split(buffer: &[u8]) -> Result<Option<Frame<'_>>> {
     let Some(mut rest) = buffer.strip_prefix(b"*3\r\n") else {
         return match buffer.len() {
             0..4 => Ok(None),

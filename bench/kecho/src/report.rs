@@ -1,14 +1,17 @@
 //! The section Event channels of bench/results.md.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::role::text_of;
 use crate::system::{Result, System};
-use crate::{SYSTEMS, fanout, latency};
+use crate::{SYSTEMS, aims, fanout, latency};
 
 /// How the scratch directory's name begins.
 pub const SCRATCH: &str = "bench-kecho-";
+
+/// The chart of events a second.
+const RATES: &str = "kecho-rates.svg";
 
 /// A directory that goes with its owner.
 pub struct Scratch(pub PathBuf);
@@ -70,8 +73,8 @@ pub fn fanout_only(rounds: &str, names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Prints the whole section.
-pub fn all(rounds: &str) -> Result<()> {
+/// Prints the whole section, and writes its charts to `docs`.
+pub fn all(rounds: &str, docs: &Path) -> Result<()> {
     let rounds = rounds.parse()?;
     let scratch = Scratch::new()?;
     let before = load()?;
@@ -92,8 +95,8 @@ pub fn all(rounds: &str) -> Result<()> {
     );
     println!("### One event from process to process\n");
     println!(
-        "Half of a round trip, the receiver blocked. On idle cores each wake-up is a core's; busy cores have something else to do (a \
-         process of class SCHED_IDLE on each).\n"
+        "Half of a round trip; the receiver sleeps, but where it says polling. Idle cores sleep too and have to be woken; busy cores \
+         have something to do that gives way (a process of class SCHED_IDLE on each).\n"
     );
     println!("{}", latency::report(&latencies));
     println!("### One publisher, many subscribers\n");
@@ -103,6 +106,9 @@ pub fn all(rounds: &str) -> Result<()> {
          16384 events ahead (4096 for Mosquitto).\n"
     );
     println!("{}", fanout::report(&rates));
+    std::fs::write(docs.join(RATES), fanout::chart(&rates).svg())?;
+    println!("![Events a second](../docs/{RATES})\n");
+    println!("{}", aims::table(&latencies, &rates));
     println!("### Versions\n");
     println!("| system | version |\n|---|---|");
     for system in SYSTEMS {

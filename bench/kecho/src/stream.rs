@@ -12,8 +12,11 @@ pub const BATCH_BYTES: usize = 32 * 1024;
 /// Bytes that are read at once, at most.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// Splits the first frame off, if it is complete: what follows it, and its event if it has one.
-pub type Split = fn(&[u8]) -> Result<Option<(&[u8], Option<&[u8]>)>>;
+/// What follows a frame, and its event if it has one.
+pub type Frame<'a> = (&'a [u8], Option<&'a [u8]>);
+
+/// Splits the first frame off, if it is complete.
+pub type Split = for<'a> fn(&'a [u8]) -> Result<Option<Frame<'a>>>;
 
 pub fn connect(port: u16) -> Result<TcpStream> {
     let stream = TcpStream::connect(("127.0.0.1", port))?;

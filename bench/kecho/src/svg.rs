@@ -54,14 +54,6 @@ pub struct Line {
 }
 
 impl Axis {
-    /// An axis of which equal distances are equal differences.
-    pub fn linear(name: &str) -> Axis {
-        Axis {
-            name: name.into(),
-            logarithmic: false,
-        }
-    }
-
     /// An axis of which equal distances are equal ratios.
     pub fn logarithmic(name: &str) -> Axis {
         Axis {
@@ -157,8 +149,9 @@ impl Chart {
             escaped(&self.y.name)
         ));
 
-        for (line, colour) in self.lines.iter().zip(COLOURS.iter().cycle()) {
-            let dash = if line.dashed {
+        for (n, (line, colour)) in self.lines.iter().zip(COLOURS.iter().cycle()).enumerate() {
+            // With more lines than colours, the others are dashed.
+            let dash = if line.dashed || n >= COLOURS.len() {
                 " stroke-dasharray=\"7 5\""
             } else {
                 ""
@@ -209,7 +202,7 @@ impl Chart {
             "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" fill=\"white\" fill-opacity=\"0.85\" stroke=\"#c0c0c0\"/>"
         ));
         for (n, (line, colour)) in self.lines.iter().zip(COLOURS.iter().cycle()).enumerate() {
-            let dash = if line.dashed {
+            let dash = if line.dashed || n >= COLOURS.len() {
                 " stroke-dasharray=\"7 5\""
             } else {
                 ""
@@ -372,7 +365,10 @@ mod tests {
         let chart = Chart {
             title: "a < b".into(),
             x: Axis::logarithmic("sinks"),
-            y: Axis::linear("µs"),
+            y: Axis {
+                name: "µs".into(),
+                logarithmic: false,
+            },
             lines: vec![
                 Line::new("one", [(1.0, 2.0), (8.0, 3.0), (64.0, f64::NAN)]),
                 Line::new("two", []),

@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
 
-use crate::stream::{self, BATCH_BYTES, Frames};
+use crate::stream::{self, BATCH_BYTES, Frame, Frames};
 use crate::system::{Place, Publisher, Result, Subscriber, System};
 
 pub struct Tcp;
@@ -70,7 +70,7 @@ impl Publisher for Sending {
     }
 }
 
-fn split(buffer: &[u8]) -> Result<Option<(&[u8], Option<&[u8]>)>> {
+fn split(buffer: &[u8]) -> Result<Option<Frame<'_>>> {
     let Some((length, rest)) = buffer.split_first_chunk::<4>() else {
         return Ok(None);
     };
