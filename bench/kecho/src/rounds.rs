@@ -100,10 +100,11 @@ pub fn table(
                 text += &format!("| {name} | {why} |{rest}\n");
             }
             why => {
-                text += &format!("| {name} | {} |\n", cells(outcome).join(" | "));
-                if let Some(why) = why {
-                    eprintln!("{name}: {why}");
-                }
+                let cells = cells(outcome).join(" | ");
+                text += &match why {
+                    None => format!("| {name} | {cells} |\n"),
+                    Some(why) => format!("| {name} ({}) | {cells} |\n", why.replace('|', "/")),
+                };
             }
         }
     }

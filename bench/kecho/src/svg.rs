@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-/// Size of a chart, in pixels.
+/// Size of a chart without its legend, in pixels.
 const WIDTH: f64 = 720.0;
 /// Size of a chart, in pixels.
 const HEIGHT: f64 = 440.0;
@@ -90,6 +90,10 @@ impl Chart {
         let x = Scale::new(&self.x, points().map(|p| p.0), LEFT, WIDTH - RIGHT, false);
         let y = Scale::new(&self.y, points().map(|p| p.1), HEIGHT - BOTTOM, TOP, true);
 
+        let widest = self.lines.iter().map(|line| line.name.chars().count());
+        let width = 50.0 + 7.2 * widest.max().unwrap_or(0) as f64;
+        let whole = WIDTH + width + RIGHT;
+
         let mut out = String::new();
         let mut put = |text: std::fmt::Arguments<'_>| {
             // A String takes all.
@@ -97,7 +101,7 @@ impl Chart {
             out.push('\n');
         };
         put(format_args!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" width=\"{WIDTH}\" height=\"{HEIGHT}\" font-family=\"sans-serif\" font-size=\"13\">"
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {whole:.0} {HEIGHT}\" width=\"{whole:.0}\" height=\"{HEIGHT}\" font-family=\"sans-serif\" font-size=\"13\">"
         ));
         put(format_args!(
             "<rect width=\"100%\" height=\"100%\" fill=\"white\"/>"
@@ -173,33 +177,11 @@ impl Chart {
             }
         }
 
-        // The legend stands where no line is, if there is such a corner.
-        let widest = self.lines.iter().map(|line| line.name.chars().count());
-        let width = 50.0 + 7.2 * widest.max().unwrap_or(0) as f64;
+        // Beside the chart: within it there is no place that no line needs.
+        let (left, top) = (WIDTH, TOP);
         let height = LINE * self.lines.len() as f64 + 8.0;
-        let corners = [
-            (LEFT + 10.0, TOP + 6.0),
-            (WIDTH - RIGHT - width - 10.0, TOP + 6.0),
-            (LEFT + 10.0, HEIGHT - BOTTOM - height - 10.0),
-            (
-                WIDTH - RIGHT - width - 10.0,
-                HEIGHT - BOTTOM - height - 10.0,
-            ),
-        ];
-        let within = |(left, top): (f64, f64)| {
-            points()
-                .map(|(px, py)| (x.pixel(px) - left, y.pixel(py) - top))
-                .filter(|(right, down)| {
-                    (0.0..=width).contains(right) && (0.0..=height).contains(down)
-                })
-                .count()
-        };
-        let (left, top) = corners
-            .into_iter()
-            .min_by_key(|corner| within(*corner))
-            .unwrap_or_default();
         put(format_args!(
-            "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" fill=\"white\" fill-opacity=\"0.85\" stroke=\"#c0c0c0\"/>"
+            "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" fill=\"white\" stroke=\"#c0c0c0\"/>"
         ));
         for (n, (line, colour)) in self.lines.iter().zip(COLOURS.iter().cycle()).enumerate() {
             let dash = if line.dashed || n >= COLOURS.len() {
