@@ -7,6 +7,9 @@ use xbee_kecho::{EventRef, EventType, FieldKind, SinkFilter, State, Submission, 
 
 type Error = Box<dyn std::error::Error>;
 
+/// What it is, the filter, and the event's attributes.
+type Case<'a> = (&'a str, String, &'a [(&'a str, Value)]);
+
 fn main() -> Result<(), Error> {
     let fields = [("cpu", FieldKind::F64), ("requests", FieldKind::U32)];
     let kind = EventType::new("load", 1, fields)?;
@@ -16,7 +19,7 @@ fn main() -> Result<(), Error> {
     let mut hostile: Vec<_> = many.iter().map(|n| (n.as_str(), Value::Int(1))).collect();
     hostile.push(("long", Value::Text("ab".repeat(2048))));
     let fields = |n| vec!["cpu<1"; n].join("&&");
-    let cases: Vec<(&str, String, &[(&str, Value)])> = vec![
+    let cases: Vec<Case<'_>> = vec![
         ("constant", "true".into(), &typical),
         ("one field", "cpu < 0.5".into(), &typical),
         (

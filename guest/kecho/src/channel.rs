@@ -421,14 +421,11 @@ impl Channel {
             let deadline = tokio::time::Instant::now() + ATTACH_TIME;
             for mut progress in links {
                 let decided = progress.wait_for(|progress| *progress != Progress::Trying);
-                match timeout_at(deadline, decided).await {
-                    Ok(Ok(progress)) => {
-                        if let Progress::Refused { code, text } = &*progress {
-                            return Err(refused(code.clone(), text.clone()));
-                        }
-                    }
-                    // The source has left, or comes later.
-                    Ok(Err(_)) | Err(_) => {}
+                // Otherwise the source has left, or comes later.
+                if let Ok(Ok(progress)) = timeout_at(deadline, decided).await
+                    && let Progress::Refused { code, text } = &*progress
+                {
+                    return Err(refused(code.clone(), text.clone()));
                 }
             }
             Ok(())

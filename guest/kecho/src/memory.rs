@@ -47,7 +47,7 @@ impl Drop for Mapping {
 
 impl Mapping {
     fn cell(&self, at: usize) -> &AtomicU64 {
-        debug_assert!(at % 8 == 0 && at + 8 <= self.bytes);
+        debug_assert!(at.is_multiple_of(8) && at + 8 <= self.bytes);
         // SAFETY: the callers keep `at` within the mapping and a multiple of 8; the mapping is
         // page-aligned and readable. It may be read-only: then only loads are made, which are
         // plain loads for 8 bytes on the 64-bit machines that this runs on. Everybody else's access

@@ -122,16 +122,24 @@ enum Carrier {
         space: Arc<Bell>,
         reader: Reader,
     },
-    Socket {
-        wire: Wire,
-        buffer: Vec<u8>,
-        begin: usize,
-        read: u64,
-        acked: u64,
-        ack_bytes: u64,
-        out: Vec<u8>,
-        ready: bool,
-    },
+    Socket(Box<Stream>),
+}
+
+/// A stream of frames.
+struct Stream {
+    wire: Wire,
+    /// What was received, of which what is before `begin` was read.
+    buffer: Vec<u8>,
+    begin: usize,
+    /// Bytes of frames that were read, and of these what was acknowledged.
+    read: u64,
+    acked: u64,
+    /// How many may be read before they are acknowledged.
+    ack_bytes: u64,
+    /// Acknowledgements that were not sent yet.
+    acks: Vec<u8>,
+    /// It may have more than was received.
+    ready: bool,
 }
 
 struct InLink {
@@ -292,16 +300,16 @@ impl SinkCore {
     }
 
     pub(crate) fn add_socket(&self, source: Uuid, wire: Wire, attached: Attached) {
-        let carrier = Carrier::Socket {
+        let carrier = Carrier::Socket(Box::new(Stream {
             wire,
             buffer: Vec::new(),
             begin: 0,
             read: 0,
             acked: 0,
             ack_bytes: attached.ack_bytes.max(1),
-            out: Vec::new(),
+            acks: Vec::new(),
             ready: true,
-        };
+        }));
         self.link(source, carrier, attached);
     }
 
@@ -394,29 +402,8 @@ impl InLink {
                         }
                     }
                 }
-                Carrier::Socket {
-                    wire,
-                    buffer,
-                    begin: at,
-                    read,
-                    acked,
-                    ack_bytes,
-                    out: acks,
-                    ready,
-                } => match socket_frame(wire, buffer, at, out, ready) {
-                    Ok(Some(header)) => {
-                        *read += header.sent_bytes() as u64;
-                        if *read - *acked >= *ack_bytes {
-                            *acked = *read;
-                            acks.extend(read.to_le_bytes());
-                        }
-                        if !acks.is_empty()
-                            && let Ok(sent) = wire.write(acks)
-                        {
-                            acks.drain(..sent);
-                        }
-                        header
-                    }
+                Carrier::Socket(stream) => match stream.next(out) {
+                    Ok(Some(header)) => header,
                     Ok(None) => return Step::Nothing,
                     Err(_) => {
                         return Step::Over {
@@ -504,51 +491,62 @@ impl InLink {
             Carrier::Memory {
                 ring, page, reader, ..
             } => reader.is_behind(ring) || page.cell(ENDED).load(Ordering::Acquire) != 0,
-            Carrier::Socket { ready, wire, .. } => *ready || wire.is_ready(false),
+            Carrier::Socket(stream) => stream.ready || stream.wire.is_ready(false),
         }
     }
 }
 
-/// The next frame of a stream, its body appended to `out`.
-fn socket_frame(
-    wire: &mut Wire,
-    buffer: &mut Vec<u8>,
-    begin: &mut usize,
-    out: &mut Vec<u8>,
-    ready: &mut bool,
-) -> io::Result<Option<Header>> {
-    loop {
-        let mut wanted = READ_BYTES;
-        if let Some(word) = buffer[*begin..].first_chunk() {
-            let header = Header::read(u64::from_le_bytes(*word));
-            if header.bytes > MAX_RING_BYTES / 2 {
-                return Err(io::ErrorKind::InvalidData.into());
+impl Stream {
+    /// The next frame, its body appended to `out`.
+    fn next(&mut self, out: &mut Vec<u8>) -> io::Result<Option<Header>> {
+        loop {
+            let mut wanted = READ_BYTES;
+            if let Some(word) = self.buffer[self.begin..].first_chunk() {
+                let header = Header::read(u64::from_le_bytes(*word));
+                if header.bytes > MAX_RING_BYTES / 2 {
+                    return Err(io::ErrorKind::InvalidData.into());
+                }
+                let end = self.begin + header.sent_bytes();
+                if let Some(bytes) = self.buffer.get(self.begin + HEADER_BYTES..end) {
+                    out.extend_from_slice(&bytes[..header.bytes]);
+                    self.begin = end;
+                    self.acknowledge(header.sent_bytes() as u64);
+                    return Ok(Some(header));
+                }
+                // A hostile length makes room only as the bytes come.
+                wanted = wanted.max((end - self.buffer.len()).min(1 << 20));
             }
-            let body = *begin + HEADER_BYTES;
-            if let Some(bytes) = buffer.get(body..*begin + header.sent_bytes()) {
-                out.extend_from_slice(&bytes[..header.bytes]);
-                *begin += header.sent_bytes();
-                return Ok(Some(header));
+            self.buffer.drain(..self.begin);
+            self.begin = 0;
+            let filled = self.buffer.len();
+            self.buffer.resize(filled + wanted, 0);
+            let read = self.wire.read(&mut self.buffer[filled..]);
+            self.buffer.truncate(filled + *read.as_ref().unwrap_or(&0));
+            match read {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.ready = false;
+                    return Ok(None);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
-            // A hostile length makes room only as the bytes come.
-            wanted = wanted.max((header.sent_bytes() - (buffer.len() - *begin)).min(1 << 20));
         }
-        buffer.drain(..*begin);
-        *begin = 0;
-        let filled = buffer.len();
-        buffer.resize(filled + wanted, 0);
-        let read = wire.read(&mut buffer[filled..]);
-        buffer.truncate(filled + *read.as_ref().unwrap_or(&0));
-        match read {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            // A socket that had less than was asked for is empty.
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                *ready = false;
-                return Ok(None);
+    }
+
+    /// Tells the source from time to time how much was read.
+    fn acknowledge(&mut self, bytes: u64) {
+        self.read += bytes;
+        if self.read - self.acked >= self.ack_bytes {
+            self.acked = self.read;
+            self.acks.extend(self.read.to_le_bytes());
+        }
+        if !self.acks.is_empty() {
+            // What does not fit goes with the next frame; a stream that broke says so when it is read.
+            if let Ok(sent) = self.wire.write(&self.acks) {
+                self.acks.drain(..sent);
             }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
         }
     }
 }
@@ -776,7 +774,7 @@ impl Sink {
                     if let Carrier::Memory { page, .. } = &link.carrier {
                         link.next = Some(page.cell(FIRST).load(Ordering::Acquire));
                     }
-                    if let Carrier::Socket { wire, .. } = &link.carrier {
+                    if let Carrier::Socket(stream) = &link.carrier {
                         let epoll = match &mut receiver.epoll {
                             Some(epoll) => epoll,
                             empty => {
@@ -796,7 +794,7 @@ impl Sink {
                         };
                         epoll::add(
                             &*epoll,
-                            wire.as_fd(),
+                            stream.wire.as_fd(),
                             EventData::new_u64(link.token),
                             EventFlags::IN,
                         )
@@ -855,10 +853,10 @@ impl Sink {
                             token => {
                                 let link =
                                     receiver.links.iter_mut().find(|link| link.token == token);
-                                if let Some(Carrier::Socket { ready, .. }) =
+                                if let Some(Carrier::Socket(stream)) =
                                     link.map(|link| &mut link.carrier)
                                 {
-                                    *ready = true;
+                                    stream.ready = true;
                                 }
                             }
                         }

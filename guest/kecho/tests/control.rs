@@ -472,7 +472,6 @@ fn two_contacts_become_one() {
 /// An authority and certificates of it, in files.
 struct Authority {
     directory: tempfile::TempDir,
-    certificate: rcgen::Certificate,
     key: rcgen::KeyPair,
 }
 
@@ -484,11 +483,7 @@ impl Authority {
         let certificate = parameters.self_signed(&key).unwrap();
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("ca"), certificate.pem()).unwrap();
-        Authority {
-            directory,
-            certificate,
-            key,
-        }
+        Authority { directory, key }
     }
 
     /// A certificate of this authority, which trusts those of another.

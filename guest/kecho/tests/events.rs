@@ -54,7 +54,7 @@ fn all_events_come_in_their_order_on_every_way() {
         let (_directory, one, two) = nodes(way, 64 << 10);
         let channel = one.create("c", ChannelOptions::default()).unwrap();
         let source = channel.source().unwrap();
-        let other = two.open_at("c", &one.address()).unwrap();
+        let other = two.open_at("c", one.address()).unwrap();
         let sink = other.sink(SinkOptions::default()).unwrap();
         let kind = counted();
         let submitting = source.clone();
@@ -97,10 +97,10 @@ fn an_event_of_a_megabyte_comes_whole() {
             .unwrap()
             .source()
             .unwrap();
-        let other = two.open_at("c", &one.address()).unwrap();
+        let other = two.open_at("c", one.address()).unwrap();
         let sink = other.sink(SinkOptions::default()).unwrap();
         let kind = EventType::raw("bytes").unwrap();
-        let payload: Vec<u8> = (0..1u32 << 20).map(|n| (n * 7 >> 3) as u8).collect();
+        let payload: Vec<u8> = (0..1u32 << 20).map(|n| ((n * 7) >> 3) as u8).collect();
         for _ in 0..5 {
             let event = Submission {
                 kind: &kind,
@@ -123,7 +123,7 @@ fn a_filter_at_the_source_is_placed_replaced_and_removed() {
             .unwrap()
             .source()
             .unwrap();
-        let other = two.open_at("c", &one.address()).unwrap();
+        let other = two.open_at("c", one.address()).unwrap();
         let options = SinkOptions {
             filter: Some("n % 10 == 3".into()),
             ..SinkOptions::default()
@@ -181,7 +181,7 @@ fn filters_in_the_process_see_state_and_choose() {
         .unwrap()
         .source()
         .unwrap();
-    let other = two.open_at("c", &one.address()).unwrap();
+    let other = two.open_at("c", one.address()).unwrap();
     let sinks = [0.9, 0.1, 0.5].map(|load| {
         let state = vec![("load".to_owned(), Value::Float(load))];
         other
@@ -245,7 +245,7 @@ fn a_slow_sink_gets_what_its_policy_says() {
             .unwrap()
             .source()
             .unwrap();
-        let other = two.open_at("c", &one.address()).unwrap();
+        let other = two.open_at("c", one.address()).unwrap();
         let with = |policy| {
             other.sink(SinkOptions {
                 policy: Some(policy),
