@@ -9,6 +9,7 @@ mod crew;
 mod event;
 mod fanout;
 mod iceoryx;
+mod kecho;
 mod latency;
 mod mosquitto;
 mod nats;
@@ -44,12 +45,16 @@ const SYSTEMS: &[&dyn System] = &[
     &zenoh::Zenoh,
     &iceoryx::Iceoryx::Events,
     &iceoryx::Iceoryx::Polling,
+    &kecho::Kecho::Tcp,
+    &kecho::Kecho::Shared,
+    &kecho::Kecho::Polling,
 ];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match arguments.as_slice() {
+        ["registry", port] => kecho::serve(port),
         ["spin"] => spinners::spin(),
         ["all", rounds, docs] => report::all(rounds, docs.as_ref()),
         ["latency", rounds, names @ ..] => report::latency_only(rounds, names),

@@ -118,6 +118,7 @@ fn refusal(error: &AttachError) -> (String, String) {
         AttachError::Slow => TOO_SLOW,
         AttachError::Closed => NO_SOURCE,
         AttachError::TooMany => "limit",
+        AttachError::System(_) => "system",
     };
     (code.to_owned(), error.to_string())
 }

@@ -262,7 +262,7 @@ impl SocketSink {
     }
 }
 
-/// The thread that sends to sinks over sockets, one a node.
+/// The thread that sends to sinks over sockets and wakes those in memory where who submits does not, one a node.
 #[derive(Debug)]
 pub(crate) struct Sender {
     epoll: OwnedFd,
@@ -286,7 +286,7 @@ struct State {
 const BELL: u64 = 0;
 
 impl Sender {
-    /// A node's. Its thread begins with the first socket.
+    /// A node's. Its thread begins with the first sink.
     ///
     /// # Errors
     /// What the system says.
@@ -309,7 +309,7 @@ impl Sender {
 
     /// Has a source's sockets served.
     pub(crate) fn enqueue(&self, core: &Arc<SourceCore>) {
-        if !core.dirty.swap(true, Ordering::SeqCst) {
+        if !core.dirty.load(Ordering::Relaxed) && !core.dirty.swap(true, Ordering::SeqCst) {
             self.state().queue.push(Arc::downgrade(core));
             if self.idle.swap(false, Ordering::SeqCst) {
                 self.bell.ring();
@@ -336,6 +336,7 @@ impl Sender {
         socket: &Arc<SocketSink>,
         wire: Wire,
     ) -> io::Result<()> {
+        self.run()?;
         {
             let mut outgoing = socket
                 .outgoing
@@ -355,19 +356,27 @@ impl Sender {
                 .sockets
                 .insert(token, (Arc::downgrade(core), socket.clone()));
             outgoing.wire = Some(wire);
-            if !state.running {
-                state.running = true;
-                let sender = self.clone();
-                std::thread::Builder::new()
-                    .name("kecho-send".into())
-                    .spawn(move || sender.run())?;
-            }
         }
         self.enqueue(core);
         Ok(())
     }
 
-    fn run(&self) {
+    /// Has the thread run.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) fn run(self: &Arc<Self>) -> io::Result<()> {
+        let mut state = self.state();
+        if !state.running {
+            let sender = self.clone();
+            let thread = std::thread::Builder::new().name("kecho-send".into());
+            thread.spawn(move || sender.serve_all())?;
+            state.running = true;
+        }
+        Ok(())
+    }
+
+    fn serve_all(&self) {
         let mut events = Vec::with_capacity(256);
         loop {
             let (queue, ready) = {
@@ -383,6 +392,7 @@ impl Sender {
             for core in queue.iter().filter_map(Weak::upgrade) {
                 core.dirty.store(false, Ordering::SeqCst);
                 fence(Ordering::SeqCst);
+                core.wake_sleepers();
                 for socket in core.sockets() {
                     if let Some(Err(_)) = socket.try_flush(&core) {
                         core.detach(socket.id, Gone::Broken);

@@ -50,10 +50,10 @@ pub enum Policy {
     Disconnect,
 }
 
-/// Who sends events to sinks over sockets.
+/// Who sends events to sinks over sockets and wakes those that sleep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
 pub enum Flush {
-    /// The submitting thread, unless it submits many at once or has many such sinks.
+    /// The submitting thread, unless it submits many at once or has many sinks.
     #[n(0)]
     #[default]
     Auto,
@@ -105,6 +105,9 @@ pub(crate) enum AttachError {
     /// The source has left.
     #[error("the source has left the channel")]
     Closed,
+    /// The source's thread cannot be made.
+    #[error("the source cannot start its thread")]
+    System(#[source] io::Error),
     /// The source has as many as it may have.
     #[error("the source has {MAX_SINKS} sinks already")]
     TooMany,
@@ -119,6 +122,15 @@ pub(crate) struct SourceOptions {
     pub policy: Policy,
     /// Who sends.
     pub flush: Flush,
+}
+
+fn wake_sleepers(bells: &[(Arc<Page>, Arc<Bell>)]) {
+    for (page, bell) in bells {
+        let sleeping = page.cell(SLEEPING);
+        if sleeping.load(Ordering::Relaxed) == 1 && sleeping.swap(0, Ordering::Relaxed) == 1 {
+            bell.ring();
+        }
+    }
 }
 
 /// A sink that is to be attached.
@@ -318,7 +330,8 @@ struct Inner {
     types: HashMap<u64, (Arc<EventType>, u64)>,
     sinks: Vec<Option<Attachment>>,
     sockets: Vec<Arc<SocketSink>>,
-    bells: Vec<(Arc<Page>, Arc<Bell>)>,
+    /// Of the sinks in memory.
+    bells: Arc<Vec<(Arc<Page>, Arc<Bell>)>>,
     out_filter: Option<OutFilter>,
     /// Whether anything decides about events.
     selective: bool,
@@ -372,7 +385,7 @@ impl SourceCore {
             types: HashMap::new(),
             sinks: Vec::new(),
             sockets: Vec::new(),
-            bells: Vec::new(),
+            bells: Arc::default(),
             out_filter: None,
             selective: false,
             lossy: false,
@@ -490,30 +503,26 @@ impl SourceCore {
     fn wake(self: &Arc<Self>, inner: &mut Inner) -> Option<Vec<Arc<SocketSink>>> {
         // Between what was just published and whether somebody sleeps: see `Sink::sleep`.
         fence(Ordering::SeqCst);
-        for (page, bell) in &inner.bells {
-            if page.cell(SLEEPING).load(Ordering::Relaxed) == 1
-                && page.cell(SLEEPING).swap(0, Ordering::Relaxed) == 1
-            {
-                bell.ring();
-            }
-        }
-        if inner.sockets.is_empty() {
-            return None;
-        }
         let now = Instant::now();
+        let few = inner.sockets.len() + inner.bells.len() <= INLINE_SINKS;
         let inline = match self.flush {
             Flush::Inline => true,
             Flush::Background => false,
-            Flush::Auto => {
-                inner.sockets.len() <= INLINE_SINKS && now.duration_since(inner.last) > BURST
-            }
+            Flush::Auto => few && now.duration_since(inner.last) > BURST,
         };
         inner.last = now;
-        if inline && !self.dirty.load(Ordering::Relaxed) {
-            return Some(inner.sockets.clone());
+        if !inline || self.dirty.load(Ordering::Relaxed) {
+            self.sender.enqueue(self);
+            return None;
         }
-        self.sender.enqueue(self);
-        None
+        wake_sleepers(&inner.bells);
+        (!inner.sockets.is_empty()).then(|| inner.sockets.clone())
+    }
+
+    /// Wakes the sinks in memory that sleep.
+    pub(crate) fn wake_sleepers(&self) {
+        let bells = self.lock().bells.clone();
+        wake_sleepers(&bells);
     }
 
     fn send_now(self: &Arc<Self>, sockets: &[Arc<SocketSink>]) {
@@ -767,6 +776,7 @@ impl SourceCore {
         page: Arc<Page>,
         bell: Arc<Bell>,
     ) -> Result<Attached, AttachError> {
+        self.sender.run().map_err(AttachError::System)?;
         let mut inner = self.lock();
         let sequence = request.after.map_or(inner.sequence, |after| after + 1);
         self.attach(&mut inner, request, |_, position, _| {
@@ -946,18 +956,19 @@ impl Inner {
     /// After the sinks or what decides about events have changed.
     fn refresh(&mut self, core: &SourceCore) {
         self.sockets.clear();
-        self.bells.clear();
+        let mut bells = Vec::new();
         let mut selective = self.out_filter.is_some();
         self.lossy = false;
         for sink in self.sinks.iter().flatten() {
             self.lossy |= sink.policy == Policy::DropOldest;
             selective |= sink.filter.is_some() || !sink.types.is_empty();
             match &sink.carrier {
-                Carrier::Memory(page, bell) => self.bells.push((page.clone(), bell.clone())),
+                Carrier::Memory(page, bell) => bells.push((page.clone(), bell.clone())),
                 Carrier::Socket(socket) => self.sockets.push(socket.clone()),
                 Carrier::Awaited { .. } => {}
             }
         }
+        self.bells = Arc::new(bells);
         if selective && !self.selective {
             core.unmasked.1.store(self.head, Ordering::Release);
         } else if !selective && self.selective {
@@ -980,7 +991,7 @@ impl Inner {
         };
         match gone.carrier {
             Carrier::Memory(page, bell) => {
-                self.bells.retain(|(other, _)| !Arc::ptr_eq(other, &page));
+                Arc::make_mut(&mut self.bells).retain(|(other, _)| !Arc::ptr_eq(other, &page));
                 page.cell(ENDED).store(why, Ordering::Release);
                 bell.ring();
             }

@@ -231,8 +231,10 @@ fn the_creator_leaves_and_the_others_stay() {
     assert_eq!([next(&here), next(&new)], ["two", "two"]);
     // Nobody is there any more who could say that it exists.
     drop((source, here, new));
-    until("the channel is gone", || a.open("x").is_err());
-    a.create("x", ChannelOptions::default()).unwrap();
+    // If the last two leave at once, the name is free when the registry's lease is over.
+    until("the name is free again", || {
+        a.create("x", ChannelOptions::default()).is_ok()
+    });
 }
 
 #[test]
@@ -567,7 +569,8 @@ fn what_is_no_frame_ends_a_connection_and_nothing_else() {
         for bytes in garbage {
             let mut stream = std::net::TcpStream::connect(door).unwrap();
             stream.write_all(bytes).unwrap();
-            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            // It may have been closed already.
+            let _ = stream.shutdown(std::net::Shutdown::Write);
             // Closed, whether cleanly or not.
             let _ = stream.read_to_end(&mut Vec::new());
         }
