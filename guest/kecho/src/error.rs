@@ -32,10 +32,14 @@ pub enum Error {
         why: String,
     },
     /// The registry does not answer.
-    #[error("the registry at {address} does not answer: see that `kechod registry` runs there")]
+    #[error(
+        "the registry at {address} does not answer ({why}): see that `kechod registry` runs there"
+    )]
     Registry {
         /// Where it should be.
         address: Address,
+        /// What the last try said.
+        why: String,
     },
     /// Another node does not answer.
     #[error("the node at {to} cannot be reached")]

@@ -31,6 +31,7 @@ pub use channel::{Channel, ChannelOptions};
 pub use error::Error;
 pub use event::{EventError, EventRef, Submission};
 pub use filter::{FilterError, SinkFilter, State};
+pub use message::is_channel_name;
 #[doc(hidden)]
 pub use message::probe;
 pub use node::{Config, Node, Transports};

@@ -1,6 +1,6 @@
 //! This node's connection to the registry.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
@@ -27,6 +27,8 @@ const SETTLED: Duration = Duration::from_secs(2);
 pub(crate) struct Lookup {
     pub address: Address,
     control: watch::Sender<Option<Arc<Control>>>,
+    /// Why there is no connection.
+    why: Mutex<String>,
     /// There is something to register.
     wake: Notify,
 }
@@ -36,6 +38,7 @@ impl Lookup {
         Lookup {
             address,
             control: watch::Sender::new(None),
+            why: Mutex::new("not tried yet".to_owned()),
             wake: Notify::new(),
         }
     }
@@ -43,7 +46,12 @@ impl Lookup {
     fn lost(&self) -> Error {
         Error::Registry {
             address: self.address.clone(),
+            why: self.why().clone(),
         }
+    }
+
+    fn why(&self) -> MutexGuard<'_, String> {
+        self.why.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks, over the next connection where one breaks.
@@ -79,6 +87,7 @@ impl Shared {
             match self.dial(&at, &Purpose::Registry).await {
                 Ok((stream, node)) => {
                     pause = FIRST_PAUSE;
+                    *lookup.why() = "no answer in time".to_owned();
                     let control = Control::start(stream, node, self.clone(), self.pulse, ());
                     lookup.control.send_replace(Some(control.clone()));
                     loop {
@@ -89,9 +98,11 @@ impl Shared {
                             () = control.wait() => break,
                         }
                     }
+                    *lookup.why() = "the connection has ended".to_owned();
                     lookup.control.send_replace(None);
                 }
                 Err(error) => {
+                    *lookup.why() = error.to_string();
                     tracing::debug!(registry = %lookup.address, %error, "cannot reach the registry");
                 }
             }

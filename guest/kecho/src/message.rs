@@ -25,7 +25,7 @@ pub(crate) const MAX_PORTS: usize = 256;
 pub(crate) const MAX_CHANNEL_PORTS: usize = 16 << 10;
 
 /// Whether a channel may be called so.
-pub(crate) fn is_channel_name(name: &str) -> bool {
+pub fn is_channel_name(name: &str) -> bool {
     let allowed = |c: u8| c.is_ascii_alphanumeric() || b"_-./:".contains(&c);
     (1..=MAX_CHANNEL_BYTES).contains(&name.len()) && name.bytes().all(allowed)
 }

@@ -518,6 +518,10 @@ impl Shared {
         let all: Vec<(String, u64)> = {
             let mut state = self.state();
             state.down = true;
+            // Who waits for events is told now, and not only when it has let go of its sink.
+            for sink in state.channels.values().flat_map(|m| m.sinks.values()) {
+                sink.core.end();
+            }
             state
                 .channels
                 .values()

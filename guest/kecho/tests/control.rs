@@ -127,6 +127,28 @@ fn events_pass(transports: Transports) {
 }
 
 #[test]
+fn a_sink_of_a_node_that_is_shut_down_has_ended() {
+    let registry = registry();
+    let node = node(&registry, ALL);
+    let sink = sink(&node.create("x", ChannelOptions::default()).unwrap());
+    let waits = std::thread::spawn(move || sink.receive_timeout(LONG).map(|event| event.is_some()));
+    node.shutdown();
+    let error = waits.join().unwrap().unwrap_err();
+    assert_eq!(error.code(), "channel-destroyed");
+}
+
+#[test]
+fn who_cannot_reach_the_registry_says_why() {
+    let nobody = std::net::TcpListener::bind("[::1]:0").unwrap();
+    let address = format!("tcp:{}", nobody.local_addr().unwrap());
+    drop(nobody);
+    let node = Node::start(config(&address.parse().unwrap(), TCP)).unwrap();
+    let error = node.create("x", ChannelOptions::default()).unwrap_err();
+    assert_eq!(error.code(), "registry-unreachable");
+    assert!(error.to_string().contains("refused"), "{error}");
+}
+
+#[test]
 fn events_pass_within_a_process() {
     events_pass(PROCESS);
 }
@@ -542,6 +564,10 @@ fn with_tls_only_those_with_a_certificate_get_in() {
         None,
     ] {
         let stranger = start(files);
+        let error = stranger
+            .create("mine", ChannelOptions::default())
+            .unwrap_err();
+        assert_eq!(error.code(), "registry-unreachable", "{error}");
         let error = stranger.open_at("secret", a.address()).unwrap_err();
         assert_eq!(error.code(), "no-contact", "{error}");
     }

@@ -547,6 +547,21 @@ pub struct HostInfo {
     pub memory_bytes: u64,
     /// Names of the images `image:NAME` can refer to.
     pub images: Vec<String>,
+    /// The channel on which hosts find each other, if it is to be on one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel: Option<ChannelState>,
+}
+
+/// How it stands with the channel of hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChannelState {
+    /// Its name.
+    pub channel: String,
+    /// Where its registry is.
+    pub registry: String,
+    /// Why the host is not on it; `None` if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub away: Option<String>,
 }
 
 /// Body of every error answer.

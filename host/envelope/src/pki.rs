@@ -161,13 +161,32 @@ pub fn init(dir: &Path, name: &str, kind: Kind) -> Result<Issued, Error> {
     Ok(issued)
 }
 
-/// Makes a key and a certificate for the name.
+/// Makes a key and a certificate for the name, of a user.
 pub fn issue(dir: &Path, name: &str, kind: Kind) -> Result<Issued, Error> {
     issue_for(dir, name, kind, CERTIFICATE_DAYS)
 }
 
+/// The same of a daemon, which is good for TLS between hosts too.
+pub fn issue_daemon(dir: &Path, name: &str, kind: Kind) -> Result<Issued, Error> {
+    let mut usage = ExtendedKeyUsage::new();
+    usage.email_protection().server_auth().client_auth();
+    issue_with(dir, name, kind, CERTIFICATE_DAYS, usage)
+}
+
 /// With 0 days, one that is expired already.
 pub(crate) fn issue_for(dir: &Path, name: &str, kind: Kind, days: u32) -> Result<Issued, Error> {
+    let mut usage = ExtendedKeyUsage::new();
+    usage.email_protection();
+    issue_with(dir, name, kind, days, usage)
+}
+
+fn issue_with(
+    dir: &Path,
+    name: &str,
+    kind: Kind,
+    days: u32,
+    purposes: ExtendedKeyUsage,
+) -> Result<Issued, Error> {
     let subject = common_name(name)?;
     let ca = Ca::open(dir)?;
     let key = generate(kind)?;
@@ -181,7 +200,7 @@ pub(crate) fn issue_for(dir: &Path, name: &str, kind: Kind, days: u32) -> Result
         Kind::Rsa3072 => usage.key_encipherment(),
     };
     builder.append_extension(usage.build()?)?;
-    builder.append_extension(ExtendedKeyUsage::new().email_protection().build()?)?;
+    builder.append_extension(purposes.build()?)?;
     let context = builder.x509v3_context(Some(&ca.certificate), None);
     let ids = [
         SubjectKeyIdentifier::new().build(&context)?,

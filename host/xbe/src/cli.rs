@@ -521,6 +521,10 @@ pub struct Doctor {
     /// The bridge that domains' network interfaces join on Xen
     #[arg(long, value_name = "NAME", default_value = "xenbr0")]
     pub bridge: String,
+    /// The registry of channels that `xbed` is to have in [kecho], as tcp:[IPV6]:PORT; with --identity over TLS, as
+    /// this host
+    #[arg(long, value_name = "ADDRESS")]
+    pub registry: Option<xbee_kecho::Address>,
     /// Output for programs.
     #[command(flatten)]
     pub json: Json,

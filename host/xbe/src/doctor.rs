@@ -2,6 +2,8 @@
 //!
 //! Looks with its own eyes, without `xbed`: it is for the time before `xbed` starts.
 
+mod registry;
+
 use std::env;
 use std::ffi::OsString;
 use std::fs;
@@ -17,6 +19,7 @@ use tokio::process::Command;
 use crate::cli;
 use crate::error::Error;
 use crate::exit;
+use crate::remote;
 use crate::term;
 
 /// No program that is asked here takes longer.
@@ -54,6 +57,21 @@ struct Finding {
     remedy: Option<String>,
 }
 
+impl Finding {
+    fn new(check: &'static str, look: Look) -> Finding {
+        let (health, found, remedy) = match look {
+            Ok(found) => (Health::Ok, found, None),
+            Err((health, found, remedy)) => (health, found, Some(remedy)),
+        };
+        Finding {
+            check,
+            health,
+            found,
+            remedy,
+        }
+    }
+}
+
 /// What one look has to say: what was found, or also how bad that is and what to do.
 type Look = Result<String, (Health, String, String)>;
 
@@ -86,7 +104,7 @@ struct Machine {
 }
 
 /// `doctor`.
-pub async fn doctor(args: &cli::Doctor) -> Result<u8, Error> {
+pub async fn doctor(cli: &cli::Cli, args: &cli::Doctor) -> Result<u8, Error> {
     let machine = Machine {
         root: "/".into(),
         path: env::var_os("PATH").unwrap_or_default(),
@@ -96,7 +114,12 @@ pub async fn doctor(args: &cli::Doctor) -> Result<u8, Error> {
             .ok()
             .and_then(|program| program.parent().map(PathBuf::from)),
     };
-    let findings = machine.examine(args.backend).await;
+    let mut findings = machine.examine(args.backend).await;
+    if let Some(address) = &args.registry {
+        let identity = remote::given_identity(cli);
+        let look = registry::look(address.clone(), identity.as_deref());
+        findings.push(Finding::new("registry", look.await));
+    }
     for finding in &findings {
         if args.json.json {
             term::json(finding)?;
@@ -136,18 +159,7 @@ impl Machine {
             false => cli::DoctorBackend::Qemu,
         });
         let mut findings = vec![];
-        let mut add = |check, look: Look| {
-            let (health, found, remedy) = match look {
-                Ok(found) => (Health::Ok, found, None),
-                Err((health, found, remedy)) => (health, found, Some(remedy)),
-            };
-            findings.push(Finding {
-                check,
-                health,
-                found,
-                remedy,
-            });
-        };
+        let mut add = |check, look: Look| findings.push(Finding::new(check, look));
         match backend {
             cli::DoctorBackend::Xen => {
                 add("xen", self.xen());

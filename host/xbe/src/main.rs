@@ -113,7 +113,7 @@ async fn perform<'a>(
         Command::Host(args) => tasks::host(client()?, args).await,
         Command::Cache(args) => cache::cache(client()?, args).await,
         Command::Pki(args) => pki::pki(args),
-        Command::Doctor(args) => doctor::doctor(args).await,
+        Command::Doctor(args) => doctor::doctor(cli, args).await,
         Command::Completions { shell } => generate::completions(*shell),
         Command::Man { dir } => generate::man(dir),
         Command::Proxy { task, port } => exec::proxy(client()?, task, *port).await,

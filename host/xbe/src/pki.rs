@@ -16,8 +16,11 @@ pub fn pki(args: &cli::Pki) -> Result<u8, Error> {
             vec![made.certificate, made.key, args.dir.join("crl.pem")]
         }
         PkiAction::Issue { name, daemon, rsa } => {
-            let made = pki::issue(&args.dir, name, kind(*rsa))?;
-            let role = if *daemon { Role::Daemon } else { Role::User };
+            let (made, role) = match *daemon {
+                true => (pki::issue_daemon(&args.dir, name, kind(*rsa)), Role::Daemon),
+                false => (pki::issue(&args.dir, name, kind(*rsa)), Role::User),
+            };
+            let made = made?;
             let list = pki::list(&args.dir, name, role)?;
             vec![made.certificate, made.key, list]
         }

@@ -72,9 +72,14 @@ pub fn told(cli: &Cli, own: &Client, uri: &str) -> Result<Client, Error> {
     queue(cli, uri.to_owned(), address)
 }
 
+/// Who somebody said that they are.
+pub fn given_identity(cli: &Cli) -> Option<PathBuf> {
+    given(cli.identity.as_ref(), IDENTITY_VARIABLE)
+}
+
 /// The client of the `xbed` at a queue.
 fn queue(cli: &Cli, uri: String, address: Address) -> Result<Client, Error> {
-    let identity = given(cli.identity.as_ref(), IDENTITY_VARIABLE).unwrap_or_else(default_identity);
+    let identity = given_identity(cli).unwrap_or_else(default_identity);
     let failed = |error: xbee_carry::Error| Error::from(remote_error(&address, error));
     let endpoint = Files::find(&identity)
         .and_then(|files| files.open(None))

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use indicatif::HumanBytes;
 use serde_json::json;
 use xbee_api::client::{Client, Log};
-use xbee_api::{PublishedPort, State, TaskEvent, TaskStatus};
+use xbee_api::{ChannelState, PublishedPort, State, TaskEvent, TaskStatus};
 
 use crate::cli;
 use crate::error::Error;
@@ -281,7 +281,7 @@ pub async fn host(client: &Client, args: &cli::Host) -> Result<u8, Error> {
         term::json(&host)?;
         return Ok(0);
     }
-    let rows = [
+    let mut rows = vec![
         ("xbed", host.version),
         ("backend", host.backend),
         ("hypervisor", host.hypervisor),
@@ -290,7 +290,23 @@ pub async fn host(client: &Client, args: &cli::Host) -> Result<u8, Error> {
         ("memory", HumanBytes(host.memory_bytes).to_string()),
         ("images", host.images.join(", ")),
     ];
-    term::table(&rows.map(|(name, value)| vec![name.to_owned(), value]))?;
+    if let Some(ChannelState {
+        channel,
+        registry,
+        away,
+    }) = host.channel
+    {
+        let standing = match away {
+            None => format!("on the channel {channel} of {registry}"),
+            Some(why) => format!("not on the channel {channel}: {why}"),
+        };
+        rows.push(("other hosts", term::clean_line(&standing)));
+    }
+    let rows: Vec<_> = rows
+        .into_iter()
+        .map(|(name, value)| vec![name.to_owned(), value])
+        .collect();
+    term::table(&rows)?;
     Ok(0)
 }
 

@@ -11,6 +11,7 @@ use xbee_carry::Address;
 use xbee_carry::address::BadAddress;
 use xbee_engine::{Capacity, Policy, Quota};
 use xbee_hypervisor::qemu::Outbound;
+use xbee_kecho::{TlsFiles, is_channel_name};
 
 use crate::anywhere::SERVER_BYTES;
 use crate::broker::BrokerOptions;
@@ -102,6 +103,7 @@ struct File {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct KechoFile {
     registry: String,
+    listen: Option<String>,
     channel: Option<String>,
     address: Option<String>,
     identity: Option<PathBuf>,
@@ -338,28 +340,17 @@ pub struct Config {
 
 /// A channel of hosts.
 #[derive(Debug, Clone)]
-#[allow(dead_code, reason = "read once there are event channels")]
 pub struct Kecho {
     /// The registry of channels.
-    pub registry: String,
+    pub registry: xbee_kecho::Address,
+    /// Where other hosts reach this one on the channel, beside a port that the system chooses.
+    pub listen: Option<xbee_kecho::Address>,
     /// The channel's name.
     pub channel: String,
     /// Where clients reach this host: a queue of a message broker, or a socket of this machine.
     pub address: String,
-    /// Who this host is to the others; without, they are reached without TLS.
-    pub identity: Option<KechoIdentity>,
-}
-
-/// Certificates in PEM.
-#[derive(Debug, Clone)]
-#[allow(dead_code, reason = "read once there are event channels")]
-pub struct KechoIdentity {
-    /// Whose certificates are believed.
-    pub authorities: PathBuf,
-    /// The own one.
-    pub certificate: PathBuf,
-    /// Its key.
-    pub key: PathBuf,
+    /// Who this host is to the others; without, it reaches none on other machines.
+    pub identity: Option<TlsFiles>,
 }
 
 /// An address as others are told it: without user and password.
@@ -386,6 +377,20 @@ impl KechoFile {
             path: path.into(),
             detail,
         };
+        let channel = self.channel.unwrap_or_else(|| KECHO_CHANNEL.to_owned());
+        if !is_channel_name(&channel) {
+            let detail = "expected 1 to 128 ASCII letters, digits, '_', '-', '.', '/' or ':'";
+            return Err(wrong("channel", detail));
+        }
+        let node = |key, address: String| {
+            let detail = "expected tcp:[IPV6]:PORT or unix:/PATH";
+            address.parse().map_err(|_| wrong(key, detail))
+        };
+        let registry = node("registry", self.registry)?;
+        let listen = self
+            .listen
+            .map(|listen| node("listen", listen))
+            .transpose()?;
         let address = match (self.address, queue) {
             (Some(address), _) => address,
             (None, Some(queue)) => told(&queue.address),
@@ -418,15 +423,16 @@ impl KechoFile {
                 table: "kecho",
                 source,
             })?;
-            Ok(KechoIdentity {
-                authorities: self.authorities.unwrap_or(files.trust.authorities),
+            Ok(TlsFiles {
+                ca: self.authorities.unwrap_or(files.trust.authorities),
                 certificate: files.certificate,
                 key: files.key,
             })
         });
         Ok(Kecho {
-            registry: self.registry,
-            channel: self.channel.unwrap_or_else(|| KECHO_CHANNEL.to_owned()),
+            registry,
+            listen,
+            channel,
             address,
             identity: identity.transpose()?,
         })
@@ -863,7 +869,7 @@ mod tests {
         assert_eq!(kecho.address, "stomp://h:61613/q");
         let identity = kecho.identity.unwrap();
         assert_eq!(identity.certificate, Path::new("/p/x.pem"));
-        assert_eq!(identity.authorities, Path::new("/p/ca.pem"));
+        assert_eq!(identity.ca, Path::new("/p/ca.pem"));
         for (address, told) in [
             ("stomp://me:secret@h/q", "password out"),
             ("stomp://h/a/b", "a queue's name"),
@@ -873,6 +879,13 @@ mod tests {
             let error = load(&format!("address = {address:?}\n")).unwrap_err();
             let error = xbee_api::chain(&error);
             assert!(error.contains(told) && !error.contains("secret"), "{error}");
+        }
+        for (line, told) in [
+            ("channel = \"a b\"", "`channel` in [kecho]"),
+            ("listen = \"127.0.0.1:7401\"", "tcp:[IPV6]:PORT"),
+        ] {
+            let error = xbee_api::chain(&load(&format!("{line}\n")).unwrap_err());
+            assert!(error.contains(told), "{error}");
         }
     }
 

@@ -591,7 +591,6 @@ impl Host {
     }
 
     /// From now on this host is among others; once.
-    #[allow(dead_code, reason = "called once there are event channels")]
     pub fn join(&self, anywhere: Arc<Anywhere>) {
         // A second one would change nothing, and nobody makes one.
         let _ = self.anywhere.set(anywhere);
@@ -612,6 +611,7 @@ impl Host {
             cpus: self.capabilities.cpus,
             memory_bytes: self.capabilities.memory_bytes,
             images: self.images.names(),
+            channel: self.anywhere().map(|anywhere| anywhere.state()),
         }
     }
 

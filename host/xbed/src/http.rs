@@ -210,7 +210,7 @@ impl From<CommandError> for Failure {
             CommandError::Queue(_) | CommandError::Pool(_) => StatusCode::SERVICE_UNAVAILABLE,
             CommandError::Anywhere(error) => match error {
                 AnywhereError::Off | AnywhereError::Long(_) => StatusCode::BAD_REQUEST,
-                AnywhereError::Away | AnywhereError::Busy | AnywhereError::Nobody { .. } => {
+                AnywhereError::Away(_) | AnywhereError::Busy | AnywhereError::Nobody { .. } => {
                     StatusCode::SERVICE_UNAVAILABLE
                 }
                 AnywhereError::NotAtOnce | AnywhereError::Placing | AnywhereError::Gone(_) => {

@@ -6,10 +6,6 @@
 //! It is a library only for the program and for `tests/fuzz`, which asks the API anything.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-#[allow(
-    dead_code,
-    reason = "offers are made and heard once there are event channels"
-)]
 mod anywhere;
 mod array;
 mod backend;
@@ -209,7 +205,8 @@ async fn run(options: Options) -> Result<(), Fatal> {
         serve(address, options, endpoint, door);
     }
     if let Some(kecho) = kecho {
-        anywhere::start(&host, kecho).map_err(Fatal::Kecho)?;
+        let part = anywhere::start(&host, kecho).map_err(Fatal::Kecho)?;
+        doors.spawn(part.run(stopped.clone()));
     }
     doors.close();
     let stop = async move {

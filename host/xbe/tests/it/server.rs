@@ -259,6 +259,7 @@ async fn host() -> Json<HostInfo> {
         cpus: 2,
         memory_bytes: 4 << 30,
         images: vec!["base".to_owned(), "povray".to_owned()],
+        channel: None,
     })
 }
 

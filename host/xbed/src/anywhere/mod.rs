@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tracing::debug;
 use uuid::Uuid;
+use xbee_api::{ChannelState, chain};
 use xbee_engine::Demand;
 use xbee_kecho::TypeError;
 
@@ -44,10 +45,8 @@ pub enum AnywhereError {
     )]
     Off,
     /// The channel is away.
-    #[error(
-        "other hosts cannot be asked, for this xbed is not on their channel now; its log says why"
-    )]
-    Away,
+    #[error("other hosts cannot be asked, for this xbed is not on their channel now: {0}")]
+    Away(String),
     /// Too many ask.
     #[error("{MAX_QUESTIONS} questions to other hosts are open: try again in a second")]
     Busy,
@@ -90,7 +89,7 @@ impl AnywhereError {
     pub fn code(&self) -> &'static str {
         match self {
             AnywhereError::Off => "anywhere-off",
-            AnywhereError::Away => "anywhere-away",
+            AnywhereError::Away(_) => "anywhere-away",
             AnywhereError::Busy => "anywhere-busy",
             AnywhereError::Long(_) => "anywhere-long",
             AnywhereError::Nobody { .. } => "no-offer",
@@ -113,8 +112,8 @@ pub struct Anywhere {
     name: String,
     questions: Mutex<HashMap<Uuid, mpsc::Sender<Bid>>>,
     answered: Mutex<Answered>,
-    /// The channel, while there is one.
-    talk: Mutex<Option<Arc<Talk>>>,
+    /// The channel, or why there is none.
+    talk: Mutex<Result<Arc<Talk>, String>>,
 }
 
 /// A question, until it is dropped.
@@ -144,7 +143,7 @@ impl Anywhere {
             name: translate::host_name(),
             questions: Mutex::default(),
             answered: Mutex::default(),
-            talk: Mutex::default(),
+            talk: Mutex::new(Err("it has just been started".to_owned())),
         }))
     }
 
@@ -153,13 +152,22 @@ impl Anywhere {
         &self.name
     }
 
+    /// How it stands with the channel.
+    pub fn state(&self) -> ChannelState {
+        ChannelState {
+            channel: self.config.channel.clone(),
+            registry: self.config.registry.to_string(),
+            away: lock(&self.talk).as_ref().err().cloned(),
+        }
+    }
+
     /// Asks the others, and waits for what they offer. To one who is not on this machine, hosts that are reached by a socket
     /// on it are none.
     ///
     /// # Errors
     /// [`AnywhereError::Away`], [`AnywhereError::Busy`], [`AnywhereError::Long`].
     pub async fn ask(&self, needs: Needs, is_remote: bool) -> Result<Outcome, AnywhereError> {
-        let talk = lock(&self.talk).clone().ok_or(AnywhereError::Away)?;
+        let talk = lock(&self.talk).clone().map_err(AnywhereError::Away)?;
         let id = Uuid::new_v4();
         let question = Message::Question(Question {
             id,
@@ -173,10 +181,7 @@ impl Anywhere {
         let begun = Instant::now();
         let mut auction = Auction::new(id, 0);
         let submitted = blocking(move || talk.say(&kind, attribute, &payload)).await;
-        submitted.map_err(|error| {
-            debug!(%error, "a question was not sent");
-            AnywhereError::Away
-        })?;
+        submitted.map_err(|error| AnywhereError::Away(chain(&error)))?;
         loop {
             let now_ms = millis(begun.elapsed());
             let left = Duration::from_millis(auction.until_ms().saturating_sub(now_ms));
@@ -321,7 +326,8 @@ mod tests {
 
     fn config(address: &str) -> Kecho {
         Kecho {
-            registry: String::new(),
+            registry: "tcp:[::1]:1".parse().unwrap(),
+            listen: None,
             channel: "c".into(),
             address: address.into(),
             identity: None,
