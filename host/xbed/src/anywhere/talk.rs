@@ -258,3 +258,32 @@ impl Hearing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use xbee_kecho::TlsFiles;
+
+    use super::*;
+
+    #[test]
+    fn who_has_certificates_takes_nothing_without_tls() {
+        let mut config = Kecho {
+            registry: "tcp:[::1]:1".parse().unwrap(),
+            listen: Some("tcp:[::1]:2".parse().unwrap()),
+            channel: "c".into(),
+            address: "unix:///s".into(),
+            identity: None,
+        };
+        let node = node_config(&config, Path::new("/d"));
+        assert!(!node.strict && !node.plaintext && node.tls.is_none());
+        assert_eq!(node.listen, [config.listen.clone().unwrap()]);
+        assert_eq!(node.directory.as_deref(), Some(Path::new("/d/kecho")));
+        config.identity = Some(TlsFiles {
+            ca: "/ca".into(),
+            certificate: "/c".into(),
+            key: "/k".into(),
+        });
+        let node = node_config(&config, Path::new("/d"));
+        assert!(node.strict && !node.plaintext && node.tls.is_some());
+    }
+}
