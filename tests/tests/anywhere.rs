@@ -3,9 +3,11 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -281,21 +283,68 @@ fn the_job_of_a_full_host_goes_elsewhere_and_waits_where_fewest_wait() {
     }
 }
 
+/// Another socket of an `xbed`, at which the first answer to a question for places comes after `before`.
+fn behind(socket: &Path, xbed: &Xbed, before: impl FnOnce() + Send + 'static) {
+    let (listener, to) = (UnixListener::bind(socket).unwrap(), xbed.socket());
+    let before = Arc::new(Mutex::new(Some(before)));
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (mut client, mut server) = (client.unwrap(), UnixStream::connect(&to).unwrap());
+            let (mut from_client, mut to_server) =
+                (client.try_clone().unwrap(), server.try_clone().unwrap());
+            let is_asked = Arc::new(AtomicBool::new(false));
+            let asks = is_asked.clone();
+            std::thread::spawn(move || {
+                let mut bytes = [0; 1 << 16];
+                while let Ok(count @ 1..) = from_client.read(&mut bytes) {
+                    if bytes.starts_with(b"POST /v1/places") {
+                        asks.store(true, Ordering::SeqCst);
+                    }
+                    to_server.write_all(&bytes[..count]).unwrap();
+                }
+            });
+            let before = before.clone();
+            std::thread::spawn(move || {
+                let mut bytes = [0; 1 << 16];
+                while let Ok(count @ 1..) = server.read(&mut bytes) {
+                    if is_asked.load(Ordering::SeqCst)
+                        && let Some(before) = before.lock().unwrap().take()
+                    {
+                        before();
+                    }
+                    client.write_all(&bytes[..count]).unwrap();
+                }
+            });
+        }
+    });
+}
+
 #[test]
 fn the_job_of_a_host_that_is_killed_after_its_offer_goes_to_the_next_best_once() {
     let hosts = Hosts::new();
     let own = hosts.host(&["domains = 0"]);
     let next = hosts.host(&["domains = 4"]);
     hosts.occupy(&next);
-    let die = [("XBED_DIE_AT", "offered".to_owned())];
-    let mut best = hosts.host_with(&["domains = 4"], &[], &die);
-    let (task, at) = placed(&own, &hosts.sleeper());
-    assert_eq!(at, Some(server(&next)));
-    wait_until("it has died", || best.has_ended());
+    let mut best = hosts.host(&["domains = 4"]);
+    let (pid, socket) = (best.pid().to_string(), best.socket());
+    let front = hosts.directory.path().join("front");
+    behind(&front, &own, move || {
+        run(Command::new("kill").args(["-9", &pid])).ok();
+        wait_until("it has died", || UnixStream::connect(&socket).is_err());
+    });
+    let job = hosts.sleeper();
+    let mut submit = own.xbe_command(["submit", "--anywhere", "--json", &job]);
+    let placed = run(submit.env("XBE_SERVER", &front)).json();
+    assert_eq!(placed["server"], server(&next));
+    assert!(best.has_ended());
     best.restart(&[]);
     assert!(best.came_up(), "{}", best.log());
     assert_eq!(tasks(&best).len(), 0);
-    assert!(tasks(&next).contains(&task));
+    assert!(
+        tasks(&next)
+            .iter()
+            .any(|task| placed["id"] == task.as_str())
+    );
 }
 
 #[test]

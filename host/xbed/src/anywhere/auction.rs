@@ -10,7 +10,7 @@ use uuid::Uuid;
 /// How long offers are waited for, milliseconds.
 pub const OFFERS_MS: u64 = 1000;
 /// How much longer, once somebody offers to begin at once, milliseconds: others may have more room.
-pub const LINGER_MS: u64 = 100;
+pub const LINGER_MS: u64 = 250;
 /// Most offers to one question.
 pub const MAX_OFFERS: usize = 1024;
 /// Questions of others that are remembered as answered.
@@ -74,16 +74,19 @@ pub struct Outcome {
 #[derive(Debug)]
 pub struct Auction {
     id: Uuid,
+    asked: usize,
     until_ms: u64,
     bids: BTreeMap<String, Bid>,
 }
 
 impl Auction {
-    /// A question that is asked now.
-    pub fn new(id: Uuid, now_ms: u64) -> Auction {
+    /// A question that so many hosts are asked now. When all have answered, nobody is waited for.
+    pub fn new(id: Uuid, asked: usize, now_ms: u64) -> Auction {
+        let wait_ms = if asked == 0 { 0 } else { OFFERS_MS };
         Auction {
             id,
-            until_ms: now_ms.saturating_add(OFFERS_MS),
+            asked,
+            until_ms: now_ms.saturating_add(wait_ms),
             bids: BTreeMap::new(),
         }
     }
@@ -103,6 +106,9 @@ impl Auction {
             self.until_ms = self.until_ms.min(now_ms.saturating_add(LINGER_MS));
         }
         self.bids.insert(bid.server.clone(), bid);
+        if self.bids.len() >= self.asked {
+            self.until_ms = now_ms;
+        }
         Heard::New
     }
 
@@ -171,6 +177,9 @@ mod tests {
 
     use super::*;
 
+    /// More hosts than answer.
+    const MANY: usize = 1 << 20;
+
     fn bid(server: &str, begins: Begins, load_permille: u32) -> Bid {
         Bid {
             server: server.into(),
@@ -191,7 +200,7 @@ mod tests {
 
     #[test]
     fn who_begins_at_once_comes_first_then_who_has_most_room() {
-        let mut auction = Auction::new(Uuid::from_u128(1), 0);
+        let mut auction = Auction::new(Uuid::from_u128(1), MANY, 0);
         let waits = |server: &str, waiting, load_permille| Bid {
             waiting,
             ..bid(server, Begins::Later, load_permille)
@@ -216,7 +225,7 @@ mod tests {
     #[test]
     fn equals_take_turns() {
         let first = |id| {
-            let mut auction = Auction::new(Uuid::from_u128(id), 0);
+            let mut auction = Auction::new(Uuid::from_u128(id), MANY, 0);
             for server in ["a", "b", "c"] {
                 auction.offer(bid(server, Begins::AtOnce, 5), 0);
             }
@@ -228,7 +237,7 @@ mod tests {
 
     #[test]
     fn offers_are_waited_for_and_not_for_ever() {
-        let mut auction = Auction::new(Uuid::nil(), 50);
+        let mut auction = Auction::new(Uuid::nil(), MANY, 50);
         assert_eq!(auction.until_ms(), 50 + OFFERS_MS);
         auction.offer(bid("later", Begins::Later, 0), 60);
         assert_eq!(auction.until_ms(), 50 + OFFERS_MS);
@@ -243,8 +252,20 @@ mod tests {
     }
 
     #[test]
+    fn when_all_have_answered_nobody_is_waited_for() {
+        assert_eq!(Auction::new(Uuid::nil(), 0, 50).until_ms(), 50);
+        let mut auction = Auction::new(Uuid::nil(), 2, 50);
+        auction.offer(bid("a", Begins::Never, 0), 60);
+        auction.offer(bid("a", Begins::Never, 0), 61);
+        assert_eq!(auction.until_ms(), 50 + OFFERS_MS);
+        auction.offer(bid("b", Begins::Later, 0), 70);
+        assert_eq!(auction.until_ms(), 70);
+        assert_eq!(auction.end().places.len(), 1);
+    }
+
+    #[test]
     fn there_is_a_most_of_offers() {
-        let mut auction = Auction::new(Uuid::nil(), 0);
+        let mut auction = Auction::new(Uuid::nil(), MANY, 0);
         for server in 0..MAX_OFFERS {
             let heard = auction.offer(bid(&server.to_string(), Begins::Later, 0), 0);
             assert_eq!(heard, Heard::New);
@@ -283,10 +304,11 @@ mod tests {
         #[test]
         fn each_host_is_there_once_and_none_that_is_better_comes_after(
             id: u128,
+            asked in 0..8_usize,
             offers in vec((any_bid(), 0..2 * OFFERS_MS), 0..40),
         ) {
             let id = Uuid::from_u128(id);
-            let mut auction = Auction::new(id, 0);
+            let mut auction = Auction::new(id, asked, 0);
             let mut now_ms = 0;
             let mut first: BTreeMap<String, Bid> = BTreeMap::new();
             for (bid, at_ms) in offers {

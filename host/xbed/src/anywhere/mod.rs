@@ -179,7 +179,7 @@ impl Anywhere {
         let (tells, mut hears) = mpsc::channel(OFFERS_WAITING);
         let _open = self.open(id, tells).ok_or(AnywhereError::Busy)?;
         let begun = Instant::now();
-        let mut auction = Auction::new(id, 0);
+        let mut auction = Auction::new(id, talk.others(), 0);
         let submitted = blocking(move || talk.say(&kind, attribute, &payload)).await;
         submitted.map_err(|error| AnywhereError::Away(chain(&error)))?;
         loop {

@@ -17,7 +17,6 @@ use xbee_kecho::{
 
 use super::message::{ASKED, TO};
 use super::{Anywhere, Kecho, lock};
-use crate::fault;
 use crate::host::Host;
 use crate::message_queue::blocking;
 
@@ -47,6 +46,12 @@ pub enum StartError {
 pub struct Talk(Source);
 
 impl Talk {
+    /// How many others hear what is said.
+    pub fn others(&self) -> usize {
+        // This host hears itself, too.
+        self.0.sinks().saturating_sub(1)
+    }
+
     /// Says something to the others. Nobody who is slow holds this host up.
     ///
     /// # Errors
@@ -238,7 +243,6 @@ impl Hearing {
                     .map_err(|error| chain(&error)),
                 Err(error) => Err(chain(&error)),
             };
-            fault::point("offered");
             // The asker has others to choose from.
             if let Err(why) = said {
                 warn!(why, "an offer was not sent");
