@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use xbee_tests::site::{Site, plain_broker};
+use xbee_tests::site::{Site, free_port, plain_broker};
 use xbee_tests::{PATIENCE, Ran, Xbed, program, run};
 
 /// `kechod registry`.
@@ -428,6 +429,27 @@ fn hosts_join_and_leave_while_others_run() {
 }
 
 #[test]
+fn hosts_whose_channel_is_destroyed_make_another() {
+    let hosts = Hosts::new();
+    let (own, one) = (hosts.host(&["domains = 0"]), hosts.host(&[]));
+    let job = hosts.sleeper();
+    let joined = |xbed: &Xbed| {
+        let log = xbed.log();
+        log.matches("on the channel xbee.hosts with").count()
+            - log.matches("not on the channel xbee.hosts with").count()
+    };
+    for round in 1..=3 {
+        wait_until("both are on the channel", || {
+            [&own, &one].iter().all(|xbed| joined(xbed) == round)
+        });
+        assert_eq!(placed(&own, &job).1, Some(server(&one)));
+        let mut destroy = Command::new(program("kecho"));
+        let registry = ["--registry", &hosts.registry.address];
+        run(destroy.args(registry).args(["destroy", "xbee.hosts"])).ok();
+    }
+}
+
+#[test]
 fn what_is_asked_or_offered_twice_is_one_task() {
     let hosts = Hosts::new();
     let own = hosts.host(&["domains = 0"]);
@@ -525,7 +547,10 @@ fn with_tls_only_daemons_of_the_same_authority_are_on_the_channel() {
     let hosts = Hosts::with(Registry::start(&registry_of(&site)));
     let identity = |path: PathBuf| format!("identity = {path:?}");
     let one = identity(site.identity("host2"));
-    let one = hosts.host_with(&["domains = 4"], &[&one], &[]);
+    let port = free_port();
+    let listen = format!("listen = \"tcp:[::1]:{port}\"");
+    let one = hosts.host_with(&["domains = 4"], &[&one, &listen], &[]);
+    TcpStream::connect(("::1", port)).unwrap();
     // The shortest way is closed, so that those who come later come by TCP.
     for socket in fs::read_dir(one.data().join("kecho")).unwrap() {
         fs::remove_file(socket.unwrap().path()).unwrap();
