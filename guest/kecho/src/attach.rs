@@ -224,6 +224,7 @@ impl Shared {
         address: &NodeAddress,
     ) -> Result<Held, Failure> {
         let request = core.request(source);
+        let next = request.next;
         if self.transports.same_process
             && let Some(other) = local_node(address.node)
         {
@@ -257,7 +258,7 @@ impl Shared {
                     return Err(io::Error::from(io::ErrorKind::InvalidData).into());
                 }
             };
-            let attached = attached(&position)?;
+            let attached = attached(&position, next)?;
             let memory = match &stream {
                 Stream::Unix(stream) => Some(stream::receive_fds(stream).await?),
                 _ => None,
@@ -273,7 +274,7 @@ impl Shared {
                 Ok(Held::Memory(stream))
             }
             (stream, _) => {
-                core.add_socket(source, stream.into_wire()?, attached);
+                core.add_socket(source, stream.into_wire(self.pulse)?, attached);
                 Ok(Held::Socket)
             }
         }
@@ -302,7 +303,9 @@ impl Shared {
         match timeout(ATTACH_TIME, self.try_attach(&mut stream, attach)).await {
             Ok(Ok(Some((core, ticket)))) => {
                 if let Some(ticket) = ticket {
-                    let started = stream.into_wire().and_then(|wire| ticket.start(wire));
+                    let started = stream
+                        .into_wire(self.pulse)
+                        .and_then(|wire| ticket.start(wire));
                     if let Err(error) = started {
                         tracing::warn!(%source, %sink, %error, "cannot serve a sink");
                         core.detach(sink, Gone::Broken);
@@ -396,6 +399,8 @@ fn position(attached: &Attached) -> Position {
         slot: attached.slot as u32,
         position: attached.position,
         ack_bytes: attached.ack_bytes,
+        sequence: attached.sequence,
+        lost: attached.lost,
         types: attached
             .types
             .iter()
@@ -404,7 +409,7 @@ fn position(attached: &Attached) -> Position {
     }
 }
 
-fn attached(position: &Position) -> io::Result<Attached> {
+fn attached(position: &Position, next: Option<u64>) -> io::Result<Attached> {
     let types = position.types.iter().map(|bytes| {
         let kind = EventType::decode(bytes);
         kind.map(Arc::new)
@@ -414,6 +419,9 @@ fn attached(position: &Position) -> io::Result<Attached> {
         slot: position.slot as usize,
         position: position.position,
         ack_bytes: position.ack_bytes,
+        sequence: position.sequence,
+        lost: position.lost,
+        next,
         types: types.collect::<io::Result<_>>()?,
     })
 }

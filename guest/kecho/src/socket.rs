@@ -4,8 +4,10 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::time::{Duration, Instant};
 
+use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use uuid::Uuid;
@@ -46,6 +48,18 @@ struct Outgoing {
     /// An acknowledgement that has come in part.
     ack: Vec<u8>,
     next: Next,
+    finish: Finish,
+}
+
+/// Whether the source has left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Finish {
+    /// No.
+    No,
+    /// Yes: the rest of the log is sent.
+    Rest,
+    /// That was sent, and that nothing follows.
+    Sent,
 }
 
 /// The event that comes next.
@@ -77,6 +91,7 @@ impl SocketSink {
                 sequence,
                 overrun: false,
             },
+            finish: Finish::No,
         };
         SocketSink {
             id,
@@ -98,13 +113,25 @@ impl SocketSink {
         self.dropped.load(Ordering::Relaxed)
     }
 
+    fn outgoing(&self) -> MutexGuard<'_, Outgoing> {
+        self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Closes the stream.
     pub(crate) fn end(&self) {
-        // Its last frames are sent as far as they go at once.
-        self.outgoing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .wire = None;
+        self.outgoing().wire = None;
+    }
+
+    /// How far it is: what was sent and what was read of it.
+    fn progress(&self) -> (Finish, usize, u64, u64) {
+        let outgoing = self.outgoing();
+        let Outgoing {
+            finish,
+            written,
+            stream,
+            ..
+        } = *outgoing;
+        (finish, written, stream, self.acked())
     }
 
     /// Sends what there is; `None` where somebody else does, or it takes no more now.
@@ -129,6 +156,7 @@ impl SocketSink {
             stream,
             marks,
             next,
+            finish,
             ..
         } = outgoing
         else {
@@ -141,7 +169,12 @@ impl SocketSink {
             }
             let head = ring.cell(HEAD).load(Ordering::Acquire);
             if *sent == head {
-                return wire.flush();
+                wire.flush()?;
+                if *finish == Finish::Rest {
+                    wire.finish()?;
+                    *finish = Finish::Sent;
+                }
+                return Ok(());
             }
             staging.clear();
             *written = 0;
@@ -219,7 +252,7 @@ impl SocketSink {
 
     /// Takes the acknowledgements that have come; whether the source may wait for what they free.
     fn take_acks(&self, core: &SourceCore) -> io::Result<bool> {
-        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut outgoing = self.outgoing();
         let Outgoing {
             wire: Some(wire),
             ack,
@@ -279,9 +312,31 @@ struct State {
     sockets: HashMap<u64, (Weak<SourceCore>, Arc<SocketSink>)>,
     /// Streams that have something to do without their descriptors saying so.
     ready: Vec<u64>,
+    /// Sinks that are to have the rest of sources that have left.
+    closing: Vec<Closing>,
     next: u64,
     stop: bool,
 }
+
+/// A sink of a source that has left.
+#[derive(Debug)]
+struct Closing {
+    core: Arc<SourceCore>,
+    socket: Arc<SocketSink>,
+    /// How far it was, and since when.
+    progress: (Finish, usize, u64, u64),
+    since: Instant,
+}
+
+/// How long a sink may take nothing of what a source has left for it.
+const REST: Duration = Duration::from_secs(30);
+/// How long a sink has to close when all was sent.
+const CLOSE: Duration = Duration::from_secs(5);
+/// Between two looks at those that take nothing.
+const LOOK: Timespec = Timespec {
+    tv_sec: 1,
+    tv_nsec: 0,
+};
 
 const BELL: u64 = 0;
 
@@ -317,10 +372,88 @@ impl Sender {
         }
     }
 
-    /// Ends the thread.
+    /// Ends the thread, and what is not sent yet.
     pub(crate) fn stop(&self) {
-        self.state().stop = true;
+        let closing = {
+            let mut state = self.state();
+            state.stop = true;
+            std::mem::take(&mut state.closing)
+        };
+        closing.iter().for_each(|closing| closing.socket.end());
         self.bell.ring();
+    }
+
+    /// Sends a sink the rest of a source that has left, and that nothing follows.
+    pub(crate) fn finish(&self, core: &Arc<SourceCore>, socket: Arc<SocketSink>) {
+        socket.outgoing().finish = Finish::Rest;
+        let progress = socket.progress();
+        let mut state = self.state();
+        if state.stop {
+            return;
+        }
+        let mut sockets = state.sockets.iter();
+        let token = sockets.find(|(_, (_, other))| Arc::ptr_eq(other, &socket));
+        // Or it begins when it is served for the first time.
+        if let Some(token) = token.map(|(token, _)| *token) {
+            state.ready.push(token);
+        }
+        state.closing.push(Closing {
+            core: core.clone(),
+            socket,
+            progress,
+            since: Instant::now(),
+        });
+        if self.idle.swap(false, Ordering::SeqCst) {
+            self.bell.ring();
+        }
+    }
+
+    /// Sinks that have not yet had all of sources that have left, and those that have and did not close.
+    pub(crate) fn closing(&self) -> (usize, usize) {
+        let state = self.state();
+        let sent = |closing: &&Closing| closing.socket.progress().0 == Finish::Sent;
+        let done = state.closing.iter().filter(sent).count();
+        (state.closing.len() - done, done)
+    }
+
+    /// Gives up sinks that take nothing.
+    fn look(&self) {
+        let mut over = Vec::new();
+        self.state().closing.retain_mut(|closing| {
+            let progress = closing.socket.progress();
+            if progress != closing.progress {
+                closing.progress = progress;
+                closing.since = Instant::now();
+            }
+            let limit = match progress.0 {
+                Finish::Sent => CLOSE,
+                Finish::No | Finish::Rest => REST,
+            };
+            let stays = closing.since.elapsed() < limit;
+            if !stays {
+                tracing::debug!(source = %closing.core.id, "a sink does not take the rest of a source");
+                over.push(closing.socket.clone());
+            }
+            stays
+        });
+        for socket in over {
+            self.over(&socket);
+        }
+    }
+
+    /// Ends a sink whose source has left.
+    fn over(&self, socket: &Arc<SocketSink>) {
+        let core = {
+            let mut state = self.state();
+            state
+                .sockets
+                .retain(|_, (_, other)| !Arc::ptr_eq(other, socket));
+            let mut all = state.closing.iter();
+            let at = all.position(|closing| Arc::ptr_eq(&closing.socket, socket));
+            at.map(|at| state.closing.swap_remove(at))
+        };
+        socket.end();
+        drop(core);
     }
 
     /// Takes a socket out.
@@ -338,10 +471,7 @@ impl Sender {
     ) -> io::Result<()> {
         self.run()?;
         {
-            let mut outgoing = socket
-                .outgoing
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut outgoing = socket.outgoing();
             let mut state = self.state();
             state.next += 1;
             let token = state.next;
@@ -379,7 +509,7 @@ impl Sender {
     fn serve_all(&self) {
         let mut events = Vec::with_capacity(256);
         loop {
-            let (queue, ready) = {
+            let (queue, ready, closing) = {
                 let mut state = self.state();
                 if state.stop {
                     return;
@@ -387,8 +517,12 @@ impl Sender {
                 (
                     std::mem::take(&mut state.queue),
                     std::mem::take(&mut state.ready),
+                    !state.closing.is_empty(),
                 )
             };
+            if closing {
+                self.look();
+            }
             for core in queue.iter().filter_map(Weak::upgrade) {
                 core.dirty.store(false, Ordering::SeqCst);
                 fence(Ordering::SeqCst);
@@ -405,18 +539,23 @@ impl Sender {
             }
             if !busy {
                 self.idle.store(true, Ordering::SeqCst);
-                if !self.state().queue.is_empty() {
+                let state = self.state();
+                if !state.queue.is_empty() || !state.ready.is_empty() {
                     self.idle.store(false, Ordering::SeqCst);
                     continue;
                 }
             }
-            let now = rustix::event::Timespec {
+            let now = Timespec {
                 tv_sec: 0,
                 tv_nsec: 0,
             };
+            let limit = match busy {
+                true => Some(&now),
+                false => closing.then_some(&LOOK),
+            };
             events.clear();
             let spare = rustix::buffer::spare_capacity(&mut events);
-            match epoll::wait(&self.epoll, spare, busy.then_some(&now)) {
+            match epoll::wait(&self.epoll, spare, limit) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => {
                     tracing::error!(%error, "kecho's sending thread cannot wait");
@@ -452,6 +591,9 @@ impl Sender {
         });
         if served.is_err() {
             core.detach(socket.id, Gone::Broken);
+            if socket.progress().0 != Finish::No {
+                self.over(&socket);
+            }
             return;
         }
         if socket.is_ready() {
@@ -462,7 +604,7 @@ impl Sender {
 
 impl SocketSink {
     fn is_ready(&self) -> bool {
-        let outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let outgoing = self.outgoing();
         let waiting = outgoing.written < outgoing.staging.len();
         outgoing
             .wire
