@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, getuid, setrlimit};
 use tokio::runtime::Handle;
@@ -36,8 +36,6 @@ pub const MAX_CHANNELS: usize = 4096;
 const DIAL_TIME: Duration = Duration::from_secs(2);
 /// How long a node takes to leave its channels when it is shut down.
 const SHUTDOWN: Duration = Duration::from_secs(3);
-/// How long it waits for sinks that were sent all to take it.
-const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The first port of vsock that a node listens at; there may be as many nodes in a guest as follow.
 const VSOCK_PORTS: std::ops::Range<u32> = 7401..7529;
 /// The first context identifier of guests.
@@ -414,6 +412,7 @@ impl Node {
                 node.leave_all().await;
             });
             nodes().remove(&node.id);
+            node.sender.wait(SHUTDOWN);
             node.sender.stop();
             // The directory may have been removed.
             let _ = std::fs::remove_file(socket);
@@ -537,15 +536,6 @@ impl Shared {
             let _ = self.leaving.subscribe().wait_for(|count| *count == 0).await;
             for control in controls {
                 control.flushed().await;
-            }
-            // Those that have got all and do not close are not read now.
-            let begun = Instant::now();
-            while match self.sender.closing() {
-                (0, 0) => false,
-                (0, _) => begun.elapsed() < LAST_WORDS,
-                _ => true,
-            } {
-                sleep(Duration::from_millis(1)).await;
             }
         };
         if timeout(SHUTDOWN, done).await.is_err() {

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
@@ -20,6 +20,9 @@ use crate::wire::Wire;
 /// Bytes of an acknowledgement: how many bytes of the stream were read, little endian.
 pub(crate) const ACK_BYTES: usize = 8;
 
+/// How long the sinks of a source that has left may take to read what it has submitted before.
+const LEAVING: Duration = Duration::from_secs(5);
+
 /// What was sent to a sink.
 #[derive(Debug)]
 pub(crate) struct SocketSink {
@@ -29,6 +32,8 @@ pub(crate) struct SocketSink {
     lossy: bool,
     acked: AtomicU64,
     dropped: AtomicU64,
+    /// The source has left: what is in its log is sent, and then the end.
+    leaving: AtomicBool,
     outgoing: Mutex<Outgoing>,
 }
 
@@ -48,18 +53,8 @@ struct Outgoing {
     /// An acknowledgement that has come in part.
     ack: Vec<u8>,
     next: Next,
-    finish: Finish,
-}
-
-/// Whether the source has left.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Finish {
-    /// No.
-    No,
-    /// Yes: the rest of the log is sent.
-    Rest,
-    /// That was sent, and that nothing follows.
-    Sent,
+    /// The end was sent or staged.
+    ended: bool,
 }
 
 /// The event that comes next.
@@ -91,7 +86,7 @@ impl SocketSink {
                 sequence,
                 overrun: false,
             },
-            finish: Finish::No,
+            ended: false,
         };
         SocketSink {
             id,
@@ -100,6 +95,7 @@ impl SocketSink {
             lossy,
             acked: AtomicU64::new(position),
             dropped: AtomicU64::new(0),
+            leaving: AtomicBool::new(false),
             outgoing: Mutex::new(outgoing),
         }
     }
@@ -113,25 +109,18 @@ impl SocketSink {
         self.dropped.load(Ordering::Relaxed)
     }
 
-    fn outgoing(&self) -> MutexGuard<'_, Outgoing> {
-        self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Has the end sent after what is in the log. The sink closes the stream when it has read it.
+    pub(crate) fn leave(&self) {
+        self.leaving.store(true, Ordering::SeqCst);
     }
 
     /// Closes the stream.
     pub(crate) fn end(&self) {
-        self.outgoing().wire = None;
-    }
-
-    /// How far it is: what was sent and what was read of it.
-    fn progress(&self) -> (Finish, usize, u64, u64) {
-        let outgoing = self.outgoing();
-        let Outgoing {
-            finish,
-            written,
-            stream,
-            ..
-        } = *outgoing;
-        (finish, written, stream, self.acked())
+        // Its last frames are sent as far as they go at once.
+        self.outgoing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .wire = None;
     }
 
     /// Sends what there is; `None` where somebody else does, or it takes no more now.
@@ -156,7 +145,7 @@ impl SocketSink {
             stream,
             marks,
             next,
-            finish,
+            ended,
             ..
         } = outgoing
         else {
@@ -167,17 +156,19 @@ impl SocketSink {
             while *written < staging.len() {
                 *written += wire.write(&staging[*written..])?;
             }
+            let leaving = self.leaving.load(Ordering::SeqCst);
             let head = ring.cell(HEAD).load(Ordering::Acquire);
-            if *sent == head {
-                wire.flush()?;
-                if *finish == Finish::Rest {
-                    wire.finish()?;
-                    *finish = Finish::Sent;
-                }
-                return Ok(());
-            }
             staging.clear();
             *written = 0;
+            if *sent == head {
+                if !leaving || *ended {
+                    return wire.flush();
+                }
+                staging.extend(Header::word(0, 0, Kind::End).to_le_bytes());
+                *stream += staging.len() as u64;
+                *ended = true;
+                continue;
+            }
             let unmasked =
                 core.unmasked.0.load(Ordering::Acquire)..core.unmasked.1.load(Ordering::Acquire);
             if let (false, true, Some(socket)) = (self.lossy, unmasked.contains(sent), wire.plain())
@@ -252,7 +243,7 @@ impl SocketSink {
 
     /// Takes the acknowledgements that have come; whether the source may wait for what they free.
     fn take_acks(&self, core: &SourceCore) -> io::Result<bool> {
-        let mut outgoing = self.outgoing();
+        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
         let Outgoing {
             wire: Some(wire),
             ack,
@@ -303,6 +294,8 @@ pub(crate) struct Sender {
     /// The thread sleeps, or is about to.
     idle: AtomicBool,
     state: Mutex<State>,
+    /// The last of those has gone that were leaving.
+    gone: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -312,31 +305,11 @@ struct State {
     sockets: HashMap<u64, (Weak<SourceCore>, Arc<SocketSink>)>,
     /// Streams that have something to do without their descriptors saying so.
     ready: Vec<u64>,
-    /// Sinks that are to have the rest of sources that have left.
-    closing: Vec<Closing>,
+    /// Sources that have left, with something in their logs, and when they go all the same.
+    leaving: Vec<(Arc<SourceCore>, Instant)>,
     next: u64,
     stop: bool,
 }
-
-/// A sink of a source that has left.
-#[derive(Debug)]
-struct Closing {
-    core: Arc<SourceCore>,
-    socket: Arc<SocketSink>,
-    /// How far it was, and since when.
-    progress: (Finish, usize, u64, u64),
-    since: Instant,
-}
-
-/// How long a sink may take nothing of what a source has left for it.
-const REST: Duration = Duration::from_secs(30);
-/// How long a sink has to close when all was sent.
-const CLOSE: Duration = Duration::from_secs(5);
-/// Between two looks at those that take nothing.
-const LOOK: Timespec = Timespec {
-    tv_sec: 1,
-    tv_nsec: 0,
-};
 
 const BELL: u64 = 0;
 
@@ -355,6 +328,7 @@ impl Sender {
             bell,
             idle,
             state,
+            gone: Condvar::new(),
         }))
     }
 
@@ -372,88 +346,48 @@ impl Sender {
         }
     }
 
-    /// Ends the thread, and what is not sent yet.
-    pub(crate) fn stop(&self) {
-        let closing = {
-            let mut state = self.state();
-            state.stop = true;
-            std::mem::take(&mut state.closing)
-        };
-        closing.iter().for_each(|closing| closing.socket.end());
-        self.bell.ring();
+    /// Sends what a source has submitted that has left.
+    pub(crate) fn leave(&self, core: &Arc<SourceCore>) {
+        let deadline = Instant::now() + LEAVING;
+        self.state().leaving.push((core.clone(), deadline));
+        self.enqueue(core);
     }
 
-    /// Sends a sink the rest of a source that has left, and that nothing follows.
-    pub(crate) fn finish(&self, core: &Arc<SourceCore>, socket: Arc<SocketSink>) {
-        socket.outgoing().finish = Finish::Rest;
-        let progress = socket.progress();
+    /// Waits until all is sent of sources that have left.
+    pub(crate) fn wait(&self, limit: Duration) {
+        let more = |state: &mut State| state.running && !state.leaving.is_empty();
+        let waited = self.gone.wait_timeout_while(self.state(), limit, more);
+        if waited.is_ok_and(|(_, waited)| waited.timed_out()) {
+            tracing::warn!("not all events were sent to slow sinks before this node ended");
+        }
+    }
+
+    /// Lets those go that have left and are done or late; how long the others may take.
+    fn let_go(&self) -> Option<Duration> {
+        let leaving = self.state().leaving.clone();
+        let now = Instant::now();
+        let mut gone = Vec::new();
+        for (core, deadline) in &leaving {
+            if *deadline <= now {
+                core.abandon();
+            }
+            if core.sockets().is_empty() {
+                gone.push(core.id);
+            }
+        }
         let mut state = self.state();
-        if state.stop {
-            return;
+        state.leaving.retain(|(core, _)| !gone.contains(&core.id));
+        if state.leaving.is_empty() {
+            self.gone.notify_all();
         }
-        let mut sockets = state.sockets.iter();
-        let token = sockets.find(|(_, (_, other))| Arc::ptr_eq(other, &socket));
-        // Or it begins when it is served for the first time.
-        if let Some(token) = token.map(|(token, _)| *token) {
-            state.ready.push(token);
-        }
-        state.closing.push(Closing {
-            core: core.clone(),
-            socket,
-            progress,
-            since: Instant::now(),
-        });
-        if self.idle.swap(false, Ordering::SeqCst) {
-            self.bell.ring();
-        }
+        let deadlines = state.leaving.iter().map(|(_, deadline)| *deadline);
+        deadlines.min().map(|deadline| deadline - now)
     }
 
-    /// Sinks that have not yet had all of sources that have left, and those that have and did not close.
-    pub(crate) fn closing(&self) -> (usize, usize) {
-        let state = self.state();
-        let sent = |closing: &&Closing| closing.socket.progress().0 == Finish::Sent;
-        let done = state.closing.iter().filter(sent).count();
-        (state.closing.len() - done, done)
-    }
-
-    /// Gives up sinks that take nothing.
-    fn look(&self) {
-        let mut over = Vec::new();
-        self.state().closing.retain_mut(|closing| {
-            let progress = closing.socket.progress();
-            if progress != closing.progress {
-                closing.progress = progress;
-                closing.since = Instant::now();
-            }
-            let limit = match progress.0 {
-                Finish::Sent => CLOSE,
-                Finish::No | Finish::Rest => REST,
-            };
-            let stays = closing.since.elapsed() < limit;
-            if !stays {
-                tracing::debug!(source = %closing.core.id, "a sink does not take the rest of a source");
-                over.push(closing.socket.clone());
-            }
-            stays
-        });
-        for socket in over {
-            self.over(&socket);
-        }
-    }
-
-    /// Ends a sink whose source has left.
-    fn over(&self, socket: &Arc<SocketSink>) {
-        let core = {
-            let mut state = self.state();
-            state
-                .sockets
-                .retain(|_, (_, other)| !Arc::ptr_eq(other, socket));
-            let mut all = state.closing.iter();
-            let at = all.position(|closing| Arc::ptr_eq(&closing.socket, socket));
-            at.map(|at| state.closing.swap_remove(at))
-        };
-        socket.end();
-        drop(core);
+    /// Ends the thread.
+    pub(crate) fn stop(&self) {
+        self.state().stop = true;
+        self.bell.ring();
     }
 
     /// Takes a socket out.
@@ -471,7 +405,10 @@ impl Sender {
     ) -> io::Result<()> {
         self.run()?;
         {
-            let mut outgoing = socket.outgoing();
+            let mut outgoing = socket
+                .outgoing
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             let mut state = self.state();
             state.next += 1;
             let token = state.next;
@@ -509,7 +446,7 @@ impl Sender {
     fn serve_all(&self) {
         let mut events = Vec::with_capacity(256);
         loop {
-            let (queue, ready, closing) = {
+            let (queue, ready) = {
                 let mut state = self.state();
                 if state.stop {
                     return;
@@ -517,12 +454,8 @@ impl Sender {
                 (
                     std::mem::take(&mut state.queue),
                     std::mem::take(&mut state.ready),
-                    !state.closing.is_empty(),
                 )
             };
-            if closing {
-                self.look();
-            }
             for core in queue.iter().filter_map(Weak::upgrade) {
                 core.dirty.store(false, Ordering::SeqCst);
                 fence(Ordering::SeqCst);
@@ -539,23 +472,19 @@ impl Sender {
             }
             if !busy {
                 self.idle.store(true, Ordering::SeqCst);
-                let state = self.state();
-                if !state.queue.is_empty() || !state.ready.is_empty() {
+                if !self.state().queue.is_empty() {
                     self.idle.store(false, Ordering::SeqCst);
                     continue;
                 }
             }
-            let now = Timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            };
             let limit = match busy {
-                true => Some(&now),
-                false => closing.then_some(&LOOK),
+                true => Some(Duration::ZERO),
+                false => self.let_go(),
             };
+            let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
             events.clear();
             let spare = rustix::buffer::spare_capacity(&mut events);
-            match epoll::wait(&self.epoll, spare, limit) {
+            match epoll::wait(&self.epoll, spare, limit.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => {
                     tracing::error!(%error, "kecho's sending thread cannot wait");
@@ -591,9 +520,6 @@ impl Sender {
         });
         if served.is_err() {
             core.detach(socket.id, Gone::Broken);
-            if socket.progress().0 != Finish::No {
-                self.over(&socket);
-            }
             return;
         }
         if socket.is_ready() {
@@ -604,7 +530,7 @@ impl Sender {
 
 impl SocketSink {
     fn is_ready(&self) -> bool {
-        let outgoing = self.outgoing();
+        let outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = outgoing.written < outgoing.staging.len();
         outgoing
             .wire

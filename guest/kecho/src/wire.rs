@@ -3,8 +3,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use xbee_link::Link;
 
 /// What rustls may hold that was not sent, in bytes.
@@ -138,22 +137,6 @@ impl Wire {
         match self {
             Wire::Tls(tls) => tls.drain(),
             Wire::Plain(_) | Wire::Link(_) => Ok(()),
-        }
-    }
-
-    /// Says that nothing follows, when all was sent. The other end closes then.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn finish(&mut self) -> io::Result<()> {
-        if let Wire::Tls(tls) = self {
-            tls.connection.send_close_notify();
-            tls.drain()?;
-        }
-        match shutdown(&*self, Shutdown::Write) {
-            // A link that is no socket ends only as a whole.
-            Err(Errno::NOTSOCK) => Ok(()),
-            result => Ok(result?),
         }
     }
 
