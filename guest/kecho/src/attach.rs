@@ -230,7 +230,7 @@ impl Shared {
         {
             let found = other.find_source(channel, source);
             let found = found.map_err(|(code, text)| Failure::Refused { code, text })?;
-            let page = core.new_page()?;
+            let page = Arc::new(Page::create()?.0);
             let sink = request.sink;
             let attached =
                 found.attach_memory(request, Way::Process, page.clone(), core.bell().clone())?;
@@ -247,10 +247,10 @@ impl Shared {
         let purpose = Purpose::Attach(Attach::new(channel.to_owned(), source, request));
         let mut stream = self.dial(address, &purpose).await?.0;
         let attached = timeout(ATTACH_TIME, async {
-            let page = core.new_page()?;
+            let (page, file) = Page::create()?;
             if let Stream::Unix(stream) = &stream {
                 use std::os::fd::AsFd;
-                stream::send_fds(stream, [page.as_fd(), core.bell().as_fd()]).await?;
+                stream::send_fds(stream, [file.as_fd(), core.bell().as_fd()]).await?;
             }
             let position = match message::read(&mut stream).await? {
                 Answer::Attached(position) => position,
@@ -271,7 +271,7 @@ impl Shared {
         match (stream, memory) {
             (Stream::Unix(stream), Some([ring, space])) => {
                 let (ring, space) = (Arc::new(Ring::open(ring)?), Arc::new(Bell::open(space)));
-                core.add_memory(source, ring, page, space, attached);
+                core.add_memory(source, ring, Arc::new(page), space, attached);
                 Ok(Held::Memory(stream))
             }
             (stream, _) => {
@@ -379,7 +379,8 @@ impl Shared {
         message::write(stream, &Answer::Attached(position(&attached))).await?;
         if let (true, Stream::Unix(stream)) = (shared, &*stream) {
             use std::os::fd::AsFd;
-            stream::send_fds(stream, [found.ring().as_fd(), found.space().as_fd()]).await?;
+            let ring = found.ring().file().ok_or(io::ErrorKind::Unsupported)?;
+            stream::send_fds(stream, [ring, found.space().as_fd()]).await?;
         }
         std::mem::forget(undo);
         Ok(Some((found, ticket)))

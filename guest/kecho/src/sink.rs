@@ -249,10 +249,6 @@ impl SinkCore {
         }))
     }
 
-    pub(crate) fn new_page(&self) -> io::Result<Arc<Page>> {
-        Ok(Arc::new(Page::create()?))
-    }
-
     pub(crate) fn bell(&self) -> &Arc<Bell> {
         &self.bell
     }

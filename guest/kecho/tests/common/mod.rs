@@ -284,11 +284,6 @@ impl Member {
                 let wrong = book.wrong.into_iter().map(|text| format!("wrong {text}"));
                 return got.chain(wrong).collect();
             }
-            "participants" => {
-                let text = self.channel.as_ref().unwrap().describe().unwrap();
-                let lines = text.lines().filter(|line| line.contains(" sources "));
-                return vec![lines.count().to_string()];
-            }
             "descriptors" => {
                 let count = std::fs::read_dir("/proc/self/fd").unwrap().count();
                 return vec![count.to_string()];
