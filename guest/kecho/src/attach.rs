@@ -33,7 +33,8 @@ pub(crate) const ATTACH_TIME: Duration = Duration::from_secs(5);
 pub(crate) struct Link {
     again: Arc<Notify>,
     progress: watch::Receiver<Progress>,
-    task: AbortHandle,
+    /// `None` when it is to end by itself.
+    task: Option<AbortHandle>,
 }
 
 /// How far it is.
@@ -46,13 +47,24 @@ pub(crate) enum Progress {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.task.abort();
+        if let Some(task) = &self.task {
+            task.abort();
+        }
     }
 }
 
 impl Link {
     /// Attaches anew: what was there has broken.
     pub(crate) fn again(&self) {
+        self.again.notify_one();
+    }
+
+    /// Ends it, because the source has left. One that is just being attached is attached first: what was submitted
+    /// until then is for this sink too.
+    pub(crate) fn leave(mut self) {
+        if *self.progress.borrow() == Progress::Trying {
+            self.task = None;
+        }
         self.again.notify_one();
     }
 
@@ -151,7 +163,7 @@ impl Shared {
                     Link {
                         again,
                         progress,
-                        task,
+                        task: Some(task),
                     },
                 );
             }

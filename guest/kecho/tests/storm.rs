@@ -16,7 +16,7 @@ fn process() {
 }
 
 /// How many come and go, in each of two threads.
-const VISITS: u64 = 30;
+const VISITS: u64 = 20;
 /// The most events of one that comes and goes, at once.
 const BURST: u64 = 400;
 
