@@ -184,7 +184,12 @@ fn events_pass_between_guests_over_vsock_and_over_tcp() {
     // A channel with a member in each of three guests, one of which is killed: the contact.
     let contact = one.run(&one.kecho(registry, "sub --create last"));
     let begun = Instant::now();
-    let status = |guest: &Guest<'_>| guest.sh(&guest.kecho(registry, "status last 2>&1 || true"));
+    let status = |guest: &Guest<'_>| {
+        guest.sh(&format!(
+            "({}) 2>&1 || true",
+            guest.kecho(registry, "status last")
+        ))
+    };
     let wait = |what: &str, yes: &dyn Fn(&str) -> bool| {
         loop {
             let status = status(three);

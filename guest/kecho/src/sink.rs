@@ -460,7 +460,8 @@ impl InLink {
                         }
                     };
                     if let (true, Some(next)) = (self.overrun, self.next) {
-                        counters.dropped += sequence.saturating_sub(next);
+                        let lost = sequence.saturating_sub(next);
+                        counters.dropped = counters.dropped.saturating_add(lost);
                     }
                     self.overrun = false;
                     let next = sequence.saturating_add(1);
@@ -487,7 +488,7 @@ impl InLink {
                     let count = out[begin..]
                         .first_chunk()
                         .map_or(0, |bytes| u64::from_le_bytes(*bytes));
-                    counters.dropped += count;
+                    counters.dropped = counters.dropped.saturating_add(count);
                     self.lossy = true;
                 }
                 Some(Kind::End) | None => {
@@ -801,7 +802,9 @@ impl Sink {
                     // What the link before it still had was read meanwhile.
                     let wanted = link.wanted.load(Ordering::Relaxed);
                     let read = wanted.saturating_sub(link.asked.unwrap_or(wanted));
-                    receiver.counters.dropped += link.lost_before.saturating_sub(read);
+                    let lost = link.lost_before.saturating_sub(read);
+                    let dropped = &mut receiver.counters.dropped;
+                    *dropped = dropped.saturating_add(lost);
                     if let Carrier::Socket(stream) = &link.carrier {
                         let epoll = match &mut receiver.epoll {
                             Some(epoll) => epoll,
