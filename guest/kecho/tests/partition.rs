@@ -195,11 +195,29 @@ fn two_sides_become_one(name: &str, cut: Cut) {
     burst(&mut members, 50);
     expect(&mut members[..2], 0..2, 150);
     expect(&mut members[2..], 2..4, 150);
+    // A new source takes a contact, which `b` has for itself then.
+    for (tag, side) in [(11, 0..2), (13, 2..4)] {
+        let member = &mut members[side.end - 1];
+        member.ask(&format!("source {tag}"));
+        member.ask(&format!("burst {tag} 20"));
+        expect(&mut members[side], tag..tag + 1, 20);
+    }
     net.heal(cut);
     see(&mut members, 4);
     burst(&mut members, 10);
     // What the other side submitted meanwhile comes too, as its logs still have it: all is there, and nothing twice.
     expect(&mut members, 0..4, 160);
+    for (tag, side) in [(11, 0..2), (13, 2..4)] {
+        let member = &mut members[side.end - 1];
+        let command = format!("sinks {tag}");
+        until("all have the new source", || member.number(&command) == 4);
+        member.ask(&format!("burst {tag} 5"));
+        for (n, member) in members.iter_mut().enumerate() {
+            // Who was not there when it came has it from now on.
+            let first = if side.contains(&n) { 0 } else { 20 };
+            member.expect(&format!("member {n}"), &Got::from([(tag, (first, 25))]));
+        }
+    }
     drop((members, registry));
 }
 
