@@ -115,12 +115,23 @@ impl Default for Transports {
 
 /// Whether XenBEE's agent runs here: in other virtual machines vsock may be for something else.
 fn has_agent() -> bool {
+    const AGENT: &str = "xbeinstd";
+    // As the first process it has the name of its link, `init`.
+    let first = std::fs::read_link("/proc/1/exe");
+    let first = first.is_ok_and(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        // Of one whose file was removed with the initial RAM file system.
+        name.trim_end_matches(" (deleted)") == AGENT
+    });
+    if first {
+        return true;
+    }
     let Ok(processes) = std::fs::read_dir("/proc") else {
         return false;
     };
     processes.flatten().take(MAX_PROCESSES).any(|process| {
         let name = std::fs::read_to_string(process.path().join("comm"));
-        name.is_ok_and(|name| name.trim_end() == "xbeinstd")
+        name.is_ok_and(|name| name.trim_end() == AGENT)
     })
 }
 
