@@ -1,5 +1,5 @@
 # The work is done by the scripts in ci/ and images/, which can be called directly too.
-.PHONY: help images kernel run test xen-test soak fuzz lint bench bench-staging bench-mq kecho-figures xen-bench clean
+.PHONY: help images kernel run test xen-test soak fuzz lint bench bench-staging bench-mq bench-kecho kecho-figures xen-bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -50,6 +50,11 @@ bench-mq: ## the message broker against RabbitMQ and ActiveMQ, and what sealing 
 
 kecho-figures: ## simulate the load balancer; tables and plots into docs/
 	@cargo run --release -p xbee-kecho --example balance-sim docs
+
+bench-kecho: ## event channels against NATS, Redis, Mosquitto, ZeroMQ, zenoh and iceoryx2; into bench/results.md and docs
+	@ci/install kecho
+	@cargo build --release --locked --manifest-path bench/kecho/Cargo.toml
+	@ci/results 'Event channels' bench/kecho/target/release/bench-kecho all $(or $(ROUNDS),5) docs
 
 xen-bench: ## the experiments on a real Xen, which runs in QEMU; into bench/results.md
 	@ci/results Xen ci/xen/bench

@@ -211,6 +211,24 @@ impl<'a> EventRef<'a> {
         })
     }
 
+    /// The event in `bytes`, which [`EventRef::parse`] has found to be one of this type.
+    pub(crate) fn parse_checked(bytes: &'a [u8], kind: &'a EventType) -> EventRef<'a> {
+        let (fixed, rest) = bytes.split_at(FIXED_BYTES);
+        let number = |at: usize| {
+            u32::from_le_bytes([fixed[at], fixed[at + 1], fixed[at + 2], fixed[at + 3]]) as usize
+        };
+        let (attributes, payload) = rest.split_at(number(16));
+        let sequence = fixed
+            .first_chunk()
+            .map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        EventRef {
+            sequence,
+            kind,
+            attributes,
+            payload,
+        }
+    }
+
     /// Its number among the source's events, which are counted from 0.
     pub fn sequence(&self) -> u64 {
         self.sequence
@@ -237,14 +255,22 @@ impl<'a> EventRef<'a> {
 
     /// The value of an attribute, the first of that name.
     pub fn attribute(&self, name: &str) -> Option<ValueRef<'a>> {
+        self.find_attribute(name).1
+    }
+
+    /// The value of an attribute, and how many were looked at.
+    #[inline]
+    pub(crate) fn find_attribute(&self, name: &str) -> (usize, Option<ValueRef<'a>>) {
         let mut rest = self.attributes;
-        for _ in 0..MAX_ATTRIBUTES {
-            let found = take(&mut rest)?;
+        for looked in 1..=MAX_ATTRIBUTES {
+            let Some(found) = take(&mut rest) else {
+                return (looked, None);
+            };
             if found.0 == name.as_bytes() {
-                return value(found.1, found.2);
+                return (looked, value(found.1, found.2));
             }
         }
-        None
+        (MAX_ATTRIBUTES, None)
     }
 
     /// All attributes that are ones.

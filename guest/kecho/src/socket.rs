@@ -1,0 +1,495 @@
+//! Sinks over sockets, seen from the source: what of the log was sent to each, and the thread that sends.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak};
+
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::io::Errno;
+use uuid::Uuid;
+
+use crate::log::{HEAD, HEADER_BYTES, Header, Kind, TAIL, WANTED};
+use crate::memory::{Bell, Ring};
+use crate::source::{Gone, SourceCore};
+use crate::wire::Wire;
+
+/// Bytes of an acknowledgement: how many bytes of the stream were read, little endian.
+pub(crate) const ACK_BYTES: usize = 8;
+
+/// What was sent to a sink.
+#[derive(Debug)]
+pub(crate) struct SocketSink {
+    pub(crate) id: Uuid,
+    slot: usize,
+    chunk: usize,
+    lossy: bool,
+    acked: AtomicU64,
+    dropped: AtomicU64,
+    outgoing: Mutex<Outgoing>,
+}
+
+#[derive(Debug)]
+struct Outgoing {
+    /// `None` before it starts and after it ended.
+    wire: Option<Wire>,
+    /// Up to which frame the log was sent or staged.
+    sent: u64,
+    staging: Vec<u8>,
+    /// Bytes of the staging that were written.
+    written: usize,
+    /// Bytes of the stream up to the end of the staging.
+    stream: u64,
+    /// Bytes of the stream, and what position of the log they stand for.
+    marks: VecDeque<(u64, u64)>,
+    /// An acknowledgement that has come in part.
+    ack: Vec<u8>,
+    next: Next,
+}
+
+/// The event that comes next.
+#[derive(Debug)]
+struct Next {
+    sequence: u64,
+    /// Events were written over before they were sent.
+    overrun: bool,
+}
+
+impl SocketSink {
+    pub(crate) fn new(
+        id: Uuid,
+        slot: usize,
+        position: u64,
+        sequence: u64,
+        chunk: usize,
+        lossy: bool,
+    ) -> SocketSink {
+        let outgoing = Outgoing {
+            wire: None,
+            sent: position,
+            staging: Vec::new(),
+            written: 0,
+            stream: 0,
+            marks: VecDeque::new(),
+            ack: Vec::new(),
+            next: Next {
+                sequence,
+                overrun: false,
+            },
+        };
+        SocketSink {
+            id,
+            slot,
+            chunk,
+            lossy,
+            acked: AtomicU64::new(position),
+            dropped: AtomicU64::new(0),
+            outgoing: Mutex::new(outgoing),
+        }
+    }
+
+    /// Up to what position of the log it has acknowledged.
+    pub(crate) fn acked(&self) -> u64 {
+        self.acked.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    /// Closes the stream.
+    pub(crate) fn end(&self) {
+        // Its last frames are sent as far as they go at once.
+        self.outgoing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .wire = None;
+    }
+
+    /// Sends what there is; `None` where somebody else does, or it takes no more now.
+    pub(crate) fn try_flush(&self, core: &SourceCore) -> Option<io::Result<()>> {
+        let mut outgoing = match self.outgoing.try_lock() {
+            Ok(outgoing) => outgoing,
+            Err(TryLockError::WouldBlock) => return None,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+        };
+        match self.flush(&mut outgoing, core) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            result => Some(result),
+        }
+    }
+
+    fn flush(&self, outgoing: &mut Outgoing, core: &SourceCore) -> io::Result<()> {
+        let Outgoing {
+            wire: Some(wire),
+            sent,
+            staging,
+            written,
+            stream,
+            marks,
+            next,
+            ..
+        } = outgoing
+        else {
+            return Ok(());
+        };
+        let ring: &Ring = core.ring();
+        loop {
+            while *written < staging.len() {
+                *written += wire.write(&staging[*written..])?;
+            }
+            let head = ring.cell(HEAD).load(Ordering::Acquire);
+            if *sent == head {
+                return wire.flush();
+            }
+            staging.clear();
+            *written = 0;
+            let unmasked =
+                core.unmasked.0.load(Ordering::Acquire)..core.unmasked.1.load(Ordering::Acquire);
+            if let (false, true, Some(socket)) = (self.lossy, unmasked.contains(sent), wire.plain())
+            {
+                // As it lies there: it is not written over before it is acknowledged.
+                let end = head.min(unmasked.end).min(*sent + self.chunk as u64);
+                let count = ring.send(*sent, (end - *sent) as usize, socket)?;
+                let mut boundary = *sent;
+                let reached = *sent + count as u64;
+                while boundary < reached {
+                    boundary += Header::read(ring.load(boundary)).stride() as u64;
+                }
+                // The rest of a frame that was sent in part.
+                ring.copy_bytes(reached, boundary, staging);
+                *stream += boundary - *sent;
+                *sent = boundary;
+            } else {
+                self.stage(ring, sent, head, staging, next);
+                *stream += staging.len() as u64;
+            }
+            marks.push_back((*stream, *sent));
+        }
+    }
+
+    /// Copies what the sink is to have of the next frames.
+    fn stage(
+        &self,
+        ring: &Ring,
+        sent: &mut u64,
+        head: u64,
+        staging: &mut Vec<u8>,
+        next: &mut Next,
+    ) {
+        while *sent < head && staging.len() < self.chunk {
+            let begin = staging.len();
+            let header = Header::read(ring.load(*sent));
+            let sequence = ring.load(*sent + HEADER_BYTES as u64);
+            let is_event = header.kind == Some(Kind::Event);
+            let lost = if is_event && next.overrun {
+                sequence.saturating_sub(next.sequence)
+            } else {
+                0
+            };
+            if lost > 0 {
+                staging.extend(Header::word(8, 0, Kind::Dropped).to_le_bytes());
+                staging.extend(lost.to_le_bytes());
+            }
+            if header.stride() <= ring.capacity() && header.selects(ring, *sent, self.slot) {
+                ring.copy_out(*sent, header.sent_bytes(), staging);
+            }
+            if self.lossy {
+                // What was copied counts only if it was not written over meanwhile.
+                fence(Ordering::Acquire);
+                let tail = ring.cell(TAIL).load(Ordering::Relaxed);
+                if tail > *sent {
+                    staging.truncate(begin);
+                    *sent = tail;
+                    next.overrun = true;
+                    continue;
+                }
+            }
+            if is_event {
+                self.dropped.fetch_add(lost, Ordering::Relaxed);
+                *next = Next {
+                    sequence: sequence + 1,
+                    overrun: false,
+                };
+            }
+            *sent += header.stride() as u64;
+        }
+    }
+
+    /// Takes the acknowledgements that have come; whether the source may wait for what they free.
+    fn take_acks(&self, core: &SourceCore) -> io::Result<bool> {
+        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let Outgoing {
+            wire: Some(wire),
+            ack,
+            marks,
+            stream,
+            ..
+        } = &mut *outgoing
+        else {
+            return Ok(false);
+        };
+        let before = self.acked();
+        let mut position = before;
+        let mut buffer = [0; 64 * ACK_BYTES];
+        loop {
+            let count = match wire.read(&mut buffer) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            };
+            ack.extend_from_slice(&buffer[..count]);
+            let (whole, rest) = ack.as_chunks::<ACK_BYTES>();
+            if let Some(last) = whole.last() {
+                let read = u64::from_le_bytes(*last);
+                if read > *stream {
+                    return Err(io::Error::other(
+                        "a sink that acknowledges what it was not sent",
+                    ));
+                }
+                while marks.front().is_some_and(|mark| mark.0 <= read) {
+                    position = marks.pop_front().map_or(position, |mark| mark.1);
+                }
+            }
+            *ack = rest.to_vec();
+        }
+        self.acked.store(position, Ordering::Release);
+        fence(Ordering::SeqCst);
+        let wanted = core.ring().cell(WANTED).load(Ordering::Relaxed);
+        Ok(wanted != 0 && before < wanted - 1 && position >= wanted - 1)
+    }
+}
+
+/// The thread that sends to sinks over sockets and wakes those in memory where who submits does not, one a node.
+#[derive(Debug)]
+pub(crate) struct Sender {
+    epoll: OwnedFd,
+    bell: Bell,
+    /// The thread sleeps, or is about to.
+    idle: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    running: bool,
+    queue: Vec<Weak<SourceCore>>,
+    sockets: HashMap<u64, (Weak<SourceCore>, Arc<SocketSink>)>,
+    /// Streams that have something to do without their descriptors saying so.
+    ready: Vec<u64>,
+    next: u64,
+    stop: bool,
+}
+
+const BELL: u64 = 0;
+
+impl Sender {
+    /// A node's. Its thread begins with the first sink.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) fn start() -> io::Result<Arc<Sender>> {
+        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+        let bell = Bell::create()?;
+        epoll::add(&epoll, &bell, EventData::new_u64(BELL), EventFlags::IN)?;
+        let (idle, state) = (AtomicBool::new(true), Mutex::default());
+        Ok(Arc::new(Sender {
+            epoll,
+            bell,
+            idle,
+            state,
+        }))
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has a source's sockets served.
+    pub(crate) fn enqueue(&self, core: &Arc<SourceCore>) {
+        if !core.dirty.load(Ordering::Relaxed) && !core.dirty.swap(true, Ordering::SeqCst) {
+            self.state().queue.push(Arc::downgrade(core));
+            if self.idle.swap(false, Ordering::SeqCst) {
+                self.bell.ring();
+            }
+        }
+    }
+
+    /// Ends the thread.
+    pub(crate) fn stop(&self) {
+        self.state().stop = true;
+        self.bell.ring();
+    }
+
+    /// Takes a socket out.
+    pub(crate) fn forget(&self, socket: &Arc<SocketSink>) {
+        self.state()
+            .sockets
+            .retain(|_, (_, other)| !Arc::ptr_eq(other, socket));
+    }
+
+    fn start_socket(
+        self: &Arc<Self>,
+        core: &Arc<SourceCore>,
+        socket: &Arc<SocketSink>,
+        wire: Wire,
+    ) -> io::Result<()> {
+        self.run()?;
+        {
+            let mut outgoing = socket
+                .outgoing
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let mut state = self.state();
+            state.next += 1;
+            let token = state.next;
+            let interest = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+            epoll::add(
+                &self.epoll,
+                wire.as_fd(),
+                EventData::new_u64(token),
+                interest,
+            )?;
+            state
+                .sockets
+                .insert(token, (Arc::downgrade(core), socket.clone()));
+            outgoing.wire = Some(wire);
+        }
+        self.enqueue(core);
+        Ok(())
+    }
+
+    /// Has the thread run.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) fn run(self: &Arc<Self>) -> io::Result<()> {
+        let mut state = self.state();
+        if !state.running {
+            let sender = self.clone();
+            let thread = std::thread::Builder::new().name("kecho-send".into());
+            thread.spawn(move || sender.serve_all())?;
+            state.running = true;
+        }
+        Ok(())
+    }
+
+    fn serve_all(&self) {
+        let mut events = Vec::with_capacity(256);
+        loop {
+            let (queue, ready) = {
+                let mut state = self.state();
+                if state.stop {
+                    return;
+                }
+                (
+                    std::mem::take(&mut state.queue),
+                    std::mem::take(&mut state.ready),
+                )
+            };
+            for core in queue.iter().filter_map(Weak::upgrade) {
+                core.dirty.store(false, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+                core.wake_sleepers();
+                for socket in core.sockets() {
+                    if let Some(Err(_)) = socket.try_flush(&core) {
+                        core.detach(socket.id, Gone::Broken);
+                    }
+                }
+            }
+            let busy = !queue.is_empty() || !ready.is_empty();
+            for token in ready {
+                self.serve(token);
+            }
+            if !busy {
+                self.idle.store(true, Ordering::SeqCst);
+                if !self.state().queue.is_empty() {
+                    self.idle.store(false, Ordering::SeqCst);
+                    continue;
+                }
+            }
+            let now = rustix::event::Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            events.clear();
+            let spare = rustix::buffer::spare_capacity(&mut events);
+            match epoll::wait(&self.epoll, spare, busy.then_some(&now)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "kecho's sending thread cannot wait");
+                    return;
+                }
+            }
+            self.idle.store(false, Ordering::SeqCst);
+            for event in &events {
+                match event.data.u64() {
+                    BELL => self.bell.clear(),
+                    token => self.serve(token),
+                }
+            }
+        }
+    }
+
+    fn serve(&self, token: u64) {
+        let found = self.state().sockets.get(&token).cloned();
+        let Some((core, socket)) = found else { return };
+        let Some(core) = core.upgrade() else {
+            self.forget(&socket);
+            return;
+        };
+        let served = socket.take_acks(&core).and_then(|freed| {
+            if freed {
+                core.space().ring();
+            }
+            // A submitting thread that is at it finds out itself that more fits.
+            match socket.try_flush(&core) {
+                Some(result) => result,
+                None => Ok(()),
+            }
+        });
+        if served.is_err() {
+            core.detach(socket.id, Gone::Broken);
+            return;
+        }
+        if socket.is_ready() {
+            self.state().ready.push(token);
+        }
+    }
+}
+
+impl SocketSink {
+    fn is_ready(&self) -> bool {
+        let outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = outgoing.written < outgoing.staging.len();
+        outgoing
+            .wire
+            .as_ref()
+            .is_some_and(|wire| wire.is_ready(waiting))
+    }
+}
+
+/// A sink that is attached and not yet served.
+#[derive(Debug)]
+pub(crate) struct SocketTicket {
+    core: Arc<SourceCore>,
+    socket: Arc<SocketSink>,
+    sender: Arc<Sender>,
+}
+
+impl SocketTicket {
+    pub(crate) fn new(core: Arc<SourceCore>, socket: Arc<SocketSink>, sender: Arc<Sender>) -> Self {
+        SocketTicket {
+            core,
+            socket,
+            sender,
+        }
+    }
+
+    /// Begins to send.
+    pub(crate) fn start(self, wire: Wire) -> io::Result<()> {
+        self.sender.start_socket(&self.core, &self.socket, wire)
+    }
+}

@@ -1,0 +1,1058 @@
+//! A source's part of a channel: its log, its sinks, and what decides which of them get an event.
+
+use std::any::Any;
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use minicbor::{Decode, Encode};
+use rustix::event::{PollFd, PollFlags, poll};
+use uuid::Uuid;
+
+use crate::event::{EventError, EventRef, Submission};
+use crate::filter::{FilterError, SinkFilter, State};
+use crate::log::{
+    CURSOR, ENDED, ENDED_LEFT, ENDED_SLOW, FIRST, HEAD, HEADER_BYTES, Header, Kind, SLEEPING, TAIL,
+    WANTED,
+};
+use crate::memory::{Bell, Page, Ring};
+use crate::socket::{Sender, SocketSink, SocketTicket};
+use crate::types::EventType;
+use crate::value::Value;
+
+/// The most sinks of a source.
+pub const MAX_SINKS: usize = 1024;
+/// The most types of events of a source.
+pub const MAX_TYPES: usize = 1024;
+/// How long the place of a sink is kept whose connection broke.
+const LINGER: Duration = Duration::from_secs(5);
+/// Who submits again sooner after the last time submits many: a thread of the library sends them.
+const BURST: Duration = Duration::from_micros(2);
+/// The most sinks over sockets that a submitting thread serves itself.
+const INLINE_SINKS: usize = 4;
+/// The sinks that were too slow and are remembered.
+const EXPELLED: usize = 256;
+
+/// What happens to a sink that does not keep up, when the log is full of what it has not read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
+pub enum Policy {
+    /// Who submits waits for it.
+    #[n(0)]
+    #[default]
+    Block,
+    /// It loses the oldest events; they are counted.
+    #[n(1)]
+    DropOldest,
+    /// It is disconnected.
+    #[n(2)]
+    Disconnect,
+}
+
+/// Who sends events to sinks over sockets and wakes those that sleep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
+pub enum Flush {
+    /// The submitting thread, unless it submits many at once or has many sinks.
+    #[n(0)]
+    #[default]
+    Auto,
+    /// The submitting thread.
+    #[n(1)]
+    Inline,
+    /// A thread of the library.
+    #[n(2)]
+    Background,
+}
+
+/// Which events a sink takes.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct TypeSelector {
+    /// The type's name.
+    #[n(0)]
+    pub name: String,
+    /// Its version; `None` for any.
+    #[n(1)]
+    pub version: Option<u16>,
+}
+
+/// Why an event was not submitted.
+#[derive(Debug, thiserror::Error)]
+pub enum SubmitError {
+    /// There is something wrong with it.
+    #[error(transparent)]
+    Event(#[from] EventError),
+    /// A slow sink has filled the log, and the caller did not want to wait.
+    #[error("the log is full: a sink that is waited for is slow")]
+    Full,
+    /// The source has left the channel.
+    #[error("this source has left its channel")]
+    Closed,
+    /// Too many types.
+    #[error("a source has events of at most {MAX_TYPES} types")]
+    Types,
+}
+
+/// Why a sink was not attached.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AttachError {
+    /// Its filter is none.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
+    /// It was disconnected because it was slow.
+    #[error("the sink was too slow and was disconnected")]
+    Slow,
+    /// The source has left.
+    #[error("the source has left the channel")]
+    Closed,
+    /// The source's thread cannot be made.
+    #[error("the source cannot start its thread")]
+    System(#[source] io::Error),
+    /// The source has as many as it may have.
+    #[error("the source has {MAX_SINKS} sinks already")]
+    TooMany,
+}
+
+/// What a source is made with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SourceOptions {
+    /// Bytes of the log.
+    pub log_bytes: usize,
+    /// For sinks that have none of their own.
+    pub policy: Policy,
+    /// Who sends.
+    pub flush: Flush,
+}
+
+fn wake_sleepers(bells: &[(Arc<Page>, Arc<Bell>)]) {
+    for (page, bell) in bells {
+        let sleeping = page.cell(SLEEPING);
+        if sleeping.load(Ordering::Relaxed) == 1 && sleeping.swap(0, Ordering::Relaxed) == 1 {
+            bell.ring();
+        }
+    }
+}
+
+/// A sink that is to be attached.
+#[derive(Debug, Clone)]
+pub(crate) struct AttachRequest {
+    pub sink: Uuid,
+    /// None: all.
+    pub types: Vec<TypeSelector>,
+    pub filter: Option<String>,
+    pub policy: Option<Policy>,
+    pub state: Vec<(String, Value)>,
+    /// The last event that it has got from this source.
+    pub after: Option<u64>,
+}
+
+/// Where a sink begins.
+#[derive(Debug)]
+pub(crate) struct Attached {
+    pub slot: usize,
+    pub position: u64,
+    /// A sink over a socket acknowledges when it has read so many bytes.
+    pub ack_bytes: u64,
+    /// The types whose descriptors came before that.
+    pub types: Vec<Arc<EventType>>,
+}
+
+/// How a sink went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gone {
+    /// Its connection broke: it may come again.
+    Broken,
+    /// It left.
+    Left,
+}
+
+/// What a source has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
+pub struct SourceCounters {
+    /// Events submitted.
+    #[n(0)]
+    pub submitted: u64,
+    /// How often an event was kept from a sink by its types, its filter or the OUT-filter.
+    #[n(1)]
+    pub filtered: u64,
+    /// Events dropped for slow sinks over sockets. Sinks in memory count their own.
+    #[n(2)]
+    pub dropped: u64,
+    /// Sinks disconnected because they were slow.
+    #[n(3)]
+    pub expelled: u64,
+    /// How often a submission waited for a slow sink.
+    #[n(4)]
+    pub waited: u64,
+}
+
+/// How frames reach a sink.
+#[derive(Debug)]
+enum Carrier {
+    Memory(Arc<Page>, Arc<Bell>),
+    Socket(Arc<SocketSink>),
+    /// Its connection broke.
+    Awaited {
+        position: u64,
+        since: Instant,
+    },
+}
+
+#[derive(Debug)]
+struct Attachment {
+    sink: Uuid,
+    policy: Policy,
+    types: Vec<TypeSelector>,
+    /// By type id: whether the sink takes it.
+    wanted: HashMap<u64, bool>,
+    filter: Option<SinkFilter>,
+    state: State,
+    carrier: Carrier,
+    /// What its cursor said last: it never goes back.
+    floor: u64,
+}
+
+impl Attachment {
+    fn wants(&mut self, kind: &EventType) -> bool {
+        if self.types.is_empty() {
+            return true;
+        }
+        let types = &self.types;
+        *self.wanted.entry(kind.id()).or_insert_with(|| {
+            let version = |wanted: Option<u16>| wanted.is_none_or(|v| v == kind.version());
+            types
+                .iter()
+                .any(|t| t.name == kind.name() && version(t.version))
+        })
+    }
+
+    /// Up to where the sink has read; `None` for a cursor that no sink sets.
+    fn position(&mut self, head: u64) -> Option<u64> {
+        let position = match &self.carrier {
+            Carrier::Memory(page, _) => page.cell(CURSOR).load(Ordering::Acquire),
+            Carrier::Socket(socket) => socket.acked(),
+            Carrier::Awaited { position, .. } => *position,
+        };
+        if position < self.floor || position > head {
+            return None;
+        }
+        self.floor = position;
+        Some(position)
+    }
+}
+
+/// A sink as an OUT-filter sees it. Who it is, it does not see.
+#[derive(Debug)]
+pub struct SinkView<'a> {
+    state: &'a State,
+}
+
+impl SinkView<'_> {
+    /// What the sink has reported of itself under a name.
+    pub fn state(&self, name: &str) -> Option<&Value> {
+        self.state.get(name)
+    }
+}
+
+/// The sinks that are to get an event, for an OUT-filter to choose from.
+#[derive(Debug)]
+pub struct SinkSet<'a> {
+    sinks: &'a [Option<Attachment>],
+    mask: &'a mut [u64],
+}
+
+impl SinkSet<'_> {
+    fn slots(&self) -> impl Iterator<Item = (usize, SinkView<'_>)> {
+        let chosen = |slot: usize| self.mask[slot / 64] >> (slot % 64) & 1 == 1;
+        let sinks = self
+            .sinks
+            .iter()
+            .enumerate()
+            .filter(move |(slot, _)| chosen(*slot));
+        sinks.filter_map(|(slot, sink)| {
+            Some((
+                slot,
+                SinkView {
+                    state: &sink.as_ref()?.state,
+                },
+            ))
+        })
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.mask
+            .iter()
+            .map(|word| word.count_ones() as usize)
+            .sum()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Takes out those for which `keep` says no.
+    pub fn retain(&mut self, mut keep: impl FnMut(&SinkView<'_>) -> bool) {
+        let out: Vec<usize> = self
+            .slots()
+            .filter(|(_, sink)| !keep(sink))
+            .map(|(slot, _)| slot)
+            .collect();
+        for slot in out {
+            self.mask[slot / 64] &= !(1 << (slot % 64));
+        }
+    }
+
+    /// Leaves the `n` for which `key` is smallest.
+    pub fn keep_least(&mut self, n: usize, mut key: impl FnMut(&SinkView<'_>) -> f64) {
+        let mut keys: Vec<(f64, usize)> = self
+            .slots()
+            .map(|(slot, sink)| (key(&sink), slot))
+            .collect();
+        keys.sort_by(|a, b| a.0.total_cmp(&b.0));
+        for (_, slot) in keys.into_iter().skip(n) {
+            self.mask[slot / 64] &= !(1 << (slot % 64));
+        }
+    }
+}
+
+/// A filter in the source's process: takes sinks out of those that are to get an event.
+pub type OutFilter = Box<dyn FnMut(&EventRef<'_>, &mut SinkSet<'_>) + Send>;
+
+struct Inner {
+    head: u64,
+    tail: u64,
+    /// Up to here can be written without looking at the sinks again.
+    limit: u64,
+    sequence: u64,
+    /// Those whose descriptors are in the log, and where the last time.
+    types: HashMap<u64, (Arc<EventType>, u64)>,
+    sinks: Vec<Option<Attachment>>,
+    sockets: Vec<Arc<SocketSink>>,
+    /// Of the sinks in memory.
+    bells: Arc<Vec<(Arc<Page>, Arc<Bell>)>>,
+    out_filter: Option<OutFilter>,
+    /// Whether anything decides about events.
+    selective: bool,
+    /// Whether a sink may lose events.
+    lossy: bool,
+    scratch: Vec<u8>,
+    mask: Vec<u64>,
+    /// Submissions that wait for room.
+    waiting: usize,
+    last: Instant,
+    expelled: VecDeque<Uuid>,
+    counters: SourceCounters,
+    closed: bool,
+}
+
+/// A source's part of a channel.
+pub(crate) struct SourceCore {
+    pub(crate) id: Uuid,
+    ring: Arc<Ring>,
+    space: Arc<Bell>,
+    policy: Policy,
+    flush: Flush,
+    inner: Mutex<Inner>,
+    /// The frames between these two have no mask.
+    pub(crate) unmasked: (AtomicU64, AtomicU64),
+    /// It waits in the sender's queue.
+    pub(crate) dirty: AtomicBool,
+    sender: Arc<Sender>,
+}
+
+impl std::fmt::Debug for SourceCore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SourceCore")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl SourceCore {
+    pub(crate) fn create(
+        id: Uuid,
+        options: &SourceOptions,
+        sender: Arc<Sender>,
+    ) -> io::Result<Arc<SourceCore>> {
+        let ring = Ring::create(options.log_bytes)?;
+        let inner = Inner {
+            head: 0,
+            tail: 0,
+            limit: ring.capacity() as u64,
+            sequence: 0,
+            types: HashMap::new(),
+            sinks: Vec::new(),
+            sockets: Vec::new(),
+            bells: Arc::default(),
+            out_filter: None,
+            selective: false,
+            lossy: false,
+            scratch: Vec::new(),
+            mask: Vec::new(),
+            waiting: 0,
+            last: Instant::now(),
+            expelled: VecDeque::new(),
+            counters: SourceCounters::default(),
+            closed: false,
+        };
+        Ok(Arc::new(SourceCore {
+            id,
+            ring: Arc::new(ring),
+            space: Arc::new(Bell::create()?),
+            policy: options.policy,
+            flush: options.flush,
+            inner: Mutex::new(inner),
+            unmasked: (AtomicU64::new(0), AtomicU64::new(u64::MAX)),
+            dirty: AtomicBool::new(false),
+            sender,
+        }))
+    }
+
+    pub(crate) fn ring(&self) -> &Arc<Ring> {
+        &self.ring
+    }
+
+    pub(crate) fn space(&self) -> &Arc<Bell> {
+        &self.space
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // What a panicking OUT-filter left behind is whole: it only had a mask to write.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The longest frame: two of them fit beside what a sink over a socket has not acknowledged.
+    fn frame_limit(&self) -> usize {
+        self.ring.capacity() / 2 - 64
+    }
+
+    pub(crate) fn submit(
+        self: &Arc<Self>,
+        event: &Submission<'_>,
+        block: bool,
+    ) -> Result<(), SubmitError> {
+        let bytes = event.size()?;
+        // Room for the largest mask too.
+        let limit = self.frame_limit() - HEADER_BYTES - MAX_SINKS / 8;
+        if bytes > limit {
+            return Err(EventError::TooLarge { bytes, limit }.into());
+        }
+        let mut inner = self.lock();
+        if inner.closed {
+            return Err(SubmitError::Closed);
+        }
+        if inner.bells.is_empty()
+            && inner.sockets.is_empty()
+            && inner.sinks.iter().all(Option::is_none)
+        {
+            inner.sequence += 1;
+            inner.counters.submitted += 1;
+            return Ok(());
+        }
+        let masked = inner.select(event)?;
+        if masked && inner.mask.iter().all(|word| *word == 0) {
+            inner.sequence += 1;
+            inner.counters.submitted += 1;
+            return Ok(());
+        }
+        let mask = if masked {
+            std::mem::take(&mut inner.mask)
+        } else {
+            Vec::new()
+        };
+        let header = Header::word(bytes, mask.len(), Kind::Event);
+        let stride = Header::read(header).stride();
+        if self.needs_announcing(&inner, event.kind) {
+            inner = self.announce(inner, event.kind, block)?;
+        }
+        inner = self.reserve(inner, stride, block)?;
+        self.ring.store(inner.head, header);
+        let mut pen = self.ring.pen(inner.head + HEADER_BYTES as u64);
+        event.encode(inner.sequence, |piece| pen.put(piece));
+        let mut end = pen.finish();
+        for word in &mask {
+            self.ring.store(end, *word);
+            end += 8;
+        }
+        if masked {
+            inner.mask = mask;
+        }
+        inner.sequence += 1;
+        inner.counters.submitted += 1;
+        self.publish(&mut inner, end);
+        let inline = self.wake(&mut inner);
+        if inner.waiting > 0 {
+            self.space.ring();
+        }
+        if let Some(sockets) = inline {
+            drop(inner);
+            self.send_now(&sockets);
+            self.lock().last = Instant::now();
+        }
+        Ok(())
+    }
+
+    fn publish(&self, inner: &mut Inner, end: u64) {
+        inner.head = end;
+        self.ring.cell(HEAD).store(end, Ordering::Release);
+    }
+
+    /// Tells all sinks that there is something; the sockets that this thread is to serve.
+    fn wake(self: &Arc<Self>, inner: &mut Inner) -> Option<Vec<Arc<SocketSink>>> {
+        // Between what was just published and whether somebody sleeps: see `Sink::sleep`.
+        fence(Ordering::SeqCst);
+        let now = Instant::now();
+        let few = inner.sockets.len() + inner.bells.len() <= INLINE_SINKS;
+        let inline = match self.flush {
+            Flush::Inline => true,
+            Flush::Background => false,
+            Flush::Auto => few && now.duration_since(inner.last) > BURST,
+        };
+        inner.last = now;
+        if !inline || self.dirty.load(Ordering::Relaxed) {
+            self.sender.enqueue(self);
+            return None;
+        }
+        wake_sleepers(&inner.bells);
+        (!inner.sockets.is_empty()).then(|| inner.sockets.clone())
+    }
+
+    /// Wakes the sinks in memory that sleep.
+    pub(crate) fn wake_sleepers(&self) {
+        let bells = self.lock().bells.clone();
+        wake_sleepers(&bells);
+    }
+
+    fn send_now(self: &Arc<Self>, sockets: &[Arc<SocketSink>]) {
+        for socket in sockets {
+            match socket.try_flush(self) {
+                // Somebody else is at it, or it takes no more now: the sender goes on.
+                None => self.sender.enqueue(self),
+                Some(Ok(())) => {}
+                Some(Err(_)) => self.detach(socket.id, Gone::Broken),
+            }
+        }
+    }
+
+    pub(crate) fn sockets(&self) -> Vec<Arc<SocketSink>> {
+        self.lock().sockets.clone()
+    }
+
+    /// Whether a type's descriptor is to go into the log: the first time, and, where a sink may lose what is
+    /// old, so often that it soon finds it after what it has lost.
+    fn needs_announcing(&self, inner: &Inner, kind: &EventType) -> bool {
+        match inner.types.get(&kind.id()) {
+            None => true,
+            Some((_, at)) => inner.lossy && inner.head - at > self.ring.capacity() as u64 / 4,
+        }
+    }
+
+    /// Puts a type's descriptor into the log.
+    fn announce<'a>(
+        self: &'a Arc<Self>,
+        inner: MutexGuard<'a, Inner>,
+        kind: &EventType,
+        block: bool,
+    ) -> Result<MutexGuard<'a, Inner>, SubmitError> {
+        if inner.types.len() >= MAX_TYPES && !inner.types.contains_key(&kind.id()) {
+            return Err(SubmitError::Types);
+        }
+        let body = kind.encode();
+        let header = Header::word(body.len(), 0, Kind::Type);
+        let mut inner = self.reserve(inner, Header::read(header).stride(), block)?;
+        // Another thread may have done it while this one waited.
+        if self.needs_announcing(&inner, kind) {
+            let at = inner.head;
+            self.ring.store(at, header);
+            let mut pen = self.ring.pen(inner.head + HEADER_BYTES as u64);
+            pen.put(&body);
+            let end = pen.finish();
+            self.publish(&mut inner, end);
+            inner.types.insert(kind.id(), (Arc::new(kind.clone()), at));
+        }
+        Ok(inner)
+    }
+
+    /// Waits until so many bytes can be written at the head.
+    fn reserve<'a>(
+        self: &'a Arc<Self>,
+        mut inner: MutexGuard<'a, Inner>,
+        bytes: usize,
+        block: bool,
+    ) -> Result<MutexGuard<'a, Inner>, SubmitError> {
+        let capacity = self.ring.capacity() as u64;
+        let mut waited = false;
+        while inner.head + bytes as u64 > inner.limit {
+            let floor = self.policy_floor(&mut inner);
+            inner.look(floor, capacity);
+            if inner.head + bytes as u64 <= inner.limit {
+                break;
+            }
+            if self.expel_slow(&mut inner, bytes) {
+                continue;
+            }
+            if !block {
+                return Err(SubmitError::Full);
+            }
+            // A quarter of the log free, so that not each event read wakes this thread; what was written at the most.
+            let wanted = (inner.head + bytes as u64 - capacity + capacity / 4).min(inner.head);
+            self.ring.cell(WANTED).store(wanted + 1, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            let floor = self.policy_floor(&mut inner);
+            inner.look(floor, capacity);
+            if inner.head + bytes as u64 <= inner.limit {
+                break;
+            }
+            if !waited {
+                inner.counters.waited += 1;
+                waited = true;
+            }
+            inner.waiting += 1;
+            // Whatever is in the log is to be sent: nobody else may do it while all wait here.
+            let sockets = !inner.sockets.is_empty();
+            drop(inner);
+            if sockets {
+                self.sender.enqueue(self);
+            }
+            let mut fds = [PollFd::new(&*self.space, PollFlags::IN)];
+            // Not for ever: a sink that went without a word is noticed then.
+            let limit = rustix::event::Timespec {
+                tv_sec: 1,
+                tv_nsec: 0,
+            };
+            let _ = poll(&mut fds, Some(&limit));
+            self.space.clear();
+            inner = self.lock();
+            inner.waiting -= 1;
+            if inner.closed {
+                return Err(SubmitError::Closed);
+            }
+        }
+        self.ring.cell(WANTED).store(0, Ordering::Relaxed);
+        self.move_tail(&mut inner, bytes as u64);
+        Ok(inner)
+    }
+
+    /// Moves the tail over what is about to be written over.
+    fn move_tail(&self, inner: &mut Inner, bytes: u64) {
+        let oldest = (inner.head + bytes).saturating_sub(self.ring.capacity() as u64);
+        if inner.tail >= oldest {
+            return;
+        }
+        while inner.tail < oldest {
+            inner.tail += Header::read(self.ring.load(inner.tail)).stride() as u64;
+        }
+        self.ring.cell(TAIL).store(inner.tail, Ordering::Relaxed);
+        // Readers that see what is written next see the tail too.
+        fence(Ordering::Release);
+    }
+
+    /// Up to where all have read that are waited for. Takes out those that are not to be believed or were awaited long enough.
+    fn policy_floor(&self, inner: &mut Inner) -> u64 {
+        let head = inner.head;
+        let mut floor = head;
+        let mut out = Vec::new();
+        for sink in inner.sinks.iter_mut().flatten() {
+            let late =
+                matches!(&sink.carrier, Carrier::Awaited { since, .. } if since.elapsed() > LINGER);
+            match sink.position(head) {
+                Some(_) if late => out.push((sink.sink, ENDED_LEFT)),
+                Some(position) if sink.policy != Policy::DropOldest => floor = floor.min(position),
+                Some(_) => {}
+                // One that drops events may be where the tail was.
+                None => out.push((sink.sink, ENDED_LEFT)),
+            }
+        }
+        for (sink, why) in out {
+            inner.remove(sink, why, &self.sender);
+        }
+        floor
+    }
+
+    /// Disconnects those that are slow and are to be. Whether there were any.
+    fn expel_slow(&self, inner: &mut Inner, bytes: usize) -> bool {
+        let oldest = (inner.head + bytes as u64).saturating_sub(self.ring.capacity() as u64);
+        let slow = inner.sinks.iter().flatten();
+        let slow: Vec<Uuid> = slow
+            .filter(|sink| sink.policy == Policy::Disconnect && sink.floor < oldest)
+            .map(|sink| sink.sink)
+            .collect();
+        for sink in &slow {
+            inner.remove(*sink, ENDED_SLOW, &self.sender);
+            inner.counters.expelled += 1;
+            if inner.expelled.len() == EXPELLED {
+                inner.expelled.pop_front();
+            }
+            inner.expelled.push_back(*sink);
+        }
+        !slow.is_empty()
+    }
+
+    fn attach(
+        &self,
+        inner: &mut Inner,
+        request: AttachRequest,
+        carrier: impl FnOnce(usize, u64, Policy) -> Carrier,
+    ) -> Result<Attached, AttachError> {
+        if inner.closed {
+            return Err(AttachError::Closed);
+        }
+        if inner.expelled.contains(&request.sink) {
+            return Err(AttachError::Slow);
+        }
+        let filter = request
+            .filter
+            .as_deref()
+            .map(SinkFilter::compile)
+            .transpose()?;
+        // One that comes again goes on after what it has got, if that is still there.
+        let mut position = inner.head;
+        if let Some(after) = request.after {
+            let old = inner
+                .sinks
+                .iter_mut()
+                .flatten()
+                .find(|sink| sink.sink == request.sink);
+            let from = old.map_or(inner.tail, |sink| sink.floor.max(inner.tail));
+            position = self.find(from, inner.head, after);
+        }
+        inner.remove(request.sink, ENDED_LEFT, &self.sender);
+        let slot = match inner.sinks.iter().position(Option::is_none) {
+            Some(slot) => slot,
+            None if inner.sinks.len() < MAX_SINKS => {
+                inner.sinks.push(None);
+                inner.sinks.len() - 1
+            }
+            None => return Err(AttachError::TooMany),
+        };
+        let policy = request.policy.unwrap_or(self.policy);
+        let mut state = State::default();
+        for (name, value) in request.state {
+            // Beyond the bounds it is as if it had not been said.
+            let _ = state.set(&name, value);
+        }
+        inner.sinks[slot] = Some(Attachment {
+            sink: request.sink,
+            policy,
+            types: request.types,
+            wanted: HashMap::new(),
+            filter,
+            state,
+            carrier: carrier(slot, position, policy),
+            floor: position,
+        });
+        inner.limit = inner.head;
+        inner.refresh(self);
+        let types = inner.types.values().map(|(kind, _)| kind.clone()).collect();
+        let ack_bytes = (self.ring.capacity() / 8).min(64 << 10) as u64;
+        Ok(Attached {
+            slot,
+            position,
+            ack_bytes,
+            types,
+        })
+    }
+
+    /// The first frame from `from` on that is an event after that one.
+    fn find(&self, from: u64, head: u64, after: u64) -> u64 {
+        let mut at = from;
+        while at < head {
+            let header = Header::read(self.ring.load(at));
+            let sequence =
+                u64::from_le_bytes(self.ring.load(at + HEADER_BYTES as u64).to_ne_bytes());
+            if header.kind == Some(Kind::Event) && sequence > after {
+                break;
+            }
+            at += header.stride() as u64;
+        }
+        at
+    }
+
+    pub(crate) fn attach_memory(
+        &self,
+        request: AttachRequest,
+        page: Arc<Page>,
+        bell: Arc<Bell>,
+    ) -> Result<Attached, AttachError> {
+        self.sender.run().map_err(AttachError::System)?;
+        let mut inner = self.lock();
+        let sequence = request.after.map_or(inner.sequence, |after| after + 1);
+        self.attach(&mut inner, request, |_, position, _| {
+            page.cell(CURSOR).store(position, Ordering::Release);
+            page.cell(FIRST).store(sequence, Ordering::Release);
+            Carrier::Memory(page, bell)
+        })
+    }
+
+    pub(crate) fn attach_socket(
+        self: &Arc<Self>,
+        request: AttachRequest,
+    ) -> Result<(Attached, SocketTicket), AttachError> {
+        let mut inner = self.lock();
+        let sink = request.sink;
+        let sequence = request.after.map_or(inner.sequence, |after| after + 1);
+        let mut made = None;
+        let chunk = (self.ring.capacity() / 8).min(256 << 10);
+        let attached = self.attach(&mut inner, request, |slot, position, policy| {
+            let lossy = policy == Policy::DropOldest;
+            let socket = Arc::new(SocketSink::new(
+                sink, slot, position, sequence, chunk, lossy,
+            ));
+            made = Some(socket.clone());
+            Carrier::Socket(socket)
+        })?;
+        let socket = made.ok_or(AttachError::Closed)?;
+        let ticket = SocketTicket::new(self.clone(), socket, self.sender.clone());
+        Ok((attached, ticket))
+    }
+
+    pub(crate) fn detach(&self, sink: Uuid, gone: Gone) {
+        let mut inner = self.lock();
+        let head = inner.head;
+        let found = inner
+            .sinks
+            .iter_mut()
+            .flatten()
+            .find(|other| other.sink == sink);
+        match (gone, found) {
+            (Gone::Broken, Some(found)) if !matches!(found.carrier, Carrier::Awaited { .. }) => {
+                let Some(position) = found.position(head) else {
+                    inner.remove(sink, ENDED_LEFT, &self.sender);
+                    return;
+                };
+                if let Carrier::Socket(socket) = &found.carrier {
+                    self.sender.forget(socket);
+                }
+                found.carrier = Carrier::Awaited {
+                    position,
+                    since: Instant::now(),
+                };
+                inner.refresh(self);
+            }
+            (Gone::Broken, _) => return,
+            (Gone::Left, _) => inner.remove(sink, ENDED_LEFT, &self.sender),
+        }
+        inner.limit = inner.head;
+        self.space.ring();
+    }
+
+    pub(crate) fn set_filter(&self, sink: Uuid, filter: Option<&str>) -> Result<(), FilterError> {
+        let filter = filter.map(SinkFilter::compile).transpose()?;
+        let mut inner = self.lock();
+        if let Some(found) = inner
+            .sinks
+            .iter_mut()
+            .flatten()
+            .find(|other| other.sink == sink)
+        {
+            found.filter = filter;
+        }
+        inner.refresh(self);
+        Ok(())
+    }
+
+    pub(crate) fn set_state(&self, sink: Uuid, name: &str, value: Value) -> bool {
+        let mut inner = self.lock();
+        let found = inner
+            .sinks
+            .iter_mut()
+            .flatten()
+            .find(|other| other.sink == sink);
+        found.is_some_and(|found| found.state.set(name, value).is_ok())
+    }
+
+    pub(crate) fn attached(&self) -> Vec<Uuid> {
+        let inner = self.lock();
+        let there = |sink: &&Attachment| !matches!(sink.carrier, Carrier::Awaited { .. });
+        inner
+            .sinks
+            .iter()
+            .flatten()
+            .filter(there)
+            .map(|sink| sink.sink)
+            .collect()
+    }
+
+    pub(crate) fn counters(&self) -> SourceCounters {
+        let inner = self.lock();
+        let dropped = inner
+            .sockets
+            .iter()
+            .map(|socket| socket.dropped())
+            .sum::<u64>();
+        SourceCounters {
+            dropped: inner.counters.dropped + dropped,
+            ..inner.counters
+        }
+    }
+
+    fn set_out_filter(&self, filter: Option<OutFilter>) {
+        let mut inner = self.lock();
+        inner.out_filter = filter;
+        inner.refresh(self);
+    }
+
+    /// Ends all attachments. What is in the log can still be read.
+    pub(crate) fn close(&self) {
+        let mut inner = self.lock();
+        inner.closed = true;
+        let sinks: Vec<Uuid> = inner.sinks.iter().flatten().map(|sink| sink.sink).collect();
+        for sink in sinks {
+            inner.remove(sink, ENDED_LEFT, &self.sender);
+        }
+        self.space.ring();
+    }
+}
+
+impl Inner {
+    fn look(&mut self, floor: u64, capacity: u64) {
+        self.limit = floor + capacity;
+    }
+
+    /// Which sinks get an event; false where all do.
+    fn select(&mut self, event: &Submission<'_>) -> Result<bool, SubmitError> {
+        if !self.selective {
+            return Ok(false);
+        }
+        self.scratch.clear();
+        let scratch = &mut self.scratch;
+        event.encode(self.sequence, |piece| scratch.extend_from_slice(piece));
+        let seen = EventRef::parse(&self.scratch, event.kind)?;
+        self.mask.clear();
+        self.mask.resize(self.sinks.len().div_ceil(64), 0);
+        let mut all = 0;
+        for (slot, sink) in self.sinks.iter_mut().enumerate() {
+            let Some(sink) = sink else { continue };
+            all += 1;
+            let passes = sink.wants(event.kind)
+                && sink
+                    .filter
+                    .as_mut()
+                    .is_none_or(|filter| filter.passes(&seen, event.kind, &sink.state));
+            if passes {
+                self.mask[slot / 64] |= 1 << (slot % 64);
+            }
+        }
+        if let Some(filter) = &mut self.out_filter {
+            filter(
+                &seen,
+                &mut SinkSet {
+                    sinks: &self.sinks,
+                    mask: &mut self.mask,
+                },
+            );
+        }
+        let chosen: u64 = self
+            .mask
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum();
+        self.counters.filtered += all - chosen;
+        Ok(true)
+    }
+
+    /// After the sinks or what decides about events have changed.
+    fn refresh(&mut self, core: &SourceCore) {
+        self.sockets.clear();
+        let mut bells = Vec::new();
+        let mut selective = self.out_filter.is_some();
+        self.lossy = false;
+        for sink in self.sinks.iter().flatten() {
+            self.lossy |= sink.policy == Policy::DropOldest;
+            selective |= sink.filter.is_some() || !sink.types.is_empty();
+            match &sink.carrier {
+                Carrier::Memory(page, bell) => bells.push((page.clone(), bell.clone())),
+                Carrier::Socket(socket) => self.sockets.push(socket.clone()),
+                Carrier::Awaited { .. } => {}
+            }
+        }
+        self.bells = Arc::new(bells);
+        if selective && !self.selective {
+            core.unmasked.1.store(self.head, Ordering::Release);
+        } else if !selective && self.selective {
+            core.unmasked.0.store(self.head, Ordering::Release);
+            core.unmasked.1.store(u64::MAX, Ordering::Release);
+        }
+        self.selective = selective;
+    }
+
+    fn remove(&mut self, sink: Uuid, why: u64, sender: &Sender) {
+        let Some(slot) = self
+            .sinks
+            .iter()
+            .position(|s| s.as_ref().is_some_and(|s| s.sink == sink))
+        else {
+            return;
+        };
+        let Some(gone) = self.sinks[slot].take() else {
+            return;
+        };
+        match gone.carrier {
+            Carrier::Memory(page, bell) => {
+                Arc::make_mut(&mut self.bells).retain(|(other, _)| !Arc::ptr_eq(other, &page));
+                page.cell(ENDED).store(why, Ordering::Release);
+                bell.ring();
+            }
+            Carrier::Socket(socket) => {
+                self.sockets.retain(|other| !Arc::ptr_eq(other, &socket));
+                self.counters.dropped += socket.dropped();
+                socket.end();
+                sender.forget(&socket);
+            }
+            Carrier::Awaited { .. } => {}
+        }
+        self.limit = self.head;
+    }
+}
+
+/// A source of events on a channel. It leaves the channel with its last clone.
+#[derive(Clone)]
+pub struct Source {
+    core: Arc<SourceCore>,
+    _keep: Arc<dyn Any + Send + Sync>,
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.core.fmt(f)
+    }
+}
+
+impl Source {
+    pub(crate) fn new(core: Arc<SourceCore>, keep: Arc<dyn Any + Send + Sync>) -> Source {
+        Source { core, _keep: keep }
+    }
+
+    /// Submits an event to all sinks that take it. Waits while a sink is slow that is to be waited for.
+    ///
+    /// # Errors
+    /// [`SubmitError`].
+    pub fn submit(&self, event: &Submission<'_>) -> Result<(), SubmitError> {
+        self.core.submit(event, true)
+    }
+
+    /// Submits an event, unless it would have to wait.
+    ///
+    /// # Errors
+    /// [`SubmitError::Full`] then; the others of [`SubmitError`].
+    pub fn try_submit(&self, event: &Submission<'_>) -> Result<(), SubmitError> {
+        self.core.submit(event, false)
+    }
+
+    /// Sets what decides, in this process, which sinks get an event.
+    pub fn set_out_filter(&self, filter: Option<OutFilter>) {
+        self.core.set_out_filter(filter);
+    }
+
+    /// How many sinks are attached.
+    pub fn sinks(&self) -> usize {
+        self.core.attached().len()
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> SourceCounters {
+        self.core.counters()
+    }
+}

@@ -1,0 +1,402 @@
+//! Streams between nodes before it is known what they carry, and who may have one.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker, ready};
+
+use rustix::event::PollFlags;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use rustls::pki_types::ServerName;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+use xbee_link::Link;
+use xbee_link::peer::{self, PeerListener};
+
+use crate::address::Address;
+use crate::tls::Tls;
+use crate::wire::Wire;
+
+/// The first byte of a TLS connection. Frames begin with a smaller one.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// What protects streams that leave the machine.
+#[derive(Debug, Clone)]
+pub(crate) struct Security {
+    pub tls: Option<Tls>,
+    /// They may go without.
+    pub plaintext: bool,
+    /// Those within the machine are protected too.
+    pub strict: bool,
+}
+
+impl Security {
+    /// Whether a connection may go without TLS though there is some.
+    fn trusts(&self, stream: &TcpStream) -> io::Result<bool> {
+        Ok(!self.strict && is_local(stream.local_addr()?, stream.peer_addr()?))
+    }
+}
+
+/// A connected stream.
+#[derive(Debug)]
+pub(crate) enum Stream {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+    Link(LinkStream),
+}
+
+fn refused(text: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, text)
+}
+
+/// Whether both ends are on this machine.
+fn is_local(ours: SocketAddr, theirs: SocketAddr) -> bool {
+    let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
+    ours.ip() == theirs.ip() || loopback(theirs.ip())
+}
+
+impl Stream {
+    /// Connects, with TLS where it must be.
+    pub(crate) async fn connect(address: &Address, security: &Security) -> io::Result<Stream> {
+        match address {
+            Address::Unix(path) => {
+                let stream = Stream::Unix(UnixStream::connect(path).await?);
+                stream.admit(security).await
+            }
+            Address::Vsock { cid, port } => {
+                let mut link = LinkStream::new(peer::dial(*cid, *port)?)?;
+                link.connected().await?;
+                Ok(Stream::Link(link))
+            }
+            Address::Tcp(address) => {
+                let stream = TcpStream::connect(SocketAddr::V6(*address)).await?;
+                stream.set_nodelay(true)?;
+                if security.trusts(&stream)? {
+                    return Ok(Stream::Tcp(stream));
+                }
+                match &security.tls {
+                    Some(tls) => {
+                        let name = ServerName::IpAddress(IpAddr::V6(*address.ip()).into());
+                        let connector = TlsConnector::from(tls.client.clone());
+                        let stream = connector.connect(name, stream).await?;
+                        Ok(Stream::Tls(Box::new(stream.into())))
+                    }
+                    None if security.plaintext => Ok(Stream::Tcp(stream)),
+                    None => Err(refused(
+                        "TLS is needed to get there, or plaintext must be allowed",
+                    )),
+                }
+            }
+        }
+    }
+
+    /// Looks at who has connected, and does TLS's part.
+    pub(crate) async fn admit(self, security: &Security) -> io::Result<Stream> {
+        match self {
+            Stream::Unix(stream) => {
+                let uid = stream.peer_cred()?.uid();
+                match uid == 0 || uid == rustix::process::getuid().as_raw() {
+                    true => Ok(Stream::Unix(stream)),
+                    false => Err(refused("another user's process")),
+                }
+            }
+            Stream::Tcp(stream) => {
+                stream.set_nodelay(true)?;
+                let local = security.trusts(&stream)?;
+                let mut first = [0];
+                stream.peek(&mut first).await?;
+                match (&security.tls, first[0] == TLS_HANDSHAKE) {
+                    (Some(tls), true) => {
+                        let acceptor = TlsAcceptor::from(tls.server.clone());
+                        let stream = acceptor.accept(stream).await?;
+                        Ok(Stream::Tls(Box::new(stream.into())))
+                    }
+                    (None, true) => Err(refused("TLS, and there is no certificate for it")),
+                    (_, false) if local || security.plaintext => Ok(Stream::Tcp(stream)),
+                    (_, false) => Err(refused("it comes without TLS")),
+                }
+            }
+            Stream::Tls(_) | Stream::Link(_) => Ok(self),
+        }
+    }
+
+    /// The same for events, which goes on at the byte at which this has stopped.
+    pub(crate) fn into_wire(self) -> io::Result<Wire> {
+        Ok(match self {
+            Stream::Unix(stream) => Wire::Plain(stream.into_std()?.into()),
+            Stream::Tcp(stream) => Wire::Plain(stream.into_std()?.into()),
+            Stream::Tls(stream) => match *stream {
+                TlsStream::Client(stream) => {
+                    let (stream, connection) = stream.into_inner();
+                    Wire::tls(stream.into_std()?.into(), connection.into())
+                }
+                TlsStream::Server(stream) => {
+                    let (stream, connection) = stream.into_inner();
+                    Wire::tls(stream.into_std()?.into(), connection.into())
+                }
+            },
+            Stream::Link(stream) => Wire::Link(stream.link),
+        })
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Unix(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Stream::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Stream::Link(stream) => stream.poll_read(cx, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Stream::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Stream::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Stream::Link(stream) => stream.poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
+            Stream::Unix(_) | Stream::Tcp(_) | Stream::Link(_) => Poll::Ready(Ok(())),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Link(_) => Poll::Ready(Ok(())),
+        }
+    }
+}
+
+/// Tells of what happens to a descriptor.
+fn events(fd: BorrowedFd<'_>, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    let fd = fd.try_clone_to_owned()?;
+    // SAFETY: an `OwnedFd` stays open, under one number, for as long as it exists.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
+}
+
+/// A link in the runtime.
+#[derive(Debug)]
+pub(crate) struct LinkStream {
+    link: Link,
+    events: AsyncFd<OwnedFd>,
+    /// Who waits to write where the descriptor tells of all changes by being readable.
+    writer: Option<Waker>,
+}
+
+impl LinkStream {
+    pub(crate) fn new(link: Link) -> io::Result<LinkStream> {
+        let events = events(link.as_fd(), Interest::READABLE | Interest::WRITABLE)?;
+        Ok(LinkStream {
+            link,
+            events,
+            writer: None,
+        })
+    }
+
+    /// Waits until the other end is there.
+    async fn connected(&mut self) -> io::Result<()> {
+        let interest = match self.link.interest(true) {
+            Some(flags) if flags.contains(PollFlags::OUT) => Interest::WRITABLE,
+            _ => Interest::READABLE,
+        };
+        loop {
+            let mut ready = self.events.ready(interest).await?;
+            if self.link.connected()? {
+                return Ok(());
+            }
+            ready.clear_ready();
+        }
+    }
+
+    fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        loop {
+            match self.link.read(buffer.initialize_unfilled()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => {
+                    buffer.advance(read?);
+                    return Poll::Ready(Ok(()));
+                }
+            }
+            let mut ready = ready!(self.events.poll_read_ready(cx))?;
+            if let Some(writer) = self.writer.take() {
+                writer.wake();
+            }
+            match self.link.read(buffer.initialize_unfilled()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+                read => {
+                    buffer.advance(read?);
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            match self.link.write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => return Poll::Ready(written),
+            }
+            let interest = self.link.interest(true);
+            if !interest.is_some_and(|flags| flags.contains(PollFlags::OUT)) {
+                // Whoever reads, and of a control connection somebody always does, wakes this.
+                self.writer = Some(cx.waker().clone());
+                return Poll::Pending;
+            }
+            let mut ready = ready!(self.events.poll_write_ready(cx))?;
+            match self.link.write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+                written => return Poll::Ready(written),
+            }
+        }
+    }
+}
+
+/// Takes streams.
+#[derive(Debug)]
+pub(crate) enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+    Vsock(PeerListener, AsyncFd<OwnedFd>),
+}
+
+impl Listener {
+    /// Listens, within the runtime. A unix socket that nobody listens at any more is replaced.
+    pub(crate) fn bind(address: &Address) -> io::Result<Listener> {
+        match address {
+            Address::Unix(path) => {
+                let dead = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
+                if let Err(error) = std::os::unix::net::UnixStream::connect(path)
+                    && dead(&error)
+                {
+                    std::fs::remove_file(path)?;
+                }
+                Ok(Listener::Unix(UnixListener::bind(path)?))
+            }
+            Address::Vsock { port, .. } => {
+                let listener = PeerListener::bind(*port)?;
+                let events = events(listener.as_fd(), Interest::READABLE)?;
+                Ok(Listener::Vsock(listener, events))
+            }
+            Address::Tcp(address) => {
+                let socket = tokio::net::TcpSocket::new_v6()?;
+                // Connections of before may linger.
+                socket.set_reuseaddr(true)?;
+                socket.bind(SocketAddr::V6(*address))?;
+                Ok(Listener::Tcp(socket.listen(BACKLOG)?))
+            }
+        }
+    }
+
+    /// Where it listens, if the system chose.
+    pub(crate) fn tcp_port(&self) -> Option<u16> {
+        match self {
+            Listener::Tcp(listener) => listener.local_addr().ok().map(|address| address.port()),
+            Listener::Unix(_) | Listener::Vsock(..) => None,
+        }
+    }
+
+    /// The next stream, before [`Stream::admit`].
+    pub(crate) async fn accept(&mut self) -> io::Result<Stream> {
+        match self {
+            Listener::Unix(listener) => Ok(Stream::Unix(listener.accept().await?.0)),
+            Listener::Tcp(listener) => Ok(Stream::Tcp(listener.accept().await?.0)),
+            Listener::Vsock(listener, events) => loop {
+                if let Some((link, _)) = listener.accept()? {
+                    return Ok(Stream::Link(LinkStream::new(link)?));
+                }
+                let mut ready = events.readable().await?;
+                match listener.accept()? {
+                    Some((link, _)) => return Ok(Stream::Link(LinkStream::new(link)?)),
+                    None => ready.clear_ready(),
+                }
+            },
+        }
+    }
+}
+
+/// Connections that wait to be accepted.
+const BACKLOG: u32 = 256;
+
+/// Sends two descriptors with one byte.
+pub(crate) async fn send_fds(stream: &UnixStream, fds: [BorrowedFd<'_>; 2]) -> io::Result<()> {
+    let send = || {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        let byte = [IoSlice::new(&[0])];
+        let sent = sendmsg(stream.as_fd(), &byte, &mut control, SendFlags::NOSIGNAL)?;
+        Ok(sent)
+    };
+    stream.async_io(Interest::WRITABLE, send).await.map(drop)
+}
+
+/// Receives what [`send_fds`] has sent.
+pub(crate) async fn receive_fds(stream: &UnixStream) -> io::Result<[OwnedFd; 2]> {
+    let receive = || {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut byte = [0];
+        let mut parts = [IoSliceMut::new(&mut byte)];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let got = recvmsg(stream.as_fd(), &mut parts, &mut control, flags)?;
+        if got.bytes == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let mut fds = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
+        fds.try_into()
+            .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "expected two descriptors"))
+    };
+    stream.async_io(Interest::READABLE, receive).await
+}
+
+/// Waits until the other side has closed.
+pub(crate) async fn ended(stream: &UnixStream) {
+    let mut byte = [0; 16];
+    loop {
+        if stream.readable().await.is_err() {
+            return;
+        }
+        match stream.try_read(&mut byte) {
+            Ok(1..) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Ok(0) | Err(_) => return,
+        }
+    }
+}
