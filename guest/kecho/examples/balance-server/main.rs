@@ -3,8 +3,9 @@
 //! Each server takes requests from clients and works on those of all. A group has three channels: `GROUP.requests` for
 //! requests and cancels, `GROUP.answers`, and `GROUP.load`, on which servers tell how many requests are in them. An OUT-filter
 //! at the source of a request sends it to the servers that the policy has picked by their load, an IN-filter at the sink of
-//! answers drops the second one, and a cancel stops the others. `/counts` is what a server did; any other path is a request,
-//! which takes 38 ms or what it says itself, as in `/page?ms=100`. `balance-server cid` prints a guest's context identifier.
+//! answers drops the second one, and a cancel stops the others. Nobody waits for a server that is slow or dead: the channels
+//! drop what it does not read. `/counts` is what a server did; any other path is a request, which takes 38 ms or what it says
+//! itself, as in `/page?ms=100`. `balance-server cid` prints a guest's context identifier.
 
 mod http;
 mod message;
@@ -14,13 +15,13 @@ use std::collections::hash_map::RandomState;
 use std::error::Error;
 use std::hash::{BuildHasher, Hasher};
 use std::net::TcpListener;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::thread::spawn;
 use std::time::Duration;
 
 use xbee_kecho::balance::{Options, ServerId};
 use xbee_kecho::{
-    ChannelOptions, Config, Event, EventRef, Node, Sink, SinkOptions, SinkSet, Source, Submission,
+    ChannelOptions, Config, EventRef, Node, Policy, Sink, SinkOptions, SinkSet, Source, Submission,
     Value,
 };
 
@@ -28,7 +29,7 @@ use crate::message::{Message, Types, address, is_for};
 use crate::service::{Outgoing, Reply, Service};
 
 const USAGE: &str = "usage: balance-server --registry ADDRESS --listen ADDRESS:PORT [--group NAME] [--copies N] \
-                     [--copy-load N] [--forward-ms MS]\n       balance-server cid";
+                     [--copy-load N] [--forward-ms MS] [--slow N]\n       balance-server cid";
 /// The state of a sink that says whose it is.
 const SERVER: &str = "server";
 
@@ -37,6 +38,8 @@ struct Arguments {
     listen: String,
     group: String,
     options: Options,
+    /// A request takes so many times as long.
+    slow: u32,
 }
 
 impl Arguments {
@@ -44,6 +47,7 @@ impl Arguments {
         let (mut registry, mut listen) = (None, None);
         let mut group = "web".to_owned();
         let mut options = Options::default();
+        let mut slow = 1;
         while let Some(name) = words.next() {
             let value = words.next().ok_or(USAGE)?;
             match name.as_str() {
@@ -53,6 +57,7 @@ impl Arguments {
                 "--copies" => options.copies = value.parse()?,
                 "--copy-load" => options.copy_load = value.parse()?,
                 "--forward-ms" => options.forward_after = Duration::from_millis(value.parse()?),
+                "--slow" => slow = value.parse()?,
                 _ => return Err(USAGE.into()),
             }
         }
@@ -61,6 +66,7 @@ impl Arguments {
             listen: listen.ok_or(USAGE)?,
             group,
             options,
+            slow,
         })
     }
 }
@@ -73,19 +79,25 @@ struct Line {
 
 impl Line {
     fn open(node: &Node, name: &str, own: ServerId) -> Result<Line, Box<dyn Error>> {
-        let channel = node.open_or_create(name, ChannelOptions::default())?;
+        let options = ChannelOptions {
+            policy: Policy::DropOldest,
+            ..ChannelOptions::default()
+        };
+        let channel = node.open_or_create(name, options)?;
         let source = channel.source()?;
         // To those whom the event names, all if it names none.
         source.set_out_filter(Some(Box::new(
             |event: &EventRef<'_>, sinks: &mut SinkSet<'_>| {
-                sinks.keep_only(|sink| match sink.state(SERVER) {
+                sinks.retain(|sink| match sink.state(SERVER) {
                     Some(Value::Int(server)) => is_for(event, ServerId(server.cast_unsigned())),
                     _ => false,
                 });
             },
         )));
-        let sink = channel.sink(SinkOptions::default())?;
-        sink.set_state(SERVER, Value::Int(own.0.cast_signed()))?;
+        let sink = channel.sink(SinkOptions {
+            state: vec![(SERVER.to_owned(), Value::Int(own.0.cast_signed()))],
+            ..SinkOptions::default()
+        })?;
         Ok(Line { source, sink })
     }
 }
@@ -134,7 +146,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         }
     };
-    let service = Arc::new(Service::new(own, arguments.options, send));
+    let service = Arc::new(Service::new(own, arguments.options, arguments.slow, send));
 
     let (filter, kinds) = (service.clone(), types.clone());
     answers
@@ -148,12 +160,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     for sink in [requests.sink, answers.sink, load.sink] {
         let (service, types) = (service.clone(), types.clone());
         spawn(move || {
+            let mut lost = 0;
             loop {
                 match sink.receive() {
                     Ok(event) => {
-                        if let Some(message) = types.decode(&event.borrow()) {
+                        if let Some(message) = types.decode(&event.get()) {
                             service.receive(message);
                         }
+                        let dropped = sink.counters().dropped;
+                        service.lost(dropped - lost);
+                        lost = dropped;
                     }
                     Err(error) => {
                         // Without its channels a server is none.
@@ -167,6 +183,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (time, work) = (service.clone(), service.clone());
     spawn(move || time.keep_time());
     spawn(move || work.work());
+    println!("listening at {}", listener.local_addr()?);
     http::serve(&listener, move |path| respond(&service, path));
     Ok(())
 }
@@ -187,17 +204,14 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::io::{Read, Write};
-    use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+    use std::net::{Shutdown, SocketAddr, TcpStream};
     use std::sync::mpsc::{Sender, channel};
-    use std::sync::{Arc, OnceLock};
-    use std::thread::{sleep, spawn};
-    use std::time::Duration;
+    use std::sync::OnceLock;
+    use std::thread::sleep;
 
-    use xbee_kecho::balance::{FORWARD_AFTER, Options, RequestId, ServerId};
+    use xbee_kecho::balance::{FORWARD_AFTER, RequestId};
 
     use super::*;
-    use crate::message::Message;
-    use crate::service::{Outgoing, Reply, Service};
 
     /// Servers 0, 1, ... of which a message gets to another through a queue, in order; `silent` does nothing.
     fn group(servers: u64, options: Options, silent: Option<u64>) -> Vec<Arc<Service>> {
@@ -214,7 +228,7 @@ mod tests {
                     }
                 }
             };
-            let service = Arc::new(Service::new(ServerId(own), options, send));
+            let service = Arc::new(Service::new(ServerId(own), options, 1, send));
             let (sender, receiver) = channel();
             senders.push(sender);
             let other = service.clone();

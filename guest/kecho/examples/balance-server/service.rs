@@ -35,6 +35,8 @@ pub enum Reply {
 pub struct Service {
     own: ServerId,
     begun: Instant,
+    /// A request takes so many times as long as it says.
+    slow: u32,
     state: Mutex<State>,
     /// Something in the state.
     changed: Condvar,
@@ -53,13 +55,16 @@ struct State {
     worked: u64,
     /// Requests that a cancel stopped.
     stopped: u64,
+    /// Events that did not come because they were not read in time.
+    lost: u64,
 }
 
 impl Service {
-    /// A server that sends by `send`, which may wait.
+    /// A server that takes `slow` times as long as others and sends by `send`, which may wait.
     pub fn new(
         own: ServerId,
         options: Options,
+        slow: u32,
         send: impl Fn(Outgoing) + Send + Sync + 'static,
     ) -> Service {
         let state = State {
@@ -70,10 +75,12 @@ impl Service {
             paths: HashMap::new(),
             worked: 0,
             stopped: 0,
+            lost: 0,
         };
         Service {
             own,
             begun: Instant::now(),
+            slow,
             state: Mutex::new(state),
             changed: Condvar::new(),
             send: Box::new(send),
@@ -153,6 +160,11 @@ impl Service {
         self.send_all(state, out);
     }
 
+    /// So many more events did not come.
+    pub fn lost(&self, events: u64) {
+        self.lock().lost += events;
+    }
+
     /// Works on requests, for ever.
     pub fn work(&self) {
         let mut state = self.lock();
@@ -162,7 +174,7 @@ impl Service {
                 continue;
             };
             let path = state.paths.remove(&request).unwrap_or_default();
-            let done = self.now() + work_of(&path);
+            let done = self.now() + work_of(&path) * self.slow;
             while state.worker.is_wanted(request) && self.now() < done {
                 state = self.wait(state, Some(done));
             }
@@ -224,6 +236,7 @@ impl Service {
             ("cancelled", cancelled),
             ("worked", state.worked),
             ("stopped", state.stopped),
+            ("lost", state.lost),
             ("load", state.worker.load().into()),
             ("known", state.front.known(self.now()) as u64),
         ] {
