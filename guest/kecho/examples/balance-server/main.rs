@@ -15,6 +15,7 @@ use std::collections::hash_map::RandomState;
 use std::error::Error;
 use std::hash::{BuildHasher, Hasher};
 use std::net::TcpListener;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread::spawn;
 use std::time::Duration;
@@ -102,7 +103,21 @@ impl Line {
     }
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    let Err(error) = run() else {
+        return ExitCode::SUCCESS;
+    };
+    eprint!("balance-server: {error}");
+    let mut source = error.source();
+    while let Some(cause) = source {
+        eprint!(": {cause}");
+        source = cause.source();
+    }
+    eprintln!();
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let mut words = std::env::args().skip(1).peekable();
     if words.peek().is_some_and(|word| word == "cid") {
         println!("{}", xbee_link::peer::local_cid()?);
@@ -205,8 +220,8 @@ mod tests {
 
     use std::io::{Read, Write};
     use std::net::{Shutdown, SocketAddr, TcpStream};
-    use std::sync::mpsc::{Sender, channel};
     use std::sync::OnceLock;
+    use std::sync::mpsc::{Sender, channel};
     use std::thread::sleep;
 
     use xbee_kecho::balance::{FORWARD_AFTER, RequestId};
