@@ -17,7 +17,7 @@ use crate::memory::{Bell, Page, Ring};
 use crate::message::{self, Answer, Attach, Position, Purpose, Role};
 use crate::node::{DialError, Shared, local_node};
 use crate::sink::SinkCore;
-use crate::source::{AttachError, Attached, Gone, SourceCore};
+use crate::source::{AttachError, Attached, Gone, SourceCore, Way};
 use crate::stream::{self, Stream};
 use crate::types::EventType;
 
@@ -231,7 +231,8 @@ impl Shared {
             let found = found.map_err(|(code, text)| Failure::Refused { code, text })?;
             let page = core.new_page()?;
             let sink = request.sink;
-            let attached = found.attach_memory(request, page.clone(), core.bell().clone())?;
+            let attached =
+                found.attach_memory(request, Way::Process, page.clone(), core.bell().clone())?;
             core.add_memory(
                 source,
                 found.ring().clone(),
@@ -349,12 +350,18 @@ impl Shared {
             before.abort();
         }
         let shared = memory.is_some();
+        let way = match &*stream {
+            Stream::Unix(_) => Way::SharedMemory,
+            Stream::Link(_) => Way::Vsock,
+            Stream::Tcp(_) => Way::Tcp,
+            Stream::Tls(_) => Way::Tls,
+        };
         let attached = match memory {
             Some((page, bell)) => found
-                .attach_memory(attach.request(), page, bell)
+                .attach_memory(attach.request(), way, page, bell)
                 .map(|attached| (attached, None)),
             None => found
-                .attach_socket(attach.request())
+                .attach_socket(attach.request(), way)
                 .map(|(attached, ticket)| (attached, Some(ticket))),
         };
         let (attached, ticket) = match attached {

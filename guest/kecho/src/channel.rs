@@ -13,7 +13,7 @@ use crate::attach::{ATTACH_TIME, Progress, refused};
 use crate::error::Error;
 use crate::filter::SinkFilter;
 use crate::membership::{ANSWER, Membership, RETRY, SEARCH, SinkPort, SourcePort};
-use crate::message::{Described, MAX_PORTS, Reply, Request, Role, is_channel_name};
+use crate::message::{MAX_PORTS, Reply, Request, Role, is_channel_name};
 use crate::node::{MAX_CHANNELS, Node, Owner, Shared, State, local_node};
 use crate::sink::{Sink, SinkCore, SinkHome, SinkOptions};
 use crate::source::{Flush, Policy, Source, SourceCore, SourceOptions};
@@ -462,47 +462,6 @@ impl Channel {
             .owner
             .wait(async move { node.destroy(&name, instance).await })
     }
-
-    /// What this node knows of the channel, in lines of text.
-    ///
-    /// # Errors
-    /// [`Error::Destroyed`].
-    pub fn describe(&self) -> Result<String, Error> {
-        match self
-            .participation
-            .shared()
-            .serve_describe(&self.participation.name)
-        {
-            Reply::Described(described) => Ok(describe(&described)),
-            _ => Err(self.participation.gone()),
-        }
-    }
-}
-
-fn describe(described: &Described) -> String {
-    let mut out = format!("contact {} epoch {}\n", described.contact, described.epoch);
-    for (number, participant) in &described.participants {
-        let count = |role| {
-            participant
-                .ports
-                .iter()
-                .filter(|port| port.role == role)
-                .count()
-        };
-        let (sources, sinks) = (count(Role::Source), count(Role::Sink));
-        out += &format!(
-            "{number} {} sources {sources} sinks {sinks}\n",
-            participant.node
-        );
-    }
-    for counted in &described.sources {
-        let counters = &counted.counters;
-        out += &format!(
-            "source {} sinks {} {counters:?}\n",
-            counted.source, counted.sinks
-        );
-    }
-    out
 }
 
 fn room_for_port(m: &Membership) -> Result<(), Error> {

@@ -1,10 +1,41 @@
 //! Event channels between guests and hosts: publish and subscribe, with filters at the source.
+//!
+//! ```
+//! use xbee_kecho::{ChannelOptions, Config, EventType, FieldKind, Node, SinkOptions, Submission, Value};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let node = Node::start(Config::default())?;
+//! let channel = node.create("load", ChannelOptions::default())?;
+//! // The filter runs where the events are submitted: what it does not want goes nowhere.
+//! let sink = channel.sink(SinkOptions {
+//!     filter: Some("cpu < 0.5 && @host != \"a\"".to_owned()),
+//!     ..SinkOptions::default()
+//! })?;
+//! let source = channel.source()?;
+//! let load = EventType::new("load", 1, [("cpu", FieldKind::F64)])?;
+//! for (host, cpu) in [("a", 0.1), ("b", 0.9), ("c", 0.2)] {
+//!     source.submit(&Submission {
+//!         kind: &load,
+//!         attributes: &[("host", Value::from(host))],
+//!         payload: &load.payload(&[Value::from(cpu)])?,
+//!     })?;
+//! }
+//! let event = sink.receive()?;
+//! assert_eq!(event.get().attribute("host"), Some(Value::from("c").borrow()));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Members of a channel in other processes find it by its name at a registry ([`Config::registry`],
+//! `kechod registry`), or at another member ([`Node::open_at`]). Events go from each source to each
+//! sink directly, by the shortest way there is.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod address;
 mod attach;
 pub mod balance;
+mod callback;
 mod channel;
 mod control;
 mod error;
@@ -20,6 +51,7 @@ pub mod registry;
 mod sink;
 mod socket;
 mod source;
+mod status;
 mod stream;
 mod tls;
 pub mod types;
@@ -27,6 +59,7 @@ pub mod value;
 mod wire;
 
 pub use address::{Address, AddressError, NodeAddress};
+pub use callback::Callback;
 pub use channel::{Channel, ChannelOptions};
 pub use error::Error;
 pub use event::{EventError, EventRef, Submission};
@@ -38,7 +71,9 @@ pub use registry::{Registry, RegistryConfig};
 pub use sink::{Batch, Event, InFilter, Sink, SinkCounters, SinkOptions};
 pub use source::{
     Flush, OutFilter, Policy, SinkSet, SinkView, Source, SourceCounters, SubmitError, TypeSelector,
+    Way,
 };
+pub use status::{NodeStatus, SourceStatus, Status};
 pub use tls::TlsFiles;
 pub use types::{EventType, FieldKind, TypeError};
 pub use value::Value;

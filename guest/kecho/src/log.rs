@@ -42,6 +42,8 @@ pub enum Kind {
     Type,
     /// On sockets only: how many events were dropped before the next one, 8 bytes.
     Dropped,
+    /// On sockets only: the source has left, and nothing follows.
+    End,
 }
 
 /// The word before a body.
@@ -62,6 +64,7 @@ impl Header {
             Kind::Event => 1,
             Kind::Type => 2,
             Kind::Dropped => 3,
+            Kind::End => 4,
         };
         (bytes as u64 & 0xffff_ffff) | ((mask_words as u64 & 0xffff) << 32) | (kind << 48)
     }
@@ -75,6 +78,7 @@ impl Header {
                 1 => Some(Kind::Event),
                 2 => Some(Kind::Type),
                 3 => Some(Kind::Dropped),
+                4 => Some(Kind::End),
                 _ => None,
             },
         }

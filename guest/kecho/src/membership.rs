@@ -14,8 +14,7 @@ use crate::channel::{ChannelOptions, Participation};
 use crate::control::{Control, End};
 use crate::error::Error;
 use crate::message::{
-    Counted, Described, Joined, MAX_CHANNEL_PORTS, MAX_PARTICIPANTS, Notice, Participant, Port,
-    Reply, Request, Role,
+    Joined, MAX_CHANNEL_PORTS, MAX_PARTICIPANTS, Notice, Participant, Port, Reply, Request, Role,
 };
 use crate::node::{DialError, Shared};
 use crate::sink::SinkCore;
@@ -192,7 +191,7 @@ impl Membership {
         }
     }
 
-    fn list(&self) -> Vec<(u32, Participant)> {
+    pub(crate) fn list(&self) -> Vec<(u32, Participant)> {
         self.participants
             .iter()
             .map(|(number, p)| (*number, p.clone()))
@@ -414,34 +413,6 @@ impl Shared {
         self.destroyed(&mut state.channels, channel);
         self.registry_forget(channel);
         Reply::Done
-    }
-
-    pub(crate) fn serve_describe(&self, channel: &str) -> Reply {
-        let state = self.state();
-        let Some(m) = state.channels.get(channel) else {
-            let text = format!("this node is not in the channel '{channel}'");
-            return Reply::Refused {
-                code: STRANGER.to_owned(),
-                text,
-            };
-        };
-        Reply::Described(Described {
-            epoch: m.epoch,
-            contact: match &m.contact {
-                Contact::Me(_) => self.address.clone(),
-                Contact::Other { address, .. } => address.clone(),
-            },
-            participants: m.list(),
-            sources: m
-                .sources
-                .values()
-                .map(|source| Counted {
-                    source: source.core.id,
-                    sinks: source.core.attached().len() as u32,
-                    counters: source.core.counters(),
-                })
-                .collect(),
-        })
     }
 
     /// Gives a participant that has gone some time to come back.
@@ -1004,4 +975,4 @@ impl Shared {
 }
 
 /// Says of a refusal that the node asked is not in the channel.
-const STRANGER: &str = "no-such-channel";
+pub(crate) const STRANGER: &str = "no-such-channel";

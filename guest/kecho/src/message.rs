@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::address::{MAX_BOOT_BYTES, NodeAddress, id};
 use crate::channel::ChannelOptions;
-use crate::source::{AttachRequest, Policy, SourceCounters, TypeSelector};
+use crate::source::{AttachRequest, Policy, SourceCounters, TypeSelector, Way};
 use crate::value::Value;
 
 /// The version of all this.
@@ -379,9 +379,13 @@ pub(crate) struct Described {
 pub(crate) struct Counted {
     #[cbor(n(0), with = "id")]
     pub source: Uuid,
+    /// Attached sinks, by the way to them.
     #[n(1)]
-    pub sinks: u32,
+    pub sinks: Vec<(Way, u32)>,
+    /// What the slowest of them has not read yet, in bytes.
     #[n(2)]
+    pub behind: u64,
+    #[n(3)]
     pub counters: SourceCounters,
 }
 

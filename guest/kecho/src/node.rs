@@ -412,6 +412,7 @@ impl Node {
                 node.leave_all().await;
             });
             nodes().remove(&node.id);
+            node.sender.wait(SHUTDOWN);
             node.sender.stop();
             // The directory may have been removed.
             let _ = std::fs::remove_file(socket);

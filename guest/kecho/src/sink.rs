@@ -475,7 +475,7 @@ impl InLink {
                     counters.dropped += count;
                     self.lossy = true;
                 }
-                None => {
+                Some(Kind::End) | None => {
                     return Step::Over {
                         again: false,
                         slow: false,
@@ -568,6 +568,10 @@ impl Sink {
         Sink { core, home }
     }
 
+    pub(crate) fn core(&self) -> &Arc<SinkCore> {
+        &self.core
+    }
+
     /// The next event; waits for it.
     ///
     /// # Errors
@@ -601,12 +605,29 @@ impl Sink {
     /// # Errors
     /// As [`Sink::receive`].
     pub fn receive_batch(&self, batch: &mut Batch, max: usize) -> Result<(), Error> {
+        while max > 0 {
+            self.receive_batch_timeout(batch, max, None)?;
+            if !batch.is_empty() {
+                return Ok(());
+            }
+        }
+        batch.clear();
+        Ok(())
+    }
+
+    /// As [`Sink::receive_batch`], but leaves the batch empty if no event comes within this time.
+    ///
+    /// # Errors
+    /// As [`Sink::receive`].
+    pub fn receive_batch_timeout(
+        &self,
+        batch: &mut Batch,
+        max: usize,
+        limit: Option<Duration>,
+    ) -> Result<(), Error> {
         batch.clear();
         let mut receiver = locked(&self.core.receiver);
-        while batch.is_empty() && max > 0 {
-            self.take(&mut receiver, batch, max, None)?;
-        }
-        Ok(())
+        self.take(&mut receiver, batch, max, limit)
     }
 
     /// Never sleeps while it waits, for the last microseconds: it takes a core.

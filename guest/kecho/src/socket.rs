@@ -4,8 +4,10 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, TryLockError, Weak};
+use std::time::{Duration, Instant};
 
+use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use uuid::Uuid;
@@ -18,6 +20,9 @@ use crate::wire::Wire;
 /// Bytes of an acknowledgement: how many bytes of the stream were read, little endian.
 pub(crate) const ACK_BYTES: usize = 8;
 
+/// How long the sinks of a source that has left may take to read what it has submitted before.
+const LEAVING: Duration = Duration::from_secs(5);
+
 /// What was sent to a sink.
 #[derive(Debug)]
 pub(crate) struct SocketSink {
@@ -27,6 +32,8 @@ pub(crate) struct SocketSink {
     lossy: bool,
     acked: AtomicU64,
     dropped: AtomicU64,
+    /// The source has left: what is in its log is sent, and then the end.
+    leaving: AtomicBool,
     outgoing: Mutex<Outgoing>,
 }
 
@@ -46,6 +53,8 @@ struct Outgoing {
     /// An acknowledgement that has come in part.
     ack: Vec<u8>,
     next: Next,
+    /// The end was sent or staged.
+    ended: bool,
 }
 
 /// The event that comes next.
@@ -77,6 +86,7 @@ impl SocketSink {
                 sequence,
                 overrun: false,
             },
+            ended: false,
         };
         SocketSink {
             id,
@@ -85,6 +95,7 @@ impl SocketSink {
             lossy,
             acked: AtomicU64::new(position),
             dropped: AtomicU64::new(0),
+            leaving: AtomicBool::new(false),
             outgoing: Mutex::new(outgoing),
         }
     }
@@ -96,6 +107,11 @@ impl SocketSink {
 
     pub(crate) fn dropped(&self) -> u64 {
         self.dropped.load(Ordering::Relaxed)
+    }
+
+    /// Has the end sent after what is in the log. The sink closes the stream when it has read it.
+    pub(crate) fn leave(&self) {
+        self.leaving.store(true, Ordering::SeqCst);
     }
 
     /// Closes the stream.
@@ -129,6 +145,7 @@ impl SocketSink {
             stream,
             marks,
             next,
+            ended,
             ..
         } = outgoing
         else {
@@ -139,12 +156,19 @@ impl SocketSink {
             while *written < staging.len() {
                 *written += wire.write(&staging[*written..])?;
             }
+            let leaving = self.leaving.load(Ordering::SeqCst);
             let head = ring.cell(HEAD).load(Ordering::Acquire);
-            if *sent == head {
-                return wire.flush();
-            }
             staging.clear();
             *written = 0;
+            if *sent == head {
+                if !leaving || *ended {
+                    return wire.flush();
+                }
+                staging.extend(Header::word(0, 0, Kind::End).to_le_bytes());
+                *stream += staging.len() as u64;
+                *ended = true;
+                continue;
+            }
             let unmasked =
                 core.unmasked.0.load(Ordering::Acquire)..core.unmasked.1.load(Ordering::Acquire);
             if let (false, true, Some(socket)) = (self.lossy, unmasked.contains(sent), wire.plain())
@@ -270,6 +294,8 @@ pub(crate) struct Sender {
     /// The thread sleeps, or is about to.
     idle: AtomicBool,
     state: Mutex<State>,
+    /// The last of those has gone that were leaving.
+    gone: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -279,6 +305,8 @@ struct State {
     sockets: HashMap<u64, (Weak<SourceCore>, Arc<SocketSink>)>,
     /// Streams that have something to do without their descriptors saying so.
     ready: Vec<u64>,
+    /// Sources that have left, with something in their logs, and when they go all the same.
+    leaving: Vec<(Arc<SourceCore>, Instant)>,
     next: u64,
     stop: bool,
 }
@@ -300,6 +328,7 @@ impl Sender {
             bell,
             idle,
             state,
+            gone: Condvar::new(),
         }))
     }
 
@@ -315,6 +344,44 @@ impl Sender {
                 self.bell.ring();
             }
         }
+    }
+
+    /// Sends what a source has submitted that has left.
+    pub(crate) fn leave(&self, core: &Arc<SourceCore>) {
+        let deadline = Instant::now() + LEAVING;
+        self.state().leaving.push((core.clone(), deadline));
+        self.enqueue(core);
+    }
+
+    /// Waits until all is sent of sources that have left.
+    pub(crate) fn wait(&self, limit: Duration) {
+        let more = |state: &mut State| state.running && !state.leaving.is_empty();
+        let waited = self.gone.wait_timeout_while(self.state(), limit, more);
+        if waited.is_ok_and(|(_, waited)| waited.timed_out()) {
+            tracing::warn!("not all events were sent to slow sinks before this node ended");
+        }
+    }
+
+    /// Lets those go that have left and are done or late; how long the others may take.
+    fn let_go(&self) -> Option<Duration> {
+        let leaving = self.state().leaving.clone();
+        let now = Instant::now();
+        let mut gone = Vec::new();
+        for (core, deadline) in &leaving {
+            if *deadline <= now {
+                core.abandon();
+            }
+            if core.sockets().is_empty() {
+                gone.push(core.id);
+            }
+        }
+        let mut state = self.state();
+        state.leaving.retain(|(core, _)| !gone.contains(&core.id));
+        if state.leaving.is_empty() {
+            self.gone.notify_all();
+        }
+        let deadlines = state.leaving.iter().map(|(_, deadline)| *deadline);
+        deadlines.min().map(|deadline| deadline - now)
     }
 
     /// Ends the thread.
@@ -410,13 +477,14 @@ impl Sender {
                     continue;
                 }
             }
-            let now = rustix::event::Timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
+            let limit = match busy {
+                true => Some(Duration::ZERO),
+                false => self.let_go(),
             };
+            let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
             events.clear();
             let spare = rustix::buffer::spare_capacity(&mut events);
-            match epoll::wait(&self.epoll, spare, busy.then_some(&now)) {
+            match epoll::wait(&self.epoll, spare, limit.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => {
                     tracing::error!(%error, "kecho's sending thread cannot wait");

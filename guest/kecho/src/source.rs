@@ -1,10 +1,10 @@
 //! A source's part of a channel: its log, its sinks, and what decides which of them get an event.
 
 use std::any::Any;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use minicbor::{Decode, Encode};
@@ -63,6 +63,39 @@ pub enum Flush {
     /// A thread of the library.
     #[n(2)]
     Background,
+}
+
+/// The way from a source to a sink.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Encode, Decode)]
+#[cbor(index_only)]
+pub enum Way {
+    /// Within a process.
+    #[n(0)]
+    Process,
+    /// Within a kernel.
+    #[n(1)]
+    SharedMemory,
+    /// Between guests.
+    #[n(2)]
+    Vsock,
+    /// TCP without TLS.
+    #[n(3)]
+    Tcp,
+    /// TLS over TCP.
+    #[n(4)]
+    Tls,
+}
+
+impl std::fmt::Display for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Way::Process => "process",
+            Way::SharedMemory => "shared memory",
+            Way::Vsock => "vsock",
+            Way::Tcp => "tcp",
+            Way::Tls => "tls",
+        })
+    }
 }
 
 /// Which events a sink takes.
@@ -201,6 +234,7 @@ enum Carrier {
 #[derive(Debug)]
 struct Attachment {
     sink: Uuid,
+    way: Way,
     policy: Policy,
     types: Vec<TypeSelector>,
     /// By type id: whether the sink takes it.
@@ -355,6 +389,8 @@ pub(crate) struct SourceCore {
     policy: Policy,
     flush: Flush,
     inner: Mutex<Inner>,
+    /// A sink was attached.
+    came: Condvar,
     /// The frames between these two have no mask.
     pub(crate) unmasked: (AtomicU64, AtomicU64),
     /// It waits in the sender's queue.
@@ -404,6 +440,7 @@ impl SourceCore {
             policy: options.policy,
             flush: options.flush,
             inner: Mutex::new(inner),
+            came: Condvar::new(),
             unmasked: (AtomicU64::new(0), AtomicU64::new(u64::MAX)),
             dirty: AtomicBool::new(false),
             sender,
@@ -694,6 +731,7 @@ impl SourceCore {
         &self,
         inner: &mut Inner,
         request: AttachRequest,
+        way: Way,
         carrier: impl FnOnce(usize, u64, Policy) -> Carrier,
     ) -> Result<Attached, AttachError> {
         if inner.closed {
@@ -735,6 +773,7 @@ impl SourceCore {
         }
         inner.sinks[slot] = Some(Attachment {
             sink: request.sink,
+            way,
             policy,
             types: request.types,
             wanted: HashMap::new(),
@@ -745,6 +784,7 @@ impl SourceCore {
         });
         inner.limit = inner.head;
         inner.refresh(self);
+        self.came.notify_all();
         let types = inner.types.values().map(|(kind, _)| kind.clone()).collect();
         let ack_bytes = (self.ring.capacity() / 8).min(64 << 10) as u64;
         Ok(Attached {
@@ -773,13 +813,14 @@ impl SourceCore {
     pub(crate) fn attach_memory(
         &self,
         request: AttachRequest,
+        way: Way,
         page: Arc<Page>,
         bell: Arc<Bell>,
     ) -> Result<Attached, AttachError> {
         self.sender.run().map_err(AttachError::System)?;
         let mut inner = self.lock();
         let sequence = request.after.map_or(inner.sequence, |after| after + 1);
-        self.attach(&mut inner, request, |_, position, _| {
+        self.attach(&mut inner, request, way, |_, position, _| {
             page.cell(CURSOR).store(position, Ordering::Release);
             page.cell(FIRST).store(sequence, Ordering::Release);
             Carrier::Memory(page, bell)
@@ -789,13 +830,14 @@ impl SourceCore {
     pub(crate) fn attach_socket(
         self: &Arc<Self>,
         request: AttachRequest,
+        way: Way,
     ) -> Result<(Attached, SocketTicket), AttachError> {
         let mut inner = self.lock();
         let sink = request.sink;
         let sequence = request.after.map_or(inner.sequence, |after| after + 1);
         let mut made = None;
         let chunk = (self.ring.capacity() / 8).min(256 << 10);
-        let attached = self.attach(&mut inner, request, |slot, position, policy| {
+        let attached = self.attach(&mut inner, request, way, |slot, position, policy| {
             let lossy = policy == Policy::DropOldest;
             let socket = Arc::new(SocketSink::new(
                 sink, slot, position, sequence, chunk, lossy,
@@ -811,6 +853,10 @@ impl SourceCore {
     pub(crate) fn detach(&self, sink: Uuid, gone: Gone) {
         let mut inner = self.lock();
         let head = inner.head;
+        let gone = match inner.closed {
+            true => Gone::Left,
+            false => gone,
+        };
         let found = inner
             .sinks
             .iter_mut()
@@ -864,15 +910,31 @@ impl SourceCore {
     }
 
     pub(crate) fn attached(&self) -> Vec<Uuid> {
-        let inner = self.lock();
-        let there = |sink: &&Attachment| !matches!(sink.carrier, Carrier::Awaited { .. });
-        inner
-            .sinks
-            .iter()
-            .flatten()
-            .filter(there)
-            .map(|sink| sink.sink)
-            .collect()
+        self.lock().attached().collect()
+    }
+
+    /// How many sinks are attached by which way, and how far the slowest of them is behind, in bytes.
+    pub(crate) fn sinks(&self) -> (BTreeMap<Way, u32>, u64) {
+        let mut inner = self.lock();
+        let head = inner.head;
+        let mut ways = BTreeMap::new();
+        let mut behind = 0;
+        for sink in inner.sinks.iter_mut().flatten() {
+            if matches!(sink.carrier, Carrier::Awaited { .. }) {
+                continue;
+            }
+            *ways.entry(sink.way).or_default() += 1;
+            behind = behind.max(head - sink.position(head).unwrap_or(head));
+        }
+        (ways, behind)
+    }
+
+    /// Waits until so many sinks are attached; false when they were not in this time.
+    fn wait_for_sinks(&self, count: usize, limit: Duration) -> bool {
+        let enough = |inner: &mut Inner| inner.attached().count() < count && !inner.closed;
+        let waited = self.came.wait_timeout_while(self.lock(), limit, enough);
+        let (inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        inner.attached().count() >= count
     }
 
     pub(crate) fn counters(&self) -> SourceCounters {
@@ -894,19 +956,40 @@ impl SourceCore {
         inner.refresh(self);
     }
 
-    /// Ends all attachments. What is in the log can still be read.
-    pub(crate) fn close(&self) {
+    /// Ends all attachments. What is in the log can still be read, and is still sent.
+    pub(crate) fn close(self: &Arc<Self>) {
         let mut inner = self.lock();
-        inner.closed = true;
-        let sinks: Vec<Uuid> = inner.sinks.iter().flatten().map(|sink| sink.sink).collect();
-        for sink in sinks {
-            inner.remove(sink, ENDED_LEFT, &self.sender);
+        if std::mem::replace(&mut inner.closed, true) {
+            return;
         }
+        for socket in &inner.sockets {
+            socket.leave();
+        }
+        inner.remove_all(&self.sender, |sink| {
+            !matches!(sink.carrier, Carrier::Socket(_))
+        });
+        let sends = !inner.sockets.is_empty();
+        drop(inner);
+        self.came.notify_all();
         self.space.ring();
+        if sends {
+            self.sender.leave(self);
+        }
+    }
+
+    /// Ends what is left of the attachments.
+    pub(crate) fn abandon(&self) {
+        self.lock().remove_all(&self.sender, |_| true);
     }
 }
 
 impl Inner {
+    fn attached(&self) -> impl Iterator<Item = Uuid> {
+        let there = |sink: &&Attachment| !matches!(sink.carrier, Carrier::Awaited { .. });
+        let sinks = self.sinks.iter().flatten();
+        sinks.filter(there).map(|sink| sink.sink)
+    }
+
     fn look(&mut self, floor: u64, capacity: u64) {
         self.limit = floor + capacity;
     }
@@ -978,6 +1061,14 @@ impl Inner {
         self.selective = selective;
     }
 
+    fn remove_all(&mut self, sender: &Sender, which: impl Fn(&Attachment) -> bool) {
+        let sinks = self.sinks.iter().flatten();
+        let sinks: Vec<Uuid> = sinks.filter(|sink| which(sink)).map(|s| s.sink).collect();
+        for sink in sinks {
+            self.remove(sink, ENDED_LEFT, sender);
+        }
+    }
+
     fn remove(&mut self, sink: Uuid, why: u64, sender: &Sender) {
         let Some(slot) = self
             .sinks
@@ -1044,6 +1135,12 @@ impl Source {
     /// Sets what decides, in this process, which sinks get an event.
     pub fn set_out_filter(&self, filter: Option<OutFilter>) {
         self.core.set_out_filter(filter);
+    }
+
+    /// Waits until so many sinks are attached; false when there were fewer all this time, or the
+    /// source has left the channel.
+    pub fn wait_for_sinks(&self, count: usize, limit: Duration) -> bool {
+        self.core.wait_for_sinks(count, limit)
     }
 
     /// How many sinks are attached.

@@ -317,3 +317,72 @@ fn a_slow_sink_gets_what_its_policy_says() {
         assert_eq!(blocking.counters().dropped, 0);
     }
 }
+
+#[test]
+fn what_was_submitted_before_the_source_left_comes() {
+    for way in [Way::Process, Way::Memory, Way::Tcp] {
+        let (_directory, one, two) = nodes(way, 4 << 20);
+        let channel = two.create("c", ChannelOptions::default()).unwrap();
+        let sink = channel.sink(SinkOptions::default()).unwrap();
+        let other = one.open_at("c", two.address()).unwrap();
+        let source = other.source().unwrap();
+        let kind = EventType::raw("bytes").unwrap();
+        let payload = [7; 1000];
+        for _ in 0..3000 {
+            let event = Submission {
+                kind: &kind,
+                attributes: &[],
+                payload: &payload,
+            };
+            source.submit(&event).unwrap();
+        }
+        drop((source, other));
+        let ending = thread::spawn(move || one.shutdown());
+        for n in 0..3000 {
+            let event = sink.receive_timeout(PATIENCE).unwrap();
+            let event = event.unwrap_or_else(|| panic!("{way:?}: {n} events came"));
+            assert_eq!(event.get().sequence(), n);
+        }
+        assert_eq!(sink.poll().unwrap().map(|_| ()), None);
+        ending.join().unwrap();
+    }
+}
+
+#[test]
+fn a_function_is_called_for_each_event_until_its_callback_is_dropped() {
+    for way in [Way::Process, Way::Memory, Way::Tcp] {
+        let (_directory, one, two) = nodes(way, 64 << 10);
+        let channel = one.create("c", ChannelOptions::default()).unwrap();
+        let source = channel.source().unwrap();
+        let other = two.open_at("c", one.address()).unwrap();
+        let kind = counted();
+        let submit = |n: u64| {
+            let event = Submission {
+                kind: &kind,
+                attributes: &[],
+                payload: &n.to_le_bytes(),
+            };
+            source.submit(&event).unwrap();
+        };
+        let (sender, came) = std::sync::mpsc::channel();
+        let sink = other.sink(SinkOptions::default()).unwrap();
+        let called = sender.clone();
+        let callback = sink
+            .on_event(move |event| called.send(event.sequence()).unwrap())
+            .unwrap();
+        (0..5000).for_each(submit);
+        for n in 0..5000 {
+            assert_eq!(came.recv_timeout(PATIENCE).unwrap(), n, "{way:?}");
+        }
+        drop(callback);
+        let second = other.sink(SinkOptions::default()).unwrap();
+        let callback = second
+            .on_event(move |event| sender.send(event.sequence()).unwrap())
+            .unwrap();
+        submit(5000);
+        assert_eq!(came.recv_timeout(PATIENCE).unwrap(), 5000, "{way:?}");
+        channel.destroy().unwrap();
+        assert_eq!(callback.wait().code(), "channel-destroyed", "{way:?}");
+        assert!(came.try_recv().is_err());
+    }
+}

@@ -1,10 +1,14 @@
 //! `kechod registry`: tells which node is to be asked about which event channel.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use xbee_kecho::{Address, Error, Registry, RegistryConfig, TlsFiles};
+use xbee_kecho::{Address, Error, Registry, RegistryConfig};
+
+#[path = "kecho/security.rs"]
+mod security;
+
+use security::{Security, complain};
 
 /// Services of event channels.
 #[derive(Debug, Parser)]
@@ -25,34 +29,16 @@ struct RegistryArguments {
     /// Where to listen: tcp:[IPV6]:PORT, unix:/PATH or vsock:CID:PORT; can be given several times.
     #[arg(long, default_value = "tcp:[::1]:7400")]
     listen: Vec<Address>,
-    /// Certificates, in PEM, of the authority of those who connect from other machines.
-    #[arg(long, requires = "certificate", requires = "key")]
-    ca: Option<PathBuf>,
-    /// The registry's own certificate, in PEM.
-    #[arg(long, requires = "ca")]
-    certificate: Option<PathBuf>,
-    /// The certificate's key, in PEM.
-    #[arg(long, requires = "ca")]
-    key: Option<PathBuf>,
-    /// Whether other machines may connect without TLS.
-    #[arg(long)]
-    plaintext: bool,
-    /// Whether TCP within the machine needs TLS too, because other users of it are not to be trusted.
-    #[arg(long)]
-    strict: bool,
+    #[command(flatten)]
+    security: Security,
 }
 
 fn registry(arguments: RegistryArguments) -> Result<(), Error> {
-    let tls = arguments.ca.zip(arguments.certificate).zip(arguments.key);
     let registry = Registry::start(&RegistryConfig {
         listen: arguments.listen,
-        tls: tls.map(|((ca, certificate), key)| TlsFiles {
-            ca,
-            certificate,
-            key,
-        }),
-        plaintext: arguments.plaintext,
-        strict: arguments.strict,
+        tls: arguments.security.tls(),
+        plaintext: arguments.security.plaintext,
+        strict: arguments.security.strict,
     })?;
     for address in registry.addresses() {
         println!("listening at {address}");
@@ -67,13 +53,7 @@ fn main() -> ExitCode {
     match registry(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprint!("kechod: {error}");
-            let mut source = std::error::Error::source(&error);
-            while let Some(cause) = source {
-                eprint!(": {cause}");
-                source = cause.source();
-            }
-            eprintln!();
+            complain("kechod", &error);
             ExitCode::FAILURE
         }
     }
