@@ -25,13 +25,22 @@ const GROUPS: [Group; 2] = [
         name: "twice",
         port: 8080,
         copies: 2,
+        log_bytes: 4 << 20,
     },
     Group {
         name: "once",
         port: 8081,
         copies: 1,
+        log_bytes: 4 << 20,
     },
 ];
+/// A group whose events soon fill a log.
+const SMALL: [Group; 1] = [Group {
+    name: "small",
+    port: 0,
+    copies: 2,
+    log_bytes: 64 << 10,
+}];
 const TWICE: usize = 0;
 const ONCE: usize = 1;
 /// Takes four times as long as the others in the group that sends requests to one.
@@ -44,6 +53,7 @@ struct Group {
     /// In a guest.
     port: u16,
     copies: usize,
+    log_bytes: usize,
 }
 
 impl Group {
@@ -61,6 +71,7 @@ impl Group {
             ("copies", self.copies.to_string()),
             ("copy-load", "1000".to_owned()),
             ("slow", slow.to_string()),
+            ("log-bytes", self.log_bytes.to_string()),
         ];
         let options = options.into_iter();
         options
@@ -113,13 +124,14 @@ impl Drop for Process {
 
 /// Servers that are processes of this machine.
 struct Processes {
+    groups: &'static [Group],
     servers: Vec<Vec<(Process, u16)>>,
     _registry: Process,
     directory: tempfile::TempDir,
 }
 
 impl Processes {
-    fn start() -> Processes {
+    fn start(groups: &'static [Group]) -> Processes {
         let directory = tempfile::tempdir().unwrap();
         let [kechod, server] =
             ["kechod", "examples/balance-server"].map(|name| xbee_tests::program(name));
@@ -128,23 +140,32 @@ impl Processes {
         let log = directory.path().join("registry");
         let (registry, address) = Process::start(&mut command, &log);
         let mut processes = Processes {
+            groups,
             servers: (0..SERVERS).map(|_| vec![]).collect(),
             _registry: registry,
             directory,
         };
         for one in in_order() {
-            for group in GROUPS {
+            for group in groups {
                 let mut command = Command::new(&server);
                 command
                     .args(group.arguments(one, &address, "127.0.0.1:0"))
                     .env("XDG_RUNTIME_DIR", processes.directory.path());
-                let log = processes.log_of(one, &group);
+                let log = processes.log_of(one, group);
                 let (process, listens) = Process::start(&mut command, &log);
                 let (_, port) = listens.rsplit_once(':').unwrap();
                 processes.servers[one].push((process, port.parse().unwrap()));
             }
         }
         processes
+    }
+
+    fn signal(&self, server: usize, signal: &str) {
+        for (process, _) in &self.servers[server] {
+            let pid = process.0.id().to_string();
+            let sent = Command::new("kill").args([signal, &pid]).status();
+            assert!(sent.unwrap().success());
+        }
     }
 
     fn log_of(&self, server: usize, group: &Group) -> PathBuf {
@@ -163,7 +184,7 @@ impl Site for Processes {
     }
 
     fn log(&self, server: usize) -> String {
-        let logs = GROUPS.iter().map(|group| self.log_of(server, group));
+        let logs = self.groups.iter().map(|group| self.log_of(server, group));
         logs.map(|log| fs::read_to_string(log).unwrap()).collect()
     }
 }
@@ -429,6 +450,11 @@ fn two_copies(site: &dyn Site) {
         sum(&counts, "stopped") > 0 && sum(&counts, "dropped") > 0,
         "{counts:?}"
     );
+    assert_eq!(
+        sum(&counts, "filtered"),
+        sum(&counts, "dropped"),
+        "{counts:?}"
+    );
     println!("two copies: {by_server:?}, {counts:?}");
 }
 
@@ -480,7 +506,23 @@ fn share(site: &mut dyn Site) {
 
 #[test]
 fn four_processes_share_their_requests() {
-    share(&mut Processes::start());
+    share(&mut Processes::start(&GROUPS));
+}
+
+#[test]
+fn a_server_that_stands_still_holds_nobody_up() {
+    let site = Processes::start(&SMALL);
+    let all = [0, 1, 2, 3];
+    wait_until_known(&site, &all, 0);
+    site.signal(KILLED, "-STOP");
+    let requests = (8, 60);
+    let answers = load(&site, &[0], 0, requests, "?ms=0");
+    by_server(&answers, requests);
+    site.signal(KILLED, "-CONT");
+    // Nobody has waited for it, and it goes on with what there is now.
+    let counts = wait_for(&site, &[KILLED], 0, |counts| counts[0]["lost"] > 0);
+    println!("one that stood still: {counts:?}");
+    wait_until_known(&site, &all, 0);
 }
 
 #[test]

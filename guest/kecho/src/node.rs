@@ -107,7 +107,8 @@ impl Default for Transports {
         Transports {
             same_process: true,
             shared_memory: true,
-            vsock: has_agent(Path::new("/proc")) && xbee_link::peer::local_cid().is_ok_and(is_guest),
+            vsock: has_agent(Path::new("/proc"))
+                && xbee_link::peer::local_cid().is_ok_and(is_guest),
             tcp: true,
         }
     }

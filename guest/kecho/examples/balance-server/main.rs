@@ -30,7 +30,7 @@ use crate::message::{Message, Types, address, is_for};
 use crate::service::{Outgoing, Reply, Service};
 
 const USAGE: &str = "usage: balance-server --registry ADDRESS --listen ADDRESS:PORT [--group NAME] [--copies N] \
-                     [--copy-load N] [--forward-ms MS] [--slow N]\n       balance-server cid";
+                     [--copy-load N] [--forward-ms MS] [--slow N] [--log-bytes N]\n       balance-server cid";
 /// The state of a sink that says whose it is.
 const SERVER: &str = "server";
 
@@ -41,6 +41,8 @@ struct Arguments {
     options: Options,
     /// A request takes so many times as long.
     slow: u32,
+    /// Of a channel's log at each server.
+    log_bytes: Option<usize>,
 }
 
 impl Arguments {
@@ -48,7 +50,7 @@ impl Arguments {
         let (mut registry, mut listen) = (None, None);
         let mut group = "web".to_owned();
         let mut options = Options::default();
-        let mut slow = 1;
+        let (mut slow, mut log_bytes) = (1, None);
         while let Some(name) = words.next() {
             let value = words.next().ok_or(USAGE)?;
             match name.as_str() {
@@ -59,6 +61,7 @@ impl Arguments {
                 "--copy-load" => options.copy_load = value.parse()?,
                 "--forward-ms" => options.forward_after = Duration::from_millis(value.parse()?),
                 "--slow" => slow = value.parse()?,
+                "--log-bytes" => log_bytes = Some(value.parse()?),
                 _ => return Err(USAGE.into()),
             }
         }
@@ -68,6 +71,7 @@ impl Arguments {
             group,
             options,
             slow,
+            log_bytes,
         })
     }
 }
@@ -79,9 +83,15 @@ struct Line {
 }
 
 impl Line {
-    fn open(node: &Node, name: &str, own: ServerId) -> Result<Line, Box<dyn Error>> {
+    fn open(
+        node: &Node,
+        name: &str,
+        own: ServerId,
+        log_bytes: Option<usize>,
+    ) -> Result<Line, Box<dyn Error>> {
         let options = ChannelOptions {
             policy: Policy::DropOldest,
+            log_bytes,
             ..ChannelOptions::default()
         };
         let channel = node.open_or_create(name, options)?;
@@ -133,7 +143,10 @@ fn run() -> Result<(), Box<dyn Error>> {
         ..Config::default()
     })?;
     let types = Arc::new(Types::new()?);
-    let open = |what: &str| Line::open(&node, &format!("{}.{what}", arguments.group), own);
+    let open = |what: &str| {
+        let name = format!("{}.{what}", arguments.group);
+        Line::open(&node, &name, own, arguments.log_bytes)
+    };
     let (requests, answers, load) = (open("requests")?, open("answers")?, open("load")?);
 
     let sources = (requests.source, answers.source, load.source);

@@ -55,6 +55,8 @@ struct State {
     worked: u64,
     /// Requests that a cancel stopped.
     stopped: u64,
+    /// Answers that the filter held back.
+    filtered: u64,
     /// Events that did not come because they were not read in time.
     lost: u64,
 }
@@ -75,6 +77,7 @@ impl Service {
             paths: HashMap::new(),
             worked: 0,
             stopped: 0,
+            filtered: 0,
             lost: 0,
         };
         Service {
@@ -118,7 +121,10 @@ impl Service {
 
     /// Whether somebody waits for this answer; for a filter. One that nobody waits for counts as dropped.
     pub fn wants(&self, request: RequestId, from: ServerId) -> bool {
-        request.front == self.own && self.lock().front.wants(request.number, from)
+        let mut state = self.lock();
+        let wants = request.front == self.own && state.front.wants(request.number, from);
+        state.filtered += u64::from(!wants);
+        wants
     }
 
     /// A message came.
@@ -236,6 +242,7 @@ impl Service {
             ("cancelled", cancelled),
             ("worked", state.worked),
             ("stopped", state.stopped),
+            ("filtered", state.filtered),
             ("lost", state.lost),
             ("load", state.worker.load().into()),
             ("known", state.front.known(self.now()) as u64),
