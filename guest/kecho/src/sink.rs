@@ -605,14 +605,12 @@ impl Sink {
     /// # Errors
     /// As [`Sink::receive`].
     pub fn receive_batch(&self, batch: &mut Batch, max: usize) -> Result<(), Error> {
-        while max > 0 {
+        loop {
             self.receive_batch_timeout(batch, max, None)?;
-            if !batch.is_empty() {
+            if !batch.is_empty() || max == 0 {
                 return Ok(());
             }
         }
-        batch.clear();
-        Ok(())
     }
 
     /// As [`Sink::receive_batch`], but leaves the batch empty if no event comes within this time.
@@ -626,6 +624,9 @@ impl Sink {
         limit: Option<Duration>,
     ) -> Result<(), Error> {
         batch.clear();
+        if max == 0 {
+            return Ok(());
+        }
         let mut receiver = locked(&self.core.receiver);
         self.take(&mut receiver, batch, max, limit)
     }
