@@ -185,19 +185,16 @@ fn run() -> Result<(), Box<dyn Error>> {
                 _ => true,
             }
         })));
-    for sink in [requests.sink, answers.sink, load.sink] {
-        let (service, types) = (service.clone(), types.clone());
+    let sinks = [requests.sink, answers.sink, load.sink].map(Arc::new);
+    for sink in &sinks {
+        let (sink, service, types) = (sink.clone(), service.clone(), types.clone());
         spawn(move || {
-            let mut lost = 0;
             loop {
                 match sink.receive() {
                     Ok(event) => {
                         if let Some(message) = types.decode(&event.get()) {
                             service.receive(message);
                         }
-                        let dropped = sink.counters().dropped;
-                        service.lost(dropped - lost);
-                        lost = dropped;
                     }
                     Err(error) => {
                         // Without its channels a server is none.
@@ -212,14 +209,22 @@ fn run() -> Result<(), Box<dyn Error>> {
     spawn(move || time.keep_time());
     spawn(move || work.work());
     println!("listening at {}", listener.local_addr()?);
-    http::serve(&listener, move |path| respond(&service, path));
+    http::serve(&listener, move |path| match path {
+        "/counts" => (200, service.counts() + &counts(&sinks)),
+        _ => respond(&service, path),
+    });
     Ok(())
 }
 
+/// What sinks held back, and what they did not get because they did not read it in time.
+fn counts(sinks: &[Arc<Sink>]) -> String {
+    let counters = || sinks.iter().map(|sink| sink.counters());
+    let filtered: u64 = counters().map(|counters| counters.filtered).sum();
+    let lost: u64 = counters().map(|counters| counters.dropped).sum();
+    format!("filtered {filtered}\nlost {lost}\n")
+}
+
 fn respond(service: &Service, path: &str) -> http::Response {
-    if path == "/counts" {
-        return (200, service.counts());
-    }
     match service.ask(path) {
         Ok(Reply::Answer(body)) => (200, body),
         Ok(Reply::GivenUp) => (504, "no server has answered in time; ask again\n".into()),

@@ -55,10 +55,6 @@ struct State {
     worked: u64,
     /// Requests that a cancel stopped.
     stopped: u64,
-    /// Answers that the filter held back.
-    filtered: u64,
-    /// Events that did not come because they were not read in time.
-    lost: u64,
 }
 
 impl Service {
@@ -77,8 +73,6 @@ impl Service {
             paths: HashMap::new(),
             worked: 0,
             stopped: 0,
-            filtered: 0,
-            lost: 0,
         };
         Service {
             own,
@@ -121,10 +115,7 @@ impl Service {
 
     /// Whether somebody waits for this answer; for a filter. One that nobody waits for counts as dropped.
     pub fn wants(&self, request: RequestId, from: ServerId) -> bool {
-        let mut state = self.lock();
-        let wants = request.front == self.own && state.front.wants(request.number, from);
-        state.filtered += u64::from(!wants);
-        wants
+        request.front == self.own && self.lock().front.wants(request.number, from)
     }
 
     /// A message came.
@@ -164,11 +155,6 @@ impl Service {
         }
         out.extend(self.report(&mut state));
         self.send_all(state, out);
-    }
-
-    /// So many more events did not come.
-    pub fn lost(&self, events: u64) {
-        self.lock().lost += events;
     }
 
     /// Works on requests, for ever.
@@ -242,8 +228,6 @@ impl Service {
             ("cancelled", cancelled),
             ("worked", state.worked),
             ("stopped", state.stopped),
-            ("filtered", state.filtered),
-            ("lost", state.lost),
             ("load", state.worker.load().into()),
             ("known", state.front.known(self.now()) as u64),
         ] {
