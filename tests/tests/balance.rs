@@ -133,8 +133,7 @@ struct Processes {
 impl Processes {
     fn start(groups: &'static [Group]) -> Processes {
         let directory = tempfile::tempdir().unwrap();
-        let [kechod, server] =
-            ["kechod", "examples/balance-server"].map(|name| xbee_tests::program(name));
+        let [kechod, server] = ["kechod", "examples/balance-server"].map(xbee_tests::program);
         let mut command = Command::new(kechod);
         command.args(["registry", "--listen", "tcp:[::1]:0"]);
         let log = directory.path().join("registry");
@@ -190,7 +189,7 @@ impl Site for Processes {
 }
 
 /// What runs in guests; `None`, and a printed reason, where it has not been built.
-fn program(name: &str) -> Option<PathBuf> {
+fn guests_program(name: &str) -> Option<PathBuf> {
     let this = std::env::current_exe().unwrap();
     let target = this.ancestors().nth(3).unwrap();
     let path = target.join("x86_64-unknown-linux-musl/release").join(name);
@@ -532,8 +531,10 @@ fn a_server_that_stands_still_holds_nobody_up() {
 
 #[test]
 fn four_guests_share_their_requests() {
-    let (Some(kechod), Some(server)) = (program("kechod"), program("examples/balance-server"))
-    else {
+    let (Some(kechod), Some(server)) = (
+        guests_program("kechod"),
+        guests_program("examples/balance-server"),
+    ) else {
         return;
     };
     let Some(xbed) = qemu() else { return };
