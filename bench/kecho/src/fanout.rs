@@ -27,6 +27,14 @@ pub fn measure(systems: &[&'static dyn System], rounds: usize, directory: &Path)
 }
 
 fn of_one(stage: &Stage<'_>, subscribers: usize) -> Result<Vec<f64>> {
+    let (mut crew, mut numbers) = submit(stage, subscribers)?;
+    crew.tell(0, "flood")?;
+    numbers.extend(crew.result()?);
+    Ok(numbers)
+}
+
+/// The call's p50 and p99 in nanoseconds, and who has measured it.
+pub fn submit(stage: &Stage<'_>, subscribers: usize) -> Result<(Crew, Vec<f64>)> {
     let place = stage.place()?.argument();
     let mut crew = Crew::new(stage)?;
     crew.add("publish", &[&place, &subscribers.to_string()])?;
@@ -39,10 +47,8 @@ fn of_one(stage: &Stage<'_>, subscribers: usize) -> Result<Vec<f64>> {
     crew.hear("subscribed", subscribers)?;
     crew.hear("met", 1)?;
     crew.tell(0, "submit")?;
-    let mut numbers = crew.result()?;
-    crew.tell(0, "flood")?;
-    numbers.extend(crew.result()?);
-    Ok(numbers)
+    let numbers = crew.result()?;
+    Ok((crew, numbers))
 }
 
 /// The tables of the call's cost and of the rate.

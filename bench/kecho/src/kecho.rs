@@ -24,6 +24,8 @@ pub enum Kecho {
     Shared,
     /// The same, with a subscriber that never sleeps.
     Polling,
+    /// Between two threads of a process.
+    Process,
 }
 
 /// The registry's address, on 127.0.0.1 as all brokers.
@@ -57,7 +59,7 @@ impl Kecho {
             registry: Some(registry(place.broker).parse()?),
             directory: Some(place.directory.join("kecho")),
             transports: Transports {
-                same_process: false,
+                same_process: self == Kecho::Process,
                 shared_memory: !tcp,
                 vsock: false,
                 tcp,
@@ -74,6 +76,7 @@ impl System for Kecho {
             Kecho::Tcp => "kecho, tcp",
             Kecho::Shared => "kecho, shared memory",
             Kecho::Polling => "kecho, polling",
+            Kecho::Process => "kecho, one process",
         }
     }
 
@@ -109,6 +112,10 @@ impl System for Kecho {
             batch: Batch::default(),
             _channel: channel,
         }))
+    }
+
+    fn is_of_one_process(&self) -> bool {
+        *self == Kecho::Process
     }
 
     fn polls(&self) -> bool {

@@ -1,6 +1,6 @@
 //! `make bench-kecho`: event channels against NATS, Redis, Mosquitto, ZeroMQ, zenoh and iceoryx2.
 //!
-//! `bench-kecho all ROUNDS DOCS` prints the section Event channels of bench/results.md and writes its chart to DOCS. Each publisher and each subscriber is a process
+//! `bench-kecho all ROUNDS DOCS` prints the section Event channels of bench/results.md and writes its charts to DOCS. Each publisher and each subscriber is a process
 //! of its own: this program with a role as its argument. The systems take turns in every round; what counts are the
 //! ratios of one round.
 
@@ -8,6 +8,7 @@ mod aims;
 mod crew;
 mod event;
 mod fanout;
+mod filters;
 mod iceoryx;
 mod kecho;
 mod latency;
@@ -15,6 +16,7 @@ mod mosquitto;
 mod nats;
 mod nats_async;
 mod numbers;
+mod paper;
 mod redis;
 mod redis_rs;
 mod report;
@@ -48,6 +50,7 @@ const SYSTEMS: &[&dyn System] = &[
     &kecho::Kecho::Tcp,
     &kecho::Kecho::Shared,
     &kecho::Kecho::Polling,
+    &kecho::Kecho::Process,
 ];
 
 fn main() -> ExitCode {
@@ -59,13 +62,14 @@ fn main() -> ExitCode {
         ["all", rounds, docs] => report::all(rounds, docs.as_ref()),
         ["latency", rounds, names @ ..] => report::latency_only(rounds, names),
         ["fanout", rounds, names @ ..] => report::fanout_only(rounds, names),
+        ["paper", rounds] => report::paper_only(rounds),
         [role, name, rest @ ..] => match SYSTEMS.iter().find(|system| system.name() == *name) {
             Some(system) => role::run(role, *system, rest),
             None => Err(format!("no system {name}").into()),
         },
         _ => {
             eprintln!(
-                "usage: bench-kecho all ROUNDS DOCS | bench-kecho latency ROUNDS [SYSTEM...] | bench-kecho fanout ROUNDS [SYSTEM...]"
+                "usage: bench-kecho all ROUNDS DOCS | bench-kecho latency ROUNDS [SYSTEM...] | bench-kecho fanout ROUNDS [SYSTEM...] | bench-kecho paper ROUNDS"
             );
             return ExitCode::from(2);
         }

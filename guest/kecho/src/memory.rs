@@ -24,6 +24,30 @@ pub const MIN_RING_BYTES: usize = 64 << 10;
 /// The largest ring, in bytes.
 pub const MAX_RING_BYTES: usize = 1 << 30;
 
+/// From how many bytes on a string instruction is quicker than word after word.
+#[cfg(target_arch = "x86_64")]
+const STRING_BYTES: usize = 256;
+
+/// Copies between memory that others may write meanwhile and memory of one's own. What comes then is a
+/// mix of old and new, as with words one by one: it is an instruction, and no access that the language knows of.
+///
+/// # Safety
+/// `bytes` bytes can be read at `from` and written at `to`, and do not overlap.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+unsafe fn copy_string(from: *const u8, to: *mut u8, bytes: usize) {
+    // SAFETY: the caller's promise; the direction flag is clear, as everywhere.
+    unsafe {
+        std::arch::asm!(
+            "rep movsb",
+            inout("rcx") bytes => _,
+            inout("rsi") from => _,
+            inout("rdi") to => _,
+            options(nostack, preserves_flags)
+        );
+    }
+}
+
 /// A mapping, undone when dropped.
 #[derive(Debug)]
 struct Mapping {
@@ -231,6 +255,18 @@ impl Ring {
     pub fn copy_out(&self, position: u64, bytes: usize, out: &mut Vec<u8>) {
         assert!(bytes <= self.capacity);
         let begin = out.len();
+        #[cfg(target_arch = "x86_64")]
+        if bytes >= STRING_BYTES {
+            out.reserve(bytes);
+            // SAFETY: the range lies within the mapping, which has the ring twice, and there is room for it
+            // after what `out` has, which is all written then.
+            unsafe {
+                let from = self.mapping.base.as_ptr().add(self.at(position & !7));
+                copy_string(from, out.as_mut_ptr().add(begin), bytes);
+                out.set_len(begin + bytes);
+            }
+            return;
+        }
         out.resize(begin + bytes, 0);
         let mut at = self.at(position & !7);
         let mut chunks = out[begin..].chunks_exact_mut(8);
@@ -319,6 +355,21 @@ impl Pen<'_> {
             self.flush();
         }
         let (words, rest) = bytes.as_chunks::<8>();
+        #[cfg(target_arch = "x86_64")]
+        if words.len() >= STRING_BYTES / 8 {
+            assert!(bytes.len() <= self.ring.capacity);
+            // SAFETY: the range lies within the mapping, which has the ring twice, and only who makes a ring,
+            // which maps it writable, has a pen. The words are as many bytes as are read.
+            unsafe {
+                let to = self.ring.mapping.base.as_ptr();
+                let to = to.add(self.ring.at(self.position));
+                copy_string(bytes.as_ptr(), to, 8 * words.len());
+            }
+            self.position += 8 * words.len() as u64;
+            self.word[..rest.len()].copy_from_slice(rest);
+            self.filled = rest.len();
+            return;
+        }
         for word in words {
             self.ring.store(self.position, u64::from_ne_bytes(*word));
             self.position += 8;
@@ -393,18 +444,20 @@ mod tests {
     fn what_is_written_over_the_seam_is_read_back() {
         let ring = Ring::create(1).unwrap();
         assert_eq!(ring.capacity(), MIN_RING_BYTES);
-        let position = ring.capacity() as u64 - 16;
-        let text: Vec<u8> = (0..45).collect();
-        let mut pen = ring.pen(position);
-        for piece in [&text[..3], &text[3..20], &text[20..21], &text[21..]] {
-            pen.put(piece);
-        }
-        assert_eq!(pen.finish(), position + 48);
         let reader = Ring::open(ring.fd.try_clone().unwrap()).unwrap();
-        let mut out = vec![9];
-        reader.copy_out(position, 45, &mut out);
-        assert_eq!(out[1..], text);
-        assert_eq!(reader.load(position), ring.load(position));
+        for bytes in [45u64, 255, 256, 257, 1003, 50_000] {
+            let position = ring.capacity() as u64 - 16;
+            let text: Vec<u8> = (0..bytes).map(|n| (n % 251) as u8).collect();
+            let mut pen = ring.pen(position);
+            for piece in [&text[..3], &text[3..20], &text[20..21], &text[21..]] {
+                pen.put(piece);
+            }
+            assert_eq!(pen.finish(), position + bytes.next_multiple_of(8));
+            let mut out = vec![9];
+            reader.copy_out(position, bytes as usize, &mut out);
+            assert!(out[1..] == text, "{bytes} bytes");
+            assert_eq!(reader.load(position), ring.load(position));
+        }
     }
 
     #[test]

@@ -23,6 +23,10 @@ pub(crate) const ACK_BYTES: usize = 8;
 /// How long the sinks of a source that has left may take to read what it has submitted before.
 const LEAVING: Duration = Duration::from_secs(5);
 
+/// How long the sending thread stays awake after a burst's last event, giving way to whoever wants its
+/// core: being woken for each event is what a burst's submitter would pay most for.
+const AWAKE: Duration = Duration::from_micros(50);
+
 /// What was sent to a sink.
 #[derive(Debug)]
 pub(crate) struct SocketSink {
@@ -293,6 +297,8 @@ pub(crate) struct Sender {
     bell: Bell,
     /// The thread sleeps, or is about to.
     idle: AtomicBool,
+    /// There is something in the state for it.
+    work: AtomicBool,
     state: Mutex<State>,
     /// The last of those has gone that were leaving.
     gone: Condvar,
@@ -322,12 +328,13 @@ impl Sender {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         let bell = Bell::create()?;
         epoll::add(&epoll, &bell, EventData::new_u64(BELL), EventFlags::IN)?;
-        let (idle, state) = (AtomicBool::new(true), Mutex::default());
+        let (idle, work) = (AtomicBool::new(true), AtomicBool::new(false));
         Ok(Arc::new(Sender {
             epoll,
             bell,
             idle,
-            state,
+            work,
+            state: Mutex::default(),
             gone: Condvar::new(),
         }))
     }
@@ -340,6 +347,7 @@ impl Sender {
     pub(crate) fn enqueue(&self, core: &Arc<SourceCore>) {
         if !core.dirty.load(Ordering::Relaxed) && !core.dirty.swap(true, Ordering::SeqCst) {
             self.state().queue.push(Arc::downgrade(core));
+            self.work.store(true, Ordering::SeqCst);
             if self.idle.swap(false, Ordering::SeqCst) {
                 self.bell.ring();
             }
@@ -387,6 +395,7 @@ impl Sender {
     /// Ends the thread.
     pub(crate) fn stop(&self) {
         self.state().stop = true;
+        self.work.store(true, Ordering::SeqCst);
         self.bell.ring();
     }
 
@@ -445,34 +454,41 @@ impl Sender {
 
     fn serve_all(&self) {
         let mut events = Vec::with_capacity(256);
+        let mut awake_until = Instant::now();
         loop {
-            let (queue, ready) = {
+            let (mut queue, mut ready) = (Vec::new(), Vec::new());
+            if self.work.swap(false, Ordering::SeqCst) {
                 let mut state = self.state();
                 if state.stop {
                     return;
                 }
-                (
-                    std::mem::take(&mut state.queue),
-                    std::mem::take(&mut state.ready),
-                )
-            };
+                queue = std::mem::take(&mut state.queue);
+                ready = std::mem::take(&mut state.ready);
+            }
             for core in queue.iter().filter_map(Weak::upgrade) {
                 core.dirty.store(false, Ordering::SeqCst);
                 fence(Ordering::SeqCst);
                 core.wake_sleepers();
-                for socket in core.sockets() {
+                for socket in core.sockets().iter() {
                     if let Some(Err(_)) = socket.try_flush(&core) {
                         core.detach(socket.id, Gone::Broken);
                     }
                 }
             }
-            let busy = !queue.is_empty() || !ready.is_empty();
+            if !queue.is_empty() {
+                awake_until = Instant::now() + AWAKE;
+            }
+            let mut busy = !queue.is_empty() || !ready.is_empty();
             for token in ready {
                 self.serve(token);
             }
+            if !busy && Instant::now() < awake_until {
+                std::thread::yield_now();
+                busy = true;
+            }
             if !busy {
                 self.idle.store(true, Ordering::SeqCst);
-                if !self.state().queue.is_empty() {
+                if self.work.load(Ordering::SeqCst) {
                     self.idle.store(false, Ordering::SeqCst);
                     continue;
                 }
@@ -524,6 +540,7 @@ impl Sender {
         }
         if socket.is_ready() {
             self.state().ready.push(token);
+            self.work.store(true, Ordering::SeqCst);
         }
     }
 }

@@ -157,13 +157,17 @@ pub(crate) struct SourceOptions {
     pub flush: Flush,
 }
 
-fn wake_sleepers(bells: &[(Arc<Page>, Arc<Bell>)]) {
+/// Whether there were any.
+fn wake_sleepers(bells: &[(Arc<Page>, Arc<Bell>)]) -> bool {
+    let mut any = false;
     for (page, bell) in bells {
         let sleeping = page.cell(SLEEPING);
         if sleeping.load(Ordering::Relaxed) == 1 && sleeping.swap(0, Ordering::Relaxed) == 1 {
             bell.ring();
+            any = true;
         }
     }
+    any
 }
 
 /// A sink that is to be attached.
@@ -328,13 +332,16 @@ impl SinkSet<'_> {
 
     /// Takes out those for which `keep` says no.
     pub fn retain(&mut self, mut keep: impl FnMut(&SinkView<'_>) -> bool) {
-        let out: Vec<usize> = self
-            .slots()
-            .filter(|(_, sink)| !keep(sink))
-            .map(|(slot, _)| slot)
-            .collect();
-        for slot in out {
-            self.mask[slot / 64] &= !(1 << (slot % 64));
+        for (word, sinks) in self.mask.iter_mut().zip(self.sinks.chunks(64)) {
+            let mut left = *word;
+            while left != 0 {
+                let bit = left.trailing_zeros();
+                left &= left - 1;
+                let sink = sinks.get(bit as usize).and_then(Option::as_ref);
+                if !sink.is_some_and(|sink| keep(&SinkView { state: &sink.state })) {
+                    *word &= !(1 << bit);
+                }
+            }
         }
     }
 
@@ -363,7 +370,7 @@ struct Inner {
     /// Those whose descriptors are in the log, and where the last time.
     types: HashMap<u64, (Arc<EventType>, u64)>,
     sinks: Vec<Option<Attachment>>,
-    sockets: Vec<Arc<SocketSink>>,
+    sockets: Arc<Vec<Arc<SocketSink>>>,
     /// Of the sinks in memory.
     bells: Arc<Vec<(Arc<Page>, Arc<Bell>)>>,
     out_filter: Option<OutFilter>,
@@ -420,7 +427,7 @@ impl SourceCore {
             sequence: 0,
             types: HashMap::new(),
             sinks: Vec::new(),
-            sockets: Vec::new(),
+            sockets: Arc::default(),
             bells: Arc::default(),
             out_filter: None,
             selective: false,
@@ -537,7 +544,7 @@ impl SourceCore {
     }
 
     /// Tells all sinks that there is something; the sockets that this thread is to serve.
-    fn wake(self: &Arc<Self>, inner: &mut Inner) -> Option<Vec<Arc<SocketSink>>> {
+    fn wake(self: &Arc<Self>, inner: &mut Inner) -> Option<Arc<Vec<Arc<SocketSink>>>> {
         // Between what was just published and whether somebody sleeps: see `Sink::sleep`.
         fence(Ordering::SeqCst);
         let now = Instant::now();
@@ -552,7 +559,10 @@ impl SourceCore {
             self.sender.enqueue(self);
             return None;
         }
-        wake_sleepers(&inner.bells);
+        if wake_sleepers(&inner.bells) {
+            // The time that it took is not the submitter's.
+            inner.last = Instant::now();
+        }
         (!inner.sockets.is_empty()).then(|| inner.sockets.clone())
     }
 
@@ -573,7 +583,7 @@ impl SourceCore {
         }
     }
 
-    pub(crate) fn sockets(&self) -> Vec<Arc<SocketSink>> {
+    pub(crate) fn sockets(&self) -> Arc<Vec<Arc<SocketSink>>> {
         self.lock().sockets.clone()
     }
 
@@ -962,7 +972,7 @@ impl SourceCore {
         if std::mem::replace(&mut inner.closed, true) {
             return;
         }
-        for socket in &inner.sockets {
+        for socket in inner.sockets.iter() {
             socket.leave();
         }
         inner.remove_all(&self.sender, |sink| {
@@ -1038,7 +1048,7 @@ impl Inner {
 
     /// After the sinks or what decides about events have changed.
     fn refresh(&mut self, core: &SourceCore) {
-        self.sockets.clear();
+        let mut sockets = Vec::new();
         let mut bells = Vec::new();
         let mut selective = self.out_filter.is_some();
         self.lossy = false;
@@ -1047,11 +1057,12 @@ impl Inner {
             selective |= sink.filter.is_some() || !sink.types.is_empty();
             match &sink.carrier {
                 Carrier::Memory(page, bell) => bells.push((page.clone(), bell.clone())),
-                Carrier::Socket(socket) => self.sockets.push(socket.clone()),
+                Carrier::Socket(socket) => sockets.push(socket.clone()),
                 Carrier::Awaited { .. } => {}
             }
         }
         self.bells = Arc::new(bells);
+        self.sockets = Arc::new(sockets);
         if selective && !self.selective {
             core.unmasked.1.store(self.head, Ordering::Release);
         } else if !selective && self.selective {
@@ -1087,7 +1098,7 @@ impl Inner {
                 bell.ring();
             }
             Carrier::Socket(socket) => {
-                self.sockets.retain(|other| !Arc::ptr_eq(other, &socket));
+                Arc::make_mut(&mut self.sockets).retain(|other| !Arc::ptr_eq(other, &socket));
                 self.counters.dropped += socket.dropped();
                 socket.end();
                 sender.forget(&socket);
