@@ -33,7 +33,8 @@ pub(crate) const ATTACH_TIME: Duration = Duration::from_secs(5);
 pub(crate) struct Link {
     again: Arc<Notify>,
     progress: watch::Receiver<Progress>,
-    task: AbortHandle,
+    /// `None` when it is to end by itself.
+    task: Option<AbortHandle>,
 }
 
 /// How far it is.
@@ -46,13 +47,24 @@ pub(crate) enum Progress {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.task.abort();
+        if let Some(task) = &self.task {
+            task.abort();
+        }
     }
 }
 
 impl Link {
     /// Attaches anew: what was there has broken.
     pub(crate) fn again(&self) {
+        self.again.notify_one();
+    }
+
+    /// Ends it, because the source has left. One that is just being attached is attached first: what was submitted
+    /// until then is for this sink too.
+    pub(crate) fn leave(mut self) {
+        if *self.progress.borrow() == Progress::Trying {
+            self.task = None;
+        }
         self.again.notify_one();
     }
 
@@ -151,7 +163,7 @@ impl Shared {
                     Link {
                         again,
                         progress,
-                        task,
+                        task: Some(task),
                     },
                 );
             }
@@ -224,12 +236,13 @@ impl Shared {
         address: &NodeAddress,
     ) -> Result<Held, Failure> {
         let request = core.request(source);
+        let next = request.next;
         if self.transports.same_process
             && let Some(other) = local_node(address.node)
         {
             let found = other.find_source(channel, source);
             let found = found.map_err(|(code, text)| Failure::Refused { code, text })?;
-            let page = core.new_page()?;
+            let page = Arc::new(Page::create()?.0);
             let sink = request.sink;
             let attached =
                 found.attach_memory(request, Way::Process, page.clone(), core.bell().clone())?;
@@ -246,10 +259,10 @@ impl Shared {
         let purpose = Purpose::Attach(Attach::new(channel.to_owned(), source, request));
         let mut stream = self.dial(address, &purpose).await?.0;
         let attached = timeout(ATTACH_TIME, async {
-            let page = core.new_page()?;
+            let (page, file) = Page::create()?;
             if let Stream::Unix(stream) = &stream {
                 use std::os::fd::AsFd;
-                stream::send_fds(stream, [page.as_fd(), core.bell().as_fd()]).await?;
+                stream::send_fds(stream, [file.as_fd(), core.bell().as_fd()]).await?;
             }
             let position = match message::read(&mut stream).await? {
                 Answer::Attached(position) => position,
@@ -258,7 +271,7 @@ impl Shared {
                     return Err(io::Error::from(io::ErrorKind::InvalidData).into());
                 }
             };
-            let attached = attached(&position)?;
+            let attached = attached(&position, next)?;
             let memory = match &stream {
                 Stream::Unix(stream) => Some(stream::receive_fds(stream).await?),
                 _ => None,
@@ -270,11 +283,11 @@ impl Shared {
         match (stream, memory) {
             (Stream::Unix(stream), Some([ring, space])) => {
                 let (ring, space) = (Arc::new(Ring::open(ring)?), Arc::new(Bell::open(space)));
-                core.add_memory(source, ring, page, space, attached);
+                core.add_memory(source, ring, Arc::new(page), space, attached);
                 Ok(Held::Memory(stream))
             }
             (stream, _) => {
-                core.add_socket(source, stream.into_wire()?, attached);
+                core.add_socket(source, stream.into_wire(self.pulse)?, attached);
                 Ok(Held::Socket)
             }
         }
@@ -303,7 +316,9 @@ impl Shared {
         match timeout(ATTACH_TIME, self.try_attach(&mut stream, attach)).await {
             Ok(Ok(Some((core, ticket)))) => {
                 if let Some(ticket) = ticket {
-                    let started = stream.into_wire().and_then(|wire| ticket.start(wire));
+                    let started = stream
+                        .into_wire(self.pulse)
+                        .and_then(|wire| ticket.start(wire));
                     if let Err(error) = started {
                         tracing::warn!(%source, %sink, %error, "cannot serve a sink");
                         core.detach(sink, Gone::Broken);
@@ -376,7 +391,8 @@ impl Shared {
         message::write(stream, &Answer::Attached(position(&attached))).await?;
         if let (true, Stream::Unix(stream)) = (shared, &*stream) {
             use std::os::fd::AsFd;
-            stream::send_fds(stream, [found.ring().as_fd(), found.space().as_fd()]).await?;
+            let ring = found.ring().file().ok_or(io::ErrorKind::Unsupported)?;
+            stream::send_fds(stream, [ring, found.space().as_fd()]).await?;
         }
         std::mem::forget(undo);
         Ok(Some((found, ticket)))
@@ -403,6 +419,8 @@ fn position(attached: &Attached) -> Position {
         slot: attached.slot as u32,
         position: attached.position,
         ack_bytes: attached.ack_bytes,
+        sequence: attached.sequence,
+        lost: attached.lost,
         types: attached
             .types
             .iter()
@@ -411,7 +429,7 @@ fn position(attached: &Attached) -> Position {
     }
 }
 
-fn attached(position: &Position) -> io::Result<Attached> {
+fn attached(position: &Position, next: Option<u64>) -> io::Result<Attached> {
     let types = position.types.iter().map(|bytes| {
         let kind = EventType::decode(bytes);
         kind.map(Arc::new)
@@ -421,6 +439,9 @@ fn attached(position: &Position) -> io::Result<Attached> {
         slot: position.slot as usize,
         position: position.position,
         ack_bytes: position.ack_bytes,
+        sequence: position.sequence,
+        lost: position.lost,
+        next,
         types: types.collect::<io::Result<_>>()?,
     })
 }

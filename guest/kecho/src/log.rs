@@ -22,9 +22,6 @@ pub const SLEEPING: usize = 1;
 /// Cell of a sink's page: why the source wants it no longer, or 0.
 pub const ENDED: usize = 2;
 
-/// Cell of a sink's page: the sequence of the first event that it may get.
-pub const FIRST: usize = 3;
-
 /// The source was left or its process ended.
 pub const ENDED_LEFT: u64 = 1;
 /// The sink was too slow.

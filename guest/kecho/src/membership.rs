@@ -254,7 +254,8 @@ impl Shared {
     fn forget(&self, m: &mut Membership, gone: &[Uuid]) {
         for id in gone {
             for sink in m.sinks.values_mut() {
-                if sink.links.remove(id).is_some() {
+                if let Some(link) = sink.links.remove(id) {
+                    link.leave();
                     sink.core.gone(*id);
                 }
             }
@@ -540,13 +541,19 @@ impl Shared {
     }
 
     /// Asks a node to let this one in, or to take note of its ports.
-    async fn ask(self: &Arc<Self>, name: &str, instance: u64, who: &NodeAddress) -> Asked {
+    async fn ask(
+        self: &Arc<Self>,
+        name: &str,
+        instance: u64,
+        who: &NodeAddress,
+        entering: bool,
+    ) -> Asked {
         let control = match self.control_to(who).await {
             Ok(control) => control,
             Err(DialError::Unreachable(error)) => return Asked::Unreachable(error.to_string()),
             Err(DialError::Refused { code, text }) => return Asked::Refused { code, text },
         };
-        self.ask_over(name, instance, who, &control).await
+        self.ask_over(name, instance, who, &control, entering).await
     }
 
     async fn ask_over(
@@ -555,11 +562,13 @@ impl Shared {
         instance: u64,
         who: &NodeAddress,
         control: &Arc<Control>,
+        entering: bool,
     ) -> Asked {
         let (channel, (own, epoch)) = (name.to_owned(), {
             let mut state = self.state();
             match state.find(name, instance) {
                 Some(m) => (m.own(&self.address), Some(m.epoch)),
+                None if !entering => return Asked::Unreachable("it was left".to_owned()),
                 None => (
                     Participant {
                         node: self.address.clone(),
@@ -585,7 +594,7 @@ impl Shared {
         control.request_then(request, move |reply| {
             let asked = match reply {
                 Some(Reply::Joined(joined)) => {
-                    node.joined(&name, instance, who, from, joined);
+                    node.joined(&name, instance, who, from, joined, entering);
                     Asked::Joined
                 }
                 Some(Reply::NotContact { contact }) => Asked::Not(contact),
@@ -611,9 +620,11 @@ impl Shared {
         who: NodeAddress,
         control: Arc<Control>,
         joined: Joined,
+        entering: bool,
     ) {
         let mut state = self.state();
-        if state.down {
+        // What was left while the contact answered stays left: nobody would leave it again.
+        if state.down || !entering && state.find(name, instance).is_none() {
             return;
         }
         let m = state
@@ -666,7 +677,7 @@ impl Shared {
         let mut next = first;
         // From one to the next, not in circles.
         for _ in 0..4 {
-            match self.ask(name, instance, &next).await {
+            match self.ask(name, instance, &next, true).await {
                 Asked::Joined => return Ok(()),
                 Asked::Not(Some(contact)) => next = contact,
                 Asked::Not(None) => return Err(failed("its contact is being replaced".to_owned())),
@@ -708,7 +719,10 @@ impl Shared {
                     }
                 }
                 Some((address, Some(control))) => {
-                    match self.ask_over(name, instance, &address, &control).await {
+                    match self
+                        .ask_over(name, instance, &address, &control, false)
+                        .await
+                    {
                         Asked::Joined => return Ok(()),
                         Asked::Refused { code, text } => return Err(Error::Refused { code, text }),
                         Asked::Unreachable(text) => why = text,
@@ -766,10 +780,10 @@ impl Shared {
                 (address.clone(), others.collect::<Vec<_>>())
             };
             if tried.insert(contact.node) {
-                match self.ask(name, instance, &contact).await {
+                match self.ask(name, instance, &contact, false).await {
                     Asked::Joined => return,
                     Asked::Not(Some(other)) if other.node != self.id => {
-                        if let Asked::Joined = self.ask(name, instance, &other).await {
+                        if let Asked::Joined = self.ask(name, instance, &other, false).await {
                             return;
                         }
                     }
@@ -789,14 +803,14 @@ impl Shared {
                     }
                     return;
                 }
-                match self.ask(name, instance, &candidate).await {
+                match self.ask(name, instance, &candidate, false).await {
                     Asked::Joined => return,
                     Asked::Not(hint) => {
                         // It will be the contact, or knows better who is.
                         if let Some(hint) = hint {
                             tried.remove(&hint.node);
                             if hint.node != contact.node
-                                && let Asked::Joined = self.ask(name, instance, &hint).await
+                                && let Asked::Joined = self.ask(name, instance, &hint, false).await
                             {
                                 return;
                             }

@@ -101,16 +101,16 @@ fn checked_size(fd: &OwnedFd) -> io::Result<usize> {
 #[derive(Debug)]
 pub struct Page {
     mapping: Mapping,
-    fd: OwnedFd,
 }
 
 impl Page {
-    /// A new one, all zeros.
+    /// A new one, all zeros, and its file to be given to another process.
     ///
     /// # Errors
     /// What the system says.
-    pub fn create() -> io::Result<Page> {
-        Page::map(sealed("kecho-sink", PAGE, SealFlags::SEAL)?)
+    pub fn create() -> io::Result<(Page, OwnedFd)> {
+        let fd = sealed("kecho-sink", PAGE, SealFlags::SEAL)?;
+        Ok((Page::map(&fd)?, fd))
     }
 
     /// One that another process made.
@@ -121,17 +121,16 @@ impl Page {
         if checked_size(&fd)? != PAGE {
             return Err(io::Error::other("a sink's page of another size"));
         }
-        Page::map(fd)
+        Page::map(&fd)
     }
 
-    fn map(fd: OwnedFd) -> io::Result<Page> {
+    fn map(fd: &OwnedFd) -> io::Result<Page> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at a place of the kernel's choice touches nothing that exists.
-        let base = unsafe { mmap(null_mut(), PAGE, protection, MapFlags::SHARED, &fd, 0)? };
+        let base = unsafe { mmap(null_mut(), PAGE, protection, MapFlags::SHARED, fd, 0)? };
         let base = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
         Ok(Page {
             mapping: Mapping { base, bytes: PAGE },
-            fd,
         })
     }
 
@@ -142,12 +141,6 @@ impl Page {
     }
 }
 
-impl AsFd for Page {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
-
 /// A ring of words with a page of cells before it. Positions only grow; a position's word lies at
 /// its remainder by the capacity. The ring is mapped twice in a row, so that what begins before
 /// its end can be read on without a seam.
@@ -155,7 +148,8 @@ impl AsFd for Page {
 pub struct Ring {
     mapping: Mapping,
     capacity: usize,
-    fd: OwnedFd,
+    /// Of one that this process made, to be given to others.
+    fd: Option<OwnedFd>,
 }
 
 impl Ring {
@@ -168,10 +162,13 @@ impl Ring {
             .clamp(MIN_RING_BYTES, MAX_RING_BYTES)
             .next_power_of_two();
         let fd = sealed("kecho-log", PAGE + capacity, SealFlags::empty())?;
-        let ring = Ring::map(fd, capacity, ProtFlags::READ | ProtFlags::WRITE)?;
+        let ring = Ring::map(&fd, capacity, ProtFlags::READ | ProtFlags::WRITE)?;
         // From here on nobody can map it for writing, this process neither.
-        fcntl_add_seals(&ring.fd, SealFlags::FUTURE_WRITE | SealFlags::SEAL)?;
-        Ok(ring)
+        fcntl_add_seals(&fd, SealFlags::FUTURE_WRITE | SealFlags::SEAL)?;
+        Ok(Ring {
+            fd: Some(fd),
+            ..ring
+        })
     }
 
     /// One that another process made, to read.
@@ -183,10 +180,10 @@ impl Ring {
         if !capacity.is_power_of_two() || !(MIN_RING_BYTES..=MAX_RING_BYTES).contains(&capacity) {
             return Err(io::Error::other("a ring of another size"));
         }
-        Ring::map(fd, capacity, ProtFlags::READ)
+        Ring::map(&fd, capacity, ProtFlags::READ)
     }
 
-    fn map(fd: OwnedFd, capacity: usize, protection: ProtFlags) -> io::Result<Ring> {
+    fn map(fd: &OwnedFd, capacity: usize, protection: ProtFlags) -> io::Result<Ring> {
         let bytes = PAGE + 2 * capacity;
         // SAFETY: a new mapping at a place of the kernel's choice touches nothing that exists.
         let base =
@@ -202,17 +199,22 @@ impl Ring {
                 PAGE + capacity,
                 protection,
                 fixed,
-                &fd,
+                fd,
                 0,
             )?;
             let second = base.as_ptr().add(PAGE + capacity);
-            mmap(second.cast(), capacity, protection, fixed, &fd, PAGE as u64)?;
+            mmap(second.cast(), capacity, protection, fixed, fd, PAGE as u64)?;
         }
         Ok(Ring {
             mapping,
             capacity,
-            fd,
+            fd: None,
         })
+    }
+
+    /// Its file, if this process made it.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.fd.as_ref().map(AsFd::as_fd)
     }
 
     /// How many bytes of the past it holds.
@@ -322,12 +324,6 @@ impl Ring {
             word: [0; 8],
             filled: 0,
         }
-    }
-}
-
-impl AsFd for Ring {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
     }
 }
 
@@ -444,7 +440,8 @@ mod tests {
     fn what_is_written_over_the_seam_is_read_back() {
         let ring = Ring::create(1).unwrap();
         assert_eq!(ring.capacity(), MIN_RING_BYTES);
-        let reader = Ring::open(ring.fd.try_clone().unwrap()).unwrap();
+        let fd = ring.file().unwrap().try_clone_to_owned();
+        let reader = Ring::open(fd.unwrap()).unwrap();
         for bytes in [45u64, 255, 256, 257, 1003, 50_000] {
             let position = ring.capacity() as u64 - 16;
             let text: Vec<u8> = (0..bytes).map(|n| (n % 251) as u8).collect();
@@ -463,7 +460,7 @@ mod tests {
     #[test]
     fn a_reader_cannot_write_and_nobody_can_shorten() {
         let ring = Ring::create(1).unwrap();
-        let fd = ring.fd.try_clone().unwrap();
+        let fd = ring.file().unwrap().try_clone_to_owned().unwrap();
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping, if there is one at all.
         let mapped = unsafe { mmap(null_mut(), PAGE, protection, MapFlags::SHARED, &fd, 0) };

@@ -75,7 +75,7 @@ pub(crate) struct Attach {
     #[n(6)]
     pub state: Vec<(String, Value)>,
     #[n(7)]
-    pub after: Option<u64>,
+    pub next: Option<u64>,
 }
 
 impl Attach {
@@ -86,7 +86,7 @@ impl Attach {
             filter,
             policy,
             state,
-            after,
+            next,
         } = request;
         Attach {
             channel,
@@ -96,7 +96,7 @@ impl Attach {
             filter,
             policy,
             state,
-            after,
+            next,
         }
     }
 
@@ -107,7 +107,7 @@ impl Attach {
             filter,
             policy,
             state,
-            after,
+            next,
             ..
         } = self;
         AttachRequest {
@@ -116,7 +116,7 @@ impl Attach {
             filter,
             policy,
             state,
-            after,
+            next,
         }
     }
 }
@@ -155,6 +155,10 @@ pub(crate) struct Position {
     /// Descriptors, encoded.
     #[n(3)]
     pub types: Vec<minicbor::bytes::ByteVec>,
+    #[n(4)]
+    pub sequence: u64,
+    #[n(5)]
+    pub lost: u64,
 }
 
 /// A frame after the first ones.

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::error::Error;
 use crate::event::EventRef;
 use crate::log::{
-    CURSOR, ENDED, ENDED_SLOW, FIRST, Found, HEADER_BYTES, Header, Kind, Reader, SLEEPING, WANTED,
+    CURSOR, ENDED, ENDED_SLOW, Found, HEADER_BYTES, Header, Kind, Reader, SLEEPING, WANTED,
 };
 use crate::memory::{Bell, MAX_RING_BYTES, Page, Ring};
 use crate::source::{AttachRequest, Attached, MAX_TYPES, Policy, TypeSelector};
@@ -25,7 +25,7 @@ use crate::wire::Wire;
 
 /// What is read from a socket at once, in bytes.
 const READ_BYTES: usize = 64 << 10;
-/// The most sources whose last event is remembered.
+/// The most sources that have gone and whose last event is remembered.
 const MAX_REMEMBERED: usize = 4096;
 
 /// What a sink wants.
@@ -153,8 +153,12 @@ struct InLink {
     lost: bool,
     /// The sequence after the last event's.
     next: Option<u64>,
-    /// The last event's sequence.
-    last: Option<u64>,
+    /// The sequence of the event that the sink wants next, over whichever link.
+    wanted: Arc<AtomicU64>,
+    /// What the sink said of that before it was attached.
+    asked: Option<u64>,
+    /// Events that it has lost between this link and the one before.
+    lost_before: u64,
     /// Events were dropped, and the next one tells how many.
     overrun: bool,
     /// Events were dropped at some time.
@@ -209,7 +213,8 @@ pub(crate) struct SinkCore {
     tokens: AtomicU64,
     changes: Mutex<Vec<Change>>,
     options: Mutex<SinkOptions>,
-    last: Mutex<HashMap<Uuid, u64>>,
+    /// By source.
+    wanted: Mutex<HashMap<Uuid, Arc<AtomicU64>>>,
     /// Held by who receives, as long as that takes.
     receiver: Mutex<Receiver>,
     /// The counters when it last began to wait.
@@ -252,14 +257,10 @@ impl SinkCore {
             tokens: AtomicU64::new(1),
             changes: Mutex::default(),
             options: Mutex::new(options),
-            last: Mutex::default(),
+            wanted: Mutex::default(),
             receiver: Mutex::new(receiver),
             counters: Mutex::default(),
         }))
-    }
-
-    pub(crate) fn new_page(&self) -> io::Result<Arc<Page>> {
-        Ok(Arc::new(Page::create()?))
     }
 
     pub(crate) fn bell(&self) -> &Arc<Bell> {
@@ -278,6 +279,14 @@ impl SinkCore {
             .into_iter()
             .map(|kind| (kind.id(), kind))
             .collect();
+        let wanted = {
+            let mut all = locked(&self.wanted);
+            if all.len() >= MAX_REMEMBERED {
+                all.retain(|_, wanted| Arc::strong_count(wanted) > 1);
+            }
+            let first = || Arc::new(AtomicU64::new(attached.sequence));
+            all.entry(source).or_insert_with(first).clone()
+        };
         self.change(Change::Add(Box::new(InLink {
             source,
             token: self.tokens.fetch_add(1, Ordering::Relaxed),
@@ -285,8 +294,10 @@ impl SinkCore {
             recent: None,
             carrier,
             lost: false,
-            next: None,
-            last: None,
+            next: Some(attached.sequence),
+            wanted,
+            asked: attached.next,
+            lost_before: attached.lost,
             overrun: false,
             lossy: false,
         })));
@@ -343,10 +354,6 @@ impl SinkCore {
         self.change(Change::Gone(source));
     }
 
-    pub(crate) fn last(&self, source: Uuid) -> Option<u64> {
-        locked(&self.last).get(&source).copied()
-    }
-
     pub(crate) fn request(&self, source: Uuid) -> AttachRequest {
         let options = locked(&self.options).clone();
         AttachRequest {
@@ -355,7 +362,9 @@ impl SinkCore {
             filter: options.filter,
             policy: options.policy,
             state: options.state,
-            after: self.last(source),
+            next: locked(&self.wanted)
+                .get(&source)
+                .map(|wanted| wanted.load(Ordering::Relaxed)),
         }
     }
 
@@ -438,8 +447,11 @@ impl InLink {
                             None if self.lossy => {
                                 if !self.overrun {
                                     counters.dropped += 1;
-                                    let sequence = out[begin..].first_chunk();
-                                    self.next = sequence.map(|s| u64::from_le_bytes(*s) + 1);
+                                    if let Some(sequence) = out[begin..].first_chunk() {
+                                        let next = u64::from_le_bytes(*sequence).saturating_add(1);
+                                        self.next = Some(next);
+                                        self.wanted.store(next, Ordering::Relaxed);
+                                    }
                                 }
                                 out.truncate(begin);
                                 continue;
@@ -452,24 +464,28 @@ impl InLink {
                             }
                         },
                     };
-                    match EventRef::parse(&out[begin..], &kind) {
-                        Ok(event) => {
-                            if let (true, Some(next)) = (self.overrun, self.next) {
-                                counters.dropped += event.sequence().saturating_sub(next);
-                            }
-                            self.overrun = false;
-                            self.next = Some(event.sequence() + 1);
-                            self.last = Some(event.sequence());
-                        }
+                    let sequence = match EventRef::parse(&out[begin..], &kind) {
+                        Ok(event) => event.sequence(),
                         Err(_) => {
                             return Step::Over {
                                 again: false,
                                 slow: false,
                             };
                         }
+                    };
+                    if let (true, Some(next)) = (self.overrun, self.next) {
+                        let lost = sequence.saturating_sub(next);
+                        counters.dropped = counters.dropped.saturating_add(lost);
                     }
-                    self.recent = Some(kind.clone());
-                    return Step::Event(kind);
+                    self.overrun = false;
+                    let next = sequence.saturating_add(1);
+                    self.next = Some(next);
+                    // Or it has come over the link before this one.
+                    if sequence >= self.wanted.load(Ordering::Relaxed) {
+                        self.wanted.store(next, Ordering::Relaxed);
+                        self.recent = Some(kind.clone());
+                        return Step::Event(kind);
+                    }
                 }
                 Some(Kind::Type) => {
                     let Ok(kind) = EventType::decode(&out[begin..]) else {
@@ -486,7 +502,7 @@ impl InLink {
                     let count = out[begin..]
                         .first_chunk()
                         .map_or(0, |bytes| u64::from_le_bytes(*bytes));
-                    counters.dropped += count;
+                    counters.dropped = counters.dropped.saturating_add(count);
                     self.lossy = true;
                 }
                 Some(Kind::End) | None => {
@@ -786,25 +802,15 @@ impl Sink {
             }
         }
         for (source, again) in over {
-            self.forget(receiver, source);
+            Self::forget(receiver, source);
             if again {
                 self.home.relink(source);
             }
         }
     }
 
-    fn forget(&self, receiver: &mut Receiver, source: Uuid) {
-        let Some(at) = receiver.links.iter().position(|link| link.source == source) else {
-            return;
-        };
-        let link = receiver.links.swap_remove(at);
-        if let Some(sequence) = link.last {
-            let mut last = locked(&self.core.last);
-            if last.len() >= MAX_REMEMBERED {
-                last.clear();
-            }
-            last.insert(source, sequence);
-        }
+    fn forget(receiver: &mut Receiver, source: Uuid) {
+        receiver.links.retain(|link| link.source != source);
     }
 
     fn apply(&self, receiver: &mut Receiver) -> Result<(), Error> {
@@ -812,11 +818,14 @@ impl Sink {
         let changes = std::mem::take(&mut *locked(&self.core.changes));
         for change in changes {
             match change {
-                Change::Add(mut link) => {
-                    self.forget(receiver, link.source);
-                    if let Carrier::Memory { page, .. } = &link.carrier {
-                        link.next = Some(page.cell(FIRST).load(Ordering::Acquire));
-                    }
+                Change::Add(link) => {
+                    Self::forget(receiver, link.source);
+                    // What the link before it still had was read meanwhile.
+                    let wanted = link.wanted.load(Ordering::Relaxed);
+                    let read = wanted.saturating_sub(link.asked.unwrap_or(wanted));
+                    let lost = link.lost_before.saturating_sub(read);
+                    let dropped = &mut receiver.counters.dropped;
+                    *dropped = dropped.saturating_add(lost);
                     if let Carrier::Socket(stream) = &link.carrier {
                         let epoll = match &mut receiver.epoll {
                             Some(epoll) => epoll,

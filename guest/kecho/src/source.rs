@@ -14,8 +14,7 @@ use uuid::Uuid;
 use crate::event::{EventError, EventRef, Submission};
 use crate::filter::{FilterError, SinkFilter, State};
 use crate::log::{
-    CURSOR, ENDED, ENDED_LEFT, ENDED_SLOW, FIRST, HEAD, HEADER_BYTES, Header, Kind, SLEEPING, TAIL,
-    WANTED,
+    CURSOR, ENDED, ENDED_LEFT, ENDED_SLOW, HEAD, HEADER_BYTES, Header, Kind, SLEEPING, TAIL, WANTED,
 };
 use crate::memory::{Bell, Page, Ring};
 use crate::socket::{Sender, SocketSink, SocketTicket};
@@ -179,8 +178,8 @@ pub(crate) struct AttachRequest {
     pub filter: Option<String>,
     pub policy: Option<Policy>,
     pub state: Vec<(String, Value)>,
-    /// The last event that it has got from this source.
-    pub after: Option<u64>,
+    /// The event of this source that it wants next, if it was attached before.
+    pub next: Option<u64>,
 }
 
 /// Where a sink begins.
@@ -188,10 +187,23 @@ pub(crate) struct AttachRequest {
 pub(crate) struct Attached {
     pub slot: usize,
     pub position: u64,
+    /// The sequence of the first event that it may get.
+    pub sequence: u64,
+    /// How many events it has lost since it was attached before.
+    pub lost: u64,
+    /// What it said that it wants next.
+    pub next: Option<u64>,
     /// A sink over a socket acknowledges when it has read so many bytes.
     pub ack_bytes: u64,
     /// The types whose descriptors came before that.
     pub types: Vec<Arc<EventType>>,
+}
+
+/// Where in the log a sink begins.
+struct Begin {
+    position: u64,
+    sequence: u64,
+    lost: u64,
 }
 
 /// How a sink went.
@@ -742,7 +754,7 @@ impl SourceCore {
         inner: &mut Inner,
         request: AttachRequest,
         way: Way,
-        carrier: impl FnOnce(usize, u64, Policy) -> Carrier,
+        carrier: impl FnOnce(usize, u64, u64, Policy) -> Carrier,
     ) -> Result<Attached, AttachError> {
         if inner.closed {
             return Err(AttachError::Closed);
@@ -755,19 +767,33 @@ impl SourceCore {
             .as_deref()
             .map(SinkFilter::compile)
             .transpose()?;
-        // One that comes again goes on after what it has got, if that is still there.
-        let mut position = inner.head;
-        if let Some(after) = request.after {
-            let old = inner
-                .sinks
-                .iter_mut()
-                .flatten()
-                .find(|sink| sink.sink == request.sink);
-            let from = old.map_or(inner.tail, |sink| sink.floor.max(inner.tail));
-            position = self.find(from, inner.head, after);
+        let (head, tail) = (inner.head, inner.tail);
+        let place = |s: &Option<Attachment>| s.as_ref().is_some_and(|s| s.sink == request.sink);
+        let mut slot = inner.sinks.iter().position(place);
+        let old = slot.and_then(|slot| inner.sinks[slot].as_mut());
+        let floor = old.and_then(|sink| sink.position(head));
+        // Those before it in the log were not meant for the slot that it will have.
+        let common = !inner.selective && filter.is_none() && request.types.is_empty();
+        let begin = match (request.next, floor) {
+            // All that was there for it still is.
+            (Some(next), Some(floor)) if floor >= tail => self.find(floor, head, next, None),
+            (Some(next), Some(_)) => self.find(tail, head, next, Some(inner.sequence)),
+            (Some(next), None) if common => {
+                let from = tail.max(self.unmasked.0.load(Ordering::Relaxed));
+                self.find(from, head, next, Some(inner.sequence))
+            }
+            (Some(next), None) => self.find(head, head, next, Some(inner.sequence)),
+            (None, _) => Begin {
+                position: head,
+                sequence: inner.sequence,
+                lost: 0,
+            },
+        };
+        if floor.is_none() {
+            slot = None;
         }
         inner.remove(request.sink, ENDED_LEFT, &self.sender);
-        let slot = match inner.sinks.iter().position(Option::is_none) {
+        let slot = match slot.or_else(|| inner.sinks.iter().position(Option::is_none)) {
             Some(slot) => slot,
             None if inner.sinks.len() < MAX_SINKS => {
                 inner.sinks.push(None);
@@ -789,8 +815,8 @@ impl SourceCore {
             wanted: HashMap::new(),
             filter,
             state,
-            carrier: carrier(slot, position, policy),
-            floor: position,
+            carrier: carrier(slot, begin.position, begin.sequence, policy),
+            floor: begin.position,
         });
         inner.limit = inner.head;
         inner.refresh(self);
@@ -799,25 +825,36 @@ impl SourceCore {
         let ack_bytes = (self.ring.capacity() / 8).min(64 << 10) as u64;
         Ok(Attached {
             slot,
-            position,
+            position: begin.position,
+            sequence: begin.sequence,
+            lost: begin.lost,
+            next: request.next,
             ack_bytes,
             types,
         })
     }
 
-    /// The first frame from `from` on that is an event after that one.
-    fn find(&self, from: u64, head: u64, after: u64) -> u64 {
-        let mut at = from;
-        while at < head {
+    /// Where a sink goes on that wants this event next, from `from` on. With the sequence of the event that will be
+    /// submitted next, those that are wanted and not there are counted.
+    fn find(&self, from: u64, head: u64, next: u64, submitted: Option<u64>) -> Begin {
+        let (mut at, mut found, mut there) = (from, None, 0);
+        while at < head && (found.is_none() || submitted.is_some()) {
             let header = Header::read(self.ring.load(at));
-            let sequence =
-                u64::from_le_bytes(self.ring.load(at + HEADER_BYTES as u64).to_ne_bytes());
-            if header.kind == Some(Kind::Event) && sequence > after {
-                break;
+            let sequence = u64::from_le(self.ring.load(at + HEADER_BYTES as u64));
+            if header.kind == Some(Kind::Event) && sequence >= next {
+                there += 1;
+                found = found.or(Some((at, sequence)));
             }
             at += header.stride() as u64;
         }
-        at
+        let wanted = submitted.map_or(0, |submitted| submitted.saturating_sub(next));
+        let lost = wanted.saturating_sub(there);
+        let (position, sequence) = found.unwrap_or((head, next + lost));
+        Begin {
+            position,
+            sequence: if lost == 0 { next } else { sequence },
+            lost,
+        }
     }
 
     pub(crate) fn attach_memory(
@@ -829,10 +866,8 @@ impl SourceCore {
     ) -> Result<Attached, AttachError> {
         self.sender.run().map_err(AttachError::System)?;
         let mut inner = self.lock();
-        let sequence = request.after.map_or(inner.sequence, |after| after + 1);
-        self.attach(&mut inner, request, way, |_, position, _| {
+        self.attach(&mut inner, request, way, |_, position, _, _| {
             page.cell(CURSOR).store(position, Ordering::Release);
-            page.cell(FIRST).store(sequence, Ordering::Release);
             Carrier::Memory(page, bell)
         })
     }
@@ -844,17 +879,21 @@ impl SourceCore {
     ) -> Result<(Attached, SocketTicket), AttachError> {
         let mut inner = self.lock();
         let sink = request.sink;
-        let sequence = request.after.map_or(inner.sequence, |after| after + 1);
         let mut made = None;
         let chunk = (self.ring.capacity() / 8).min(256 << 10);
-        let attached = self.attach(&mut inner, request, way, |slot, position, policy| {
-            let lossy = policy == Policy::DropOldest;
-            let socket = Arc::new(SocketSink::new(
-                sink, slot, position, sequence, chunk, lossy,
-            ));
-            made = Some(socket.clone());
-            Carrier::Socket(socket)
-        })?;
+        let attached = self.attach(
+            &mut inner,
+            request,
+            way,
+            |slot, position, sequence, policy| {
+                let lossy = policy == Policy::DropOldest;
+                let socket = Arc::new(SocketSink::new(
+                    sink, slot, position, sequence, chunk, lossy,
+                ));
+                made = Some(socket.clone());
+                Carrier::Socket(socket)
+            },
+        )?;
         let socket = made.ok_or(AttachError::Closed)?;
         let ticket = SocketTicket::new(self.clone(), socket, self.sender.clone());
         Ok((attached, ticket))

@@ -6,11 +6,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg, sockopt,
 };
 use rustls::pki_types::ServerName;
 use tokio::io::unix::AsyncFd;
@@ -21,11 +22,15 @@ use xbee_link::Link;
 use xbee_link::peer::{self, PeerListener};
 
 use crate::address::Address;
+use crate::control::Pulse;
 use crate::tls::Tls;
 use crate::wire::Wire;
 
 /// The first byte of a TLS connection. Frames begin with a smaller one.
 const TLS_HANDSHAKE: u8 = 0x16;
+
+/// The most unanswered signs of life that the system sends on one connection.
+const MAX_PROBES: u64 = 100;
 
 /// What protects streams that leave the machine.
 #[derive(Debug, Clone)]
@@ -61,6 +66,19 @@ fn refused(text: &str) -> io::Error {
 fn is_local(ours: SocketAddr, theirs: SocketAddr) -> bool {
     let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
     ours.ip() == theirs.ip() || loopback(theirs.ip())
+}
+
+/// Has the system find out that nobody is at the other end any more, for who only waits for events. Not by
+/// `TCP_USER_TIMEOUT`: that ends the connections of slow sinks too.
+fn keep_alive(stream: BorrowedFd<'_>, pulse: Pulse) -> io::Result<()> {
+    let second = Duration::from_secs(1);
+    let beat = pulse.heartbeat.max(second);
+    let beats = (pulse.dead_after.as_secs() / beat.as_secs()).clamp(1, MAX_PROBES);
+    sockopt::set_tcp_keepidle(stream, beat)?;
+    sockopt::set_tcp_keepintvl(stream, beat)?;
+    sockopt::set_tcp_keepcnt(stream, beats as u32)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    Ok(())
 }
 
 impl Stream {
@@ -129,17 +147,22 @@ impl Stream {
     }
 
     /// The same for events, which goes on at the byte at which this has stopped.
-    pub(crate) fn into_wire(self) -> io::Result<Wire> {
+    pub(crate) fn into_wire(self, pulse: Pulse) -> io::Result<Wire> {
         Ok(match self {
             Stream::Unix(stream) => Wire::Plain(stream.into_std()?.into()),
-            Stream::Tcp(stream) => Wire::Plain(stream.into_std()?.into()),
+            Stream::Tcp(stream) => {
+                keep_alive(stream.as_fd(), pulse)?;
+                Wire::Plain(stream.into_std()?.into())
+            }
             Stream::Tls(stream) => match *stream {
                 TlsStream::Client(stream) => {
                     let (stream, connection) = stream.into_inner();
+                    keep_alive(stream.as_fd(), pulse)?;
                     Wire::tls(stream.into_std()?.into(), connection.into())
                 }
                 TlsStream::Server(stream) => {
                     let (stream, connection) = stream.into_inner();
+                    keep_alive(stream.as_fd(), pulse)?;
                     Wire::tls(stream.into_std()?.into(), connection.into())
                 }
             },
