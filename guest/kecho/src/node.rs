@@ -107,32 +107,33 @@ impl Default for Transports {
         Transports {
             same_process: true,
             shared_memory: true,
-            vsock: has_agent() && xbee_link::peer::local_cid().is_ok_and(is_guest),
+            vsock: has_agent(Path::new("/proc"))
+                && xbee_link::peer::local_cid().is_ok_and(is_guest),
             tcp: true,
         }
     }
 }
 
 /// Whether XenBEE's agent runs here: in other virtual machines vsock may be for something else.
-fn has_agent() -> bool {
-    const AGENT: &str = "xbeinstd";
-    // As the first process it has the name of its link, `init`.
-    let first = std::fs::read_link("/proc/1/exe");
-    let first = first.is_ok_and(|path| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        // Of one whose file was removed with the initial RAM file system.
-        name.trim_end_matches(" (deleted)") == AGENT
-    });
-    if first {
-        return true;
-    }
-    let Ok(processes) = std::fs::read_dir("/proc") else {
+fn has_agent(processes: &Path) -> bool {
+    let Ok(processes) = std::fs::read_dir(processes) else {
         return false;
     };
-    processes.flatten().take(MAX_PROCESSES).any(|process| {
-        let name = std::fs::read_to_string(process.path().join("comm"));
-        name.is_ok_and(|name| name.trim_end() == AGENT)
-    })
+    processes
+        .flatten()
+        .take(MAX_PROCESSES)
+        .any(|process| is_agent(&process.path()))
+}
+
+fn is_agent(process: &Path) -> bool {
+    // It may have ended meanwhile.
+    let read = |file| std::fs::read(process.join(file)).unwrap_or_default();
+    match read("comm").trim_ascii_end() {
+        b"xbeinstd" => true,
+        // What a guest's kernel has started is called so; the agent marks its first argument.
+        b"init" => read("cmdline").starts_with(b"@init\0"),
+        _ => false,
+    }
 }
 
 /// Whether a context identifier is one of a guest, not of the host or the hypervisor.
@@ -773,5 +774,28 @@ impl Handler for Shared {
 
     fn ended(self: Arc<Self>, control: &Arc<Control>, end: End) {
         self.connection_ended(control, end);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_agent_is_known_by_its_name_or_its_mark() {
+        for (comm, cmdline, agent) in [
+            ("xbeinstd\n", "@usr/sbin/xbeinstd\0--service\0", true),
+            ("init\n", "@init\0", true),
+            ("init\n", "/sbin/init\0", false),
+            ("sh\n", "@init\0", false),
+        ] {
+            let processes = tempfile::tempdir().unwrap();
+            let process = processes.path().join("1");
+            std::fs::create_dir(&process).unwrap();
+            std::fs::write(process.join("comm"), comm).unwrap();
+            std::fs::write(process.join("cmdline"), cmdline).unwrap();
+            assert_eq!(has_agent(processes.path()), agent, "{comm}{cmdline}");
+        }
+        assert!(!has_agent(Path::new("/proc/none")));
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -181,6 +181,7 @@ enum Change {
     Lost(Uuid),
     Gone(Uuid),
     Slow,
+    InFilter(Option<InFilter>),
 }
 
 struct Receiver {
@@ -190,6 +191,15 @@ struct Receiver {
     in_filter: Option<InFilter>,
     counters: SinkCounters,
     slow: bool,
+}
+
+impl Receiver {
+    fn counters(&self) -> SinkCounters {
+        SinkCounters {
+            sources: self.links.len(),
+            ..self.counters
+        }
+    }
 }
 
 /// A sink's part of a channel.
@@ -205,7 +215,10 @@ pub(crate) struct SinkCore {
     options: Mutex<SinkOptions>,
     /// By source.
     wanted: Mutex<HashMap<Uuid, Arc<AtomicU64>>>,
+    /// Held by who receives, as long as that takes.
     receiver: Mutex<Receiver>,
+    /// The counters when it last began to wait.
+    counters: Mutex<SinkCounters>,
 }
 
 impl std::fmt::Debug for SinkCore {
@@ -246,6 +259,7 @@ impl SinkCore {
             options: Mutex::new(options),
             wanted: Mutex::default(),
             receiver: Mutex::new(receiver),
+            counters: Mutex::default(),
         }))
     }
 
@@ -652,9 +666,10 @@ impl Sink {
         self.core.busy.store(busy, Ordering::Relaxed);
     }
 
-    /// Sets the filter in this process.
+    /// Sets the filter in this process, from the next event on that is taken. Does not wait for a thread that waits for events.
     pub fn set_in_filter(&self, filter: Option<InFilter>) {
-        locked(&self.core.receiver).in_filter = filter;
+        locked(&self.core.changes).retain(|change| !matches!(change, Change::InFilter(_)));
+        self.core.change(Change::InFilter(filter));
     }
 
     /// Places another filter at all sources, or none.
@@ -679,12 +694,12 @@ impl Sink {
         self.home.state(name, &value)
     }
 
-    /// What it has seen so far.
+    /// What it has seen so far. Does not wait for a thread that waits for events.
     pub fn counters(&self) -> SinkCounters {
-        let receiver = locked(&self.core.receiver);
-        SinkCounters {
-            sources: receiver.links.len(),
-            ..receiver.counters
+        match self.core.receiver.try_lock() {
+            Ok(receiver) => receiver.counters(),
+            Err(TryLockError::Poisoned(receiver)) => receiver.into_inner().counters(),
+            Err(TryLockError::WouldBlock) => *locked(&self.core.counters),
         }
     }
 
@@ -708,6 +723,7 @@ impl Sink {
         limit: Option<Duration>,
     ) -> Result<(), Error> {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        let mut told = None;
         loop {
             if self.core.changed.load(Ordering::Relaxed) {
                 self.apply(receiver)?;
@@ -725,6 +741,11 @@ impl Sink {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left == Some(Duration::ZERO) {
                 return Ok(());
+            }
+            let counters = Some(receiver.counters());
+            if told != counters {
+                *locked(&self.core.counters) = receiver.counters();
+                told = counters;
             }
             if self.core.busy.load(Ordering::Relaxed) {
                 std::hint::spin_loop();
@@ -850,6 +871,7 @@ impl Sink {
                         .for_each(|link| link.lost = true);
                 }
                 Change::Slow => receiver.slow = true,
+                Change::InFilter(filter) => receiver.in_filter = filter,
             }
         }
         Ok(())

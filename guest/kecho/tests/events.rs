@@ -1,6 +1,8 @@
 //! Events between nodes, over each way that they can take.
 #![allow(clippy::unwrap_used)]
 
+use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
@@ -385,4 +387,55 @@ fn a_function_is_called_for_each_event_until_its_callback_is_dropped() {
         assert_eq!(callback.wait().code(), "channel-destroyed", "{way:?}");
         assert!(came.try_recv().is_err());
     }
+}
+
+#[test]
+fn a_sink_that_waits_is_asked_and_given_filters_meanwhile() {
+    let (_directory, one, two) = nodes(Way::Memory, 64 << 10);
+    let source = one
+        .create("c", ChannelOptions::default())
+        .unwrap()
+        .source()
+        .unwrap();
+    let other = two.open_at("c", one.address()).unwrap();
+    let sink = Arc::new(other.sink(SinkOptions::default()).unwrap());
+    let (sender, received) = channel();
+    let waiting = sink.clone();
+    thread::spawn(move || {
+        while let Ok(event) = waiting.receive() {
+            sender.send(n(&event)).unwrap();
+        }
+    });
+    let kind = counted();
+    let (done, finished) = channel();
+    thread::spawn(move || {
+        let submit = |n: u64| {
+            let payload = n.to_le_bytes();
+            let event = Submission {
+                kind: &kind,
+                attributes: &[],
+                payload: &payload,
+            };
+            source.submit(&event).unwrap();
+        };
+        for n in (0..300).step_by(3) {
+            submit(n);
+            assert_eq!(received.recv().unwrap(), n);
+            sink.set_in_filter(Some(Box::new(move |event| {
+                event.payload() != (n + 1).to_le_bytes()
+            })));
+            submit(n + 1);
+            submit(n + 2);
+            assert_eq!(received.recv().unwrap(), n + 2);
+            // It begins to wait when it has.
+            while (sink.counters().received, sink.counters().filtered)
+                != (2 * (n / 3 + 1), n / 3 + 1)
+            {
+                thread::yield_now();
+            }
+        }
+        assert_eq!(sink.counters().sources, 1);
+        done.send(()).unwrap();
+    });
+    finished.recv_timeout(PATIENCE).unwrap();
 }
