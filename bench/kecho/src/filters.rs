@@ -69,7 +69,9 @@ impl Place {
             })
         };
         Ok(Place {
-            sinks: (0..SINKS).map(sink).collect::<std::result::Result<_, _>>()?,
+            sinks: (0..SINKS)
+                .map(sink)
+                .collect::<std::result::Result<_, _>>()?,
             source,
             kind: EventType::new("load", 1, [("passing", FieldKind::I64)])?,
             _node: node,
