@@ -157,6 +157,19 @@ impl Shared {
         }
     }
 
+    /// Waits until the registry, if it is there, has heard what it was told of a channel.
+    pub(crate) async fn registry_heard(&self, channel: &str) {
+        let control = self
+            .lookup
+            .as_ref()
+            .and_then(|lookup| lookup.control.borrow().clone());
+        if let Some(control) = control {
+            let channel = channel.to_owned();
+            // Answered after it. Whoever does not answer hears of it when the lease runs out.
+            let _ = timeout(ANSWER, control.request(Request::Lookup { channel })).await;
+        }
+    }
+
     /// Registers a new channel.
     pub(crate) async fn register_new(&self, name: &str) -> Result<(), Error> {
         let Some(lookup) = &self.lookup else {

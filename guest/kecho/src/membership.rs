@@ -962,6 +962,7 @@ impl Shared {
                     Some(Contact::Other { control, .. }) => Some(control.clone()),
                 }
             };
+            let own = control.is_none();
             let reply = match control {
                 None => Some(self.serve_destroy(name)),
                 Some(Some(control)) => {
@@ -976,6 +977,10 @@ impl Shared {
             if let Some(Reply::Done) = reply {
                 // The notice to this node may still be on its way.
                 self.destroyed(&mut self.state().channels, name);
+                if own {
+                    // The name is free when this returns.
+                    self.registry_heard(name).await;
+                }
                 return Ok(());
             }
             sleep(RETRY).await;
