@@ -253,6 +253,7 @@ impl Shared {
                 found.space().clone(),
                 attached,
             );
+            found.confirm(sink);
             other.changed.notify_waiters();
             return Ok(Held::Local(LocalLink(found, sink)));
         }
@@ -323,7 +324,9 @@ impl Shared {
                         tracing::warn!(%source, %sink, %error, "cannot serve a sink");
                         core.detach(sink, Gone::Broken);
                     }
+                    core.confirm(sink);
                 } else if let Stream::Unix(stream) = stream {
+                    core.confirm(sink);
                     self.watch(core, sink, stream);
                 }
                 self.changed.notify_waiters();

@@ -251,6 +251,8 @@ enum Carrier {
 struct Attachment {
     sink: Uuid,
     way: Way,
+    /// The sink has all that it needs to read, whatever becomes of this node.
+    confirmed: bool,
     policy: Policy,
     types: Vec<TypeSelector>,
     /// By type id: whether the sink takes it.
@@ -810,6 +812,7 @@ impl SourceCore {
         inner.sinks[slot] = Some(Attachment {
             sink: request.sink,
             way,
+            confirmed: false,
             policy,
             types: request.types,
             wanted: HashMap::new(),
@@ -820,7 +823,6 @@ impl SourceCore {
         });
         inner.limit = inner.head;
         inner.refresh(self);
-        self.came.notify_all();
         let types = inner.types.values().map(|(kind, _)| kind.clone()).collect();
         let ack_bytes = (self.ring.capacity() / 8).min(64 << 10) as u64;
         Ok(Attached {
@@ -897,6 +899,15 @@ impl SourceCore {
         let socket = made.ok_or(AttachError::Closed)?;
         let ticket = SocketTicket::new(self.clone(), socket, self.sender.clone());
         Ok((attached, ticket))
+    }
+
+    /// The sink knows that it is attached, and how.
+    pub(crate) fn confirm(&self, sink: Uuid) {
+        let mut inner = self.lock();
+        for other in inner.sinks.iter_mut().flatten() {
+            other.confirmed |= other.sink == sink;
+        }
+        self.came.notify_all();
     }
 
     pub(crate) fn detach(&self, sink: Uuid, gone: Gone) {
@@ -1034,7 +1045,9 @@ impl SourceCore {
 
 impl Inner {
     fn attached(&self) -> impl Iterator<Item = Uuid> {
-        let there = |sink: &&Attachment| !matches!(sink.carrier, Carrier::Awaited { .. });
+        let there = |sink: &&Attachment| {
+            sink.confirmed && !matches!(sink.carrier, Carrier::Awaited { .. })
+        };
         let sinks = self.sinks.iter().flatten();
         sinks.filter(there).map(|sink| sink.sink)
     }
