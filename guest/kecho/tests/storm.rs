@@ -105,6 +105,8 @@ impl Storm<'_> {
             }
             self.visits.fetch_add(1, Ordering::Relaxed);
         }
+        // Killed, it could not send what it has just submitted.
+        stays.quit();
     }
 }
 
