@@ -468,8 +468,7 @@ impl Sender {
             for core in queue.iter().filter_map(Weak::upgrade) {
                 core.dirty.store(false, Ordering::SeqCst);
                 fence(Ordering::SeqCst);
-                core.wake_sleepers();
-                for socket in core.sockets().iter() {
+                for socket in core.wake_sleepers().iter() {
                     if let Some(Err(_)) = socket.try_flush(&core) {
                         core.detach(socket.id, Gone::Broken);
                     }

@@ -580,10 +580,14 @@ impl SourceCore {
         (!inner.sockets.is_empty()).then(|| inner.sockets.clone())
     }
 
-    /// Wakes the sinks in memory that sleep.
-    pub(crate) fn wake_sleepers(&self) {
-        let bells = self.lock().bells.clone();
+    /// Wakes the sinks in memory that sleep; those over sockets are to be served.
+    pub(crate) fn wake_sleepers(&self) -> Arc<Vec<Arc<SocketSink>>> {
+        let (bells, sockets) = {
+            let inner = self.lock();
+            (inner.bells.clone(), inner.sockets.clone())
+        };
         wake_sleepers(&bells);
+        sockets
     }
 
     fn send_now(self: &Arc<Self>, sockets: &[Arc<SocketSink>]) {
@@ -1045,9 +1049,8 @@ impl SourceCore {
 
 impl Inner {
     fn attached(&self) -> impl Iterator<Item = Uuid> {
-        let there = |sink: &&Attachment| {
-            sink.confirmed && !matches!(sink.carrier, Carrier::Awaited { .. })
-        };
+        let there =
+            |sink: &&Attachment| sink.confirmed && !matches!(sink.carrier, Carrier::Awaited { .. });
         let sinks = self.sinks.iter().flatten();
         sinks.filter(there).map(|sink| sink.sink)
     }
