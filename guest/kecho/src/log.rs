@@ -41,6 +41,8 @@ pub enum Kind {
     Dropped,
     /// On sockets only: the source has left, and nothing follows.
     End,
+    /// On sockets only: the sink is to acknowledge what it has read.
+    Ask,
 }
 
 /// The word before a body.
@@ -62,6 +64,7 @@ impl Header {
             Kind::Type => 2,
             Kind::Dropped => 3,
             Kind::End => 4,
+            Kind::Ask => 5,
         };
         (bytes as u64 & 0xffff_ffff) | ((mask_words as u64 & 0xffff) << 32) | (kind << 48)
     }
@@ -76,6 +79,7 @@ impl Header {
                 2 => Some(Kind::Type),
                 3 => Some(Kind::Dropped),
                 4 => Some(Kind::End),
+                5 => Some(Kind::Ask),
                 _ => None,
             },
         }

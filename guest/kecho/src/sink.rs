@@ -1,5 +1,7 @@
 //! A sink: reads the logs and streams of all sources of its channel, in the thread that asks for events.
 
+mod link;
+
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,17 +16,15 @@ use uuid::Uuid;
 
 use crate::error::Error;
 use crate::event::EventRef;
-use crate::log::{
-    CURSOR, ENDED, ENDED_SLOW, Found, HEADER_BYTES, Header, Kind, Reader, SLEEPING, WANTED,
-};
-use crate::memory::{Bell, MAX_RING_BYTES, Page, Ring};
-use crate::source::{AttachRequest, Attached, MAX_TYPES, Policy, TypeSelector};
+use crate::log::{Reader, SLEEPING};
+use crate::memory::{Bell, Page, Ring};
+use crate::source::{AttachRequest, Attached, Policy, TypeSelector};
 use crate::types::EventType;
 use crate::value::Value;
 use crate::wire::Wire;
 
-/// What is read from a socket at once, in bytes.
-const READ_BYTES: usize = 64 << 10;
+use link::{Carrier, InLink, Step, Stream};
+
 /// The most sources that have gone and whose last event is remembered.
 const MAX_REMEMBERED: usize = 4096;
 
@@ -113,67 +113,6 @@ pub(crate) trait SinkHome: Send + Sync {
     fn relink(&self, source: Uuid);
     fn filter(&self, filter: Option<&str>) -> Result<(), Error>;
     fn state(&self, name: &str, value: &Value) -> Result<(), Error>;
-}
-
-enum Carrier {
-    Memory {
-        ring: Arc<Ring>,
-        page: Arc<Page>,
-        space: Arc<Bell>,
-        reader: Reader,
-    },
-    Socket(Box<Stream>),
-}
-
-/// A stream of frames.
-struct Stream {
-    wire: Wire,
-    /// What was received, of which what is before `begin` was read.
-    buffer: Vec<u8>,
-    begin: usize,
-    /// Bytes of frames that were read, and of these what was acknowledged.
-    read: u64,
-    acked: u64,
-    /// How many may be read before they are acknowledged.
-    ack_bytes: u64,
-    /// Acknowledgements that were not sent yet.
-    acks: Vec<u8>,
-    /// It may have more than was received.
-    ready: bool,
-}
-
-struct InLink {
-    source: Uuid,
-    token: u64,
-    types: HashMap<u64, Arc<EventType>>,
-    /// The type of the last event.
-    recent: Option<Arc<EventType>>,
-    carrier: Carrier,
-    /// The source's process is gone: what is left is read, and then the link is over.
-    lost: bool,
-    /// The sequence after the last event's.
-    next: Option<u64>,
-    /// The sequence of the event that the sink wants next, over whichever link.
-    wanted: Arc<AtomicU64>,
-    /// What the sink said of that before it was attached.
-    asked: Option<u64>,
-    /// Events that it has lost between this link and the one before.
-    lost_before: u64,
-    /// Events were dropped, and the next one tells how many.
-    overrun: bool,
-    /// Events were dropped at some time.
-    lossy: bool,
-}
-
-/// What one link had.
-enum Step {
-    Nothing,
-    Event(Arc<EventType>),
-    /// It is over: whether it is to be linked again, and whether the sink was too slow.
-    Over {
-        again: bool,
-        slow: bool,
-    },
 }
 
 enum Change {
@@ -371,213 +310,6 @@ impl SinkCore {
     pub(crate) fn end(&self) {
         self.ended.store(true, Ordering::SeqCst);
         self.bell.ring();
-    }
-}
-
-impl InLink {
-    /// Reads the next event, appended to `out`.
-    fn step(&mut self, out: &mut Vec<u8>, counters: &mut SinkCounters) -> Step {
-        let begin = out.len();
-        loop {
-            let header = match &mut self.carrier {
-                Carrier::Memory {
-                    ring,
-                    page,
-                    space,
-                    reader,
-                } => {
-                    let before = reader.position;
-                    let found = reader.next(ring, out);
-                    if reader.position != before {
-                        page.cell(CURSOR).store(reader.position, Ordering::Release);
-                        let wanted = ring.cell(WANTED).load(Ordering::Relaxed);
-                        if wanted != 0 && before < wanted - 1 && reader.position >= wanted - 1 {
-                            space.ring();
-                        }
-                    }
-                    match found {
-                        Found::Nothing => {
-                            return match page.cell(ENDED).load(Ordering::Acquire) {
-                                // What was written before the end is read first.
-                                0 if self.lost && !reader.is_behind(ring) => Step::Over {
-                                    again: true,
-                                    slow: false,
-                                },
-                                0 => Step::Nothing,
-                                _ if reader.is_behind(ring) => continue,
-                                why => Step::Over {
-                                    again: false,
-                                    slow: why == ENDED_SLOW,
-                                },
-                            };
-                        }
-                        Found::Frame(header) => header,
-                        Found::Overrun => {
-                            self.overrun = true;
-                            self.lossy = true;
-                            continue;
-                        }
-                        Found::Nonsense => {
-                            return Step::Over {
-                                again: false,
-                                slow: false,
-                            };
-                        }
-                    }
-                }
-                Carrier::Socket(stream) => match stream.next(out) {
-                    Ok(Some(header)) => header,
-                    Ok(None) => return Step::Nothing,
-                    Err(_) => {
-                        return Step::Over {
-                            again: true,
-                            slow: false,
-                        };
-                    }
-                },
-            };
-            match header.kind {
-                Some(Kind::Event) => {
-                    let id = EventRef::type_id(&out[begin..]).unwrap_or(0);
-                    let kind = match &self.recent {
-                        Some(kind) if kind.id() == id => kind.clone(),
-                        _ => match self.types.get(&id) {
-                            Some(kind) => kind.clone(),
-                            // Its descriptor was lost with what was dropped; it comes again soon.
-                            None if self.lossy => {
-                                if !self.overrun {
-                                    counters.dropped += 1;
-                                    if let Some(sequence) = out[begin..].first_chunk() {
-                                        let next = u64::from_le_bytes(*sequence).saturating_add(1);
-                                        self.next = Some(next);
-                                        self.wanted.store(next, Ordering::Relaxed);
-                                    }
-                                }
-                                out.truncate(begin);
-                                continue;
-                            }
-                            None => {
-                                return Step::Over {
-                                    again: false,
-                                    slow: false,
-                                };
-                            }
-                        },
-                    };
-                    let sequence = match EventRef::parse(&out[begin..], &kind) {
-                        Ok(event) => event.sequence(),
-                        Err(_) => {
-                            return Step::Over {
-                                again: false,
-                                slow: false,
-                            };
-                        }
-                    };
-                    if let (true, Some(next)) = (self.overrun, self.next) {
-                        let lost = sequence.saturating_sub(next);
-                        counters.dropped = counters.dropped.saturating_add(lost);
-                    }
-                    self.overrun = false;
-                    let next = sequence.saturating_add(1);
-                    self.next = Some(next);
-                    // Or it has come over the link before this one.
-                    if sequence >= self.wanted.load(Ordering::Relaxed) {
-                        self.wanted.store(next, Ordering::Relaxed);
-                        self.recent = Some(kind.clone());
-                        return Step::Event(kind);
-                    }
-                }
-                Some(Kind::Type) => {
-                    let Ok(kind) = EventType::decode(&out[begin..]) else {
-                        return Step::Over {
-                            again: false,
-                            slow: false,
-                        };
-                    };
-                    if self.types.len() < MAX_TYPES {
-                        self.types.insert(kind.id(), Arc::new(kind));
-                    }
-                }
-                Some(Kind::Dropped) => {
-                    let count = out[begin..]
-                        .first_chunk()
-                        .map_or(0, |bytes| u64::from_le_bytes(*bytes));
-                    counters.dropped = counters.dropped.saturating_add(count);
-                    self.lossy = true;
-                }
-                Some(Kind::End) | None => {
-                    return Step::Over {
-                        again: false,
-                        slow: false,
-                    };
-                }
-            }
-            out.truncate(begin);
-        }
-    }
-
-    fn is_behind(&self) -> bool {
-        match &self.carrier {
-            Carrier::Memory {
-                ring, page, reader, ..
-            } => reader.is_behind(ring) || page.cell(ENDED).load(Ordering::Acquire) != 0,
-            Carrier::Socket(stream) => stream.ready || stream.wire.is_ready(false),
-        }
-    }
-}
-
-impl Stream {
-    /// The next frame, its body appended to `out`.
-    fn next(&mut self, out: &mut Vec<u8>) -> io::Result<Option<Header>> {
-        loop {
-            let mut wanted = READ_BYTES;
-            if let Some(word) = self.buffer[self.begin..].first_chunk() {
-                let header = Header::read(u64::from_le_bytes(*word));
-                if header.bytes > MAX_RING_BYTES / 2 {
-                    return Err(io::ErrorKind::InvalidData.into());
-                }
-                let end = self.begin + header.sent_bytes();
-                if let Some(bytes) = self.buffer.get(self.begin + HEADER_BYTES..end) {
-                    out.extend_from_slice(&bytes[..header.bytes]);
-                    self.begin = end;
-                    self.acknowledge(header.sent_bytes() as u64);
-                    return Ok(Some(header));
-                }
-                // A hostile length makes room only as the bytes come.
-                wanted = wanted.max((end - self.buffer.len()).min(1 << 20));
-            }
-            self.buffer.drain(..self.begin);
-            self.begin = 0;
-            let filled = self.buffer.len();
-            self.buffer.resize(filled + wanted, 0);
-            let read = self.wire.read(&mut self.buffer[filled..]);
-            self.buffer.truncate(filled + *read.as_ref().unwrap_or(&0));
-            match read {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.ready = false;
-                    return Ok(None);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// Tells the source from time to time how much was read.
-    fn acknowledge(&mut self, bytes: u64) {
-        self.read += bytes;
-        if self.read - self.acked >= self.ack_bytes {
-            self.acked = self.read;
-            self.acks.extend(self.read.to_le_bytes());
-        }
-        if !self.acks.is_empty() {
-            // What does not fit goes with the next frame; a stream that broke says so when it is read.
-            if let Ok(sent) = self.wire.write(&self.acks) {
-                self.acks.drain(..sent);
-            }
-        }
     }
 }
 

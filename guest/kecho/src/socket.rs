@@ -59,6 +59,8 @@ struct Outgoing {
     next: Next,
     /// The end was sent or staged.
     ended: bool,
+    /// Bytes of the stream up to where the sink was asked for an acknowledgement the last time.
+    asked: u64,
 }
 
 /// The event that comes next.
@@ -91,6 +93,7 @@ impl SocketSink {
                 overrun: false,
             },
             ended: false,
+            asked: 0,
         };
         SocketSink {
             id,
@@ -150,6 +153,7 @@ impl SocketSink {
             marks,
             next,
             ended,
+            asked,
             ..
         } = outgoing
         else {
@@ -165,14 +169,22 @@ impl SocketSink {
             staging.clear();
             *written = 0;
             if *sent == head {
-                if !leaving || *ended {
+                // Who waits for room must hear of all that was read, of the last few bytes too.
+                let waited_for = ring.cell(WANTED).load(Ordering::Relaxed) != 0;
+                if leaving && !*ended {
+                    staging.extend(Header::word(0, 0, Kind::End).to_le_bytes());
+                    *ended = true;
+                } else if waited_for && !marks.is_empty() && *asked < *stream {
+                    staging.extend(Header::word(0, 0, Kind::Ask).to_le_bytes());
+                    *asked = *stream + staging.len() as u64;
+                } else {
                     return wire.flush();
                 }
-                staging.extend(Header::word(0, 0, Kind::End).to_le_bytes());
                 *stream += staging.len() as u64;
-                *ended = true;
+                marks.push_back((*stream, *sent));
                 continue;
             }
+            let before = *stream;
             let unmasked =
                 core.unmasked.0.load(Ordering::Acquire)..core.unmasked.1.load(Ordering::Acquire);
             if let (false, true, Some(socket)) = (self.lossy, unmasked.contains(sent), wire.plain())
@@ -193,8 +205,25 @@ impl SocketSink {
                 self.stage(ring, sent, head, staging, next);
                 *stream += staging.len() as u64;
             }
-            marks.push_back((*stream, *sent));
+            match marks.back_mut() {
+                _ if *stream > before => marks.push_back((*stream, *sent)),
+                // Nothing of it was for this sink, which has nothing to acknowledge.
+                Some(mark) => mark.1 = *sent,
+                None => {
+                    if self.advance(core, *sent) {
+                        core.space().ring();
+                    }
+                }
+            }
         }
+    }
+
+    /// All before this position is read; whether somebody may have waited for that.
+    fn advance(&self, core: &SourceCore, position: u64) -> bool {
+        let before = self.acked.swap(position, Ordering::AcqRel);
+        fence(Ordering::SeqCst);
+        let wanted = core.ring().cell(WANTED).load(Ordering::Relaxed);
+        wanted != 0 && before < wanted - 1 && position >= wanted - 1
     }
 
     /// Copies what the sink is to have of the next frames.
@@ -258,8 +287,7 @@ impl SocketSink {
         else {
             return Ok(false);
         };
-        let before = self.acked();
-        let mut position = before;
+        let mut position = self.acked();
         let mut buffer = [0; 64 * ACK_BYTES];
         loop {
             let count = match wire.read(&mut buffer) {
@@ -283,10 +311,7 @@ impl SocketSink {
             }
             *ack = rest.to_vec();
         }
-        self.acked.store(position, Ordering::Release);
-        fence(Ordering::SeqCst);
-        let wanted = core.ring().cell(WANTED).load(Ordering::Relaxed);
-        Ok(wanted != 0 && before < wanted - 1 && position >= wanted - 1)
+        Ok(self.advance(core, position))
     }
 }
 

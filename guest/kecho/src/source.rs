@@ -1,5 +1,8 @@
 //! A source's part of a channel: its log, its sinks, and what decides which of them get an event.
 
+mod attachment;
+mod out_filter;
+
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
@@ -12,14 +15,16 @@ use rustix::event::{PollFd, PollFlags, poll};
 use uuid::Uuid;
 
 use crate::event::{EventError, EventRef, Submission};
-use crate::filter::{FilterError, SinkFilter, State};
 use crate::log::{
-    CURSOR, ENDED, ENDED_LEFT, ENDED_SLOW, HEAD, HEADER_BYTES, Header, Kind, SLEEPING, TAIL, WANTED,
+    ENDED, ENDED_LEFT, ENDED_SLOW, HEAD, HEADER_BYTES, Header, Kind, SLEEPING, TAIL, WANTED,
 };
 use crate::memory::{Bell, Page, Ring};
-use crate::socket::{Sender, SocketSink, SocketTicket};
+use crate::socket::{Sender, SocketSink};
 use crate::types::EventType;
-use crate::value::Value;
+
+pub(crate) use attachment::{AttachError, AttachRequest, Attached, Gone};
+use attachment::{Attachment, Carrier};
+pub use out_filter::{OutFilter, SinkSet, SinkView};
 
 /// The most sinks of a source.
 pub const MAX_SINKS: usize = 1024;
@@ -37,7 +42,8 @@ const EXPELLED: usize = 256;
 /// What happens to a sink that does not keep up, when the log is full of what it has not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
 pub enum Policy {
-    /// Who submits waits for it.
+    /// Who submits waits for it. It is to be read even if a filter leaves it nothing: what was filtered is passed over
+    /// in [`crate::Sink::receive`] and its likes.
     #[n(0)]
     #[default]
     Block,
@@ -125,26 +131,6 @@ pub enum SubmitError {
     Types,
 }
 
-/// Why a sink was not attached.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum AttachError {
-    /// Its filter is none.
-    #[error(transparent)]
-    Filter(#[from] FilterError),
-    /// It was disconnected because it was slow.
-    #[error("the sink was too slow and was disconnected")]
-    Slow,
-    /// The source has left.
-    #[error("the source has left the channel")]
-    Closed,
-    /// The source's thread cannot be made.
-    #[error("the source cannot start its thread")]
-    System(#[source] io::Error),
-    /// The source has as many as it may have.
-    #[error("the source has {MAX_SINKS} sinks already")]
-    TooMany,
-}
-
 /// What a source is made with.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SourceOptions {
@@ -169,52 +155,6 @@ fn wake_sleepers(bells: &[(Arc<Page>, Arc<Bell>)]) -> bool {
     any
 }
 
-/// A sink that is to be attached.
-#[derive(Debug, Clone)]
-pub(crate) struct AttachRequest {
-    pub sink: Uuid,
-    /// None: all.
-    pub types: Vec<TypeSelector>,
-    pub filter: Option<String>,
-    pub policy: Option<Policy>,
-    pub state: Vec<(String, Value)>,
-    /// The event of this source that it wants next, if it was attached before.
-    pub next: Option<u64>,
-}
-
-/// Where a sink begins.
-#[derive(Debug)]
-pub(crate) struct Attached {
-    pub slot: usize,
-    pub position: u64,
-    /// The sequence of the first event that it may get.
-    pub sequence: u64,
-    /// How many events it has lost since it was attached before.
-    pub lost: u64,
-    /// What it said that it wants next.
-    pub next: Option<u64>,
-    /// A sink over a socket acknowledges when it has read so many bytes.
-    pub ack_bytes: u64,
-    /// The types whose descriptors came before that.
-    pub types: Vec<Arc<EventType>>,
-}
-
-/// Where in the log a sink begins.
-struct Begin {
-    position: u64,
-    sequence: u64,
-    lost: u64,
-}
-
-/// How a sink went.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Gone {
-    /// Its connection broke: it may come again.
-    Broken,
-    /// It left.
-    Left,
-}
-
 /// What a source has done.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
 pub struct SourceCounters {
@@ -235,146 +175,6 @@ pub struct SourceCounters {
     pub waited: u64,
 }
 
-/// How frames reach a sink.
-#[derive(Debug)]
-enum Carrier {
-    Memory(Arc<Page>, Arc<Bell>),
-    Socket(Arc<SocketSink>),
-    /// Its connection broke.
-    Awaited {
-        position: u64,
-        since: Instant,
-    },
-}
-
-#[derive(Debug)]
-struct Attachment {
-    sink: Uuid,
-    way: Way,
-    /// The sink has all that it needs to read, whatever becomes of this node.
-    confirmed: bool,
-    policy: Policy,
-    types: Vec<TypeSelector>,
-    /// By type id: whether the sink takes it.
-    wanted: HashMap<u64, bool>,
-    filter: Option<SinkFilter>,
-    state: State,
-    carrier: Carrier,
-    /// What its cursor said last: it never goes back.
-    floor: u64,
-}
-
-impl Attachment {
-    fn wants(&mut self, kind: &EventType) -> bool {
-        if self.types.is_empty() {
-            return true;
-        }
-        let types = &self.types;
-        *self.wanted.entry(kind.id()).or_insert_with(|| {
-            let version = |wanted: Option<u16>| wanted.is_none_or(|v| v == kind.version());
-            types
-                .iter()
-                .any(|t| t.name == kind.name() && version(t.version))
-        })
-    }
-
-    /// Up to where the sink has read; `None` for a cursor that no sink sets.
-    fn position(&mut self, head: u64) -> Option<u64> {
-        let position = match &self.carrier {
-            Carrier::Memory(page, _) => page.cell(CURSOR).load(Ordering::Acquire),
-            Carrier::Socket(socket) => socket.acked(),
-            Carrier::Awaited { position, .. } => *position,
-        };
-        if position < self.floor || position > head {
-            return None;
-        }
-        self.floor = position;
-        Some(position)
-    }
-}
-
-/// A sink as an OUT-filter sees it. Who it is, it does not see.
-#[derive(Debug)]
-pub struct SinkView<'a> {
-    state: &'a State,
-}
-
-impl SinkView<'_> {
-    /// What the sink has reported of itself under a name.
-    pub fn state(&self, name: &str) -> Option<&Value> {
-        self.state.get(name)
-    }
-}
-
-/// The sinks that are to get an event, for an OUT-filter to choose from.
-#[derive(Debug)]
-pub struct SinkSet<'a> {
-    sinks: &'a [Option<Attachment>],
-    mask: &'a mut [u64],
-}
-
-impl SinkSet<'_> {
-    fn slots(&self) -> impl Iterator<Item = (usize, SinkView<'_>)> {
-        let chosen = |slot: usize| self.mask[slot / 64] >> (slot % 64) & 1 == 1;
-        let sinks = self
-            .sinks
-            .iter()
-            .enumerate()
-            .filter(move |(slot, _)| chosen(*slot));
-        sinks.filter_map(|(slot, sink)| {
-            Some((
-                slot,
-                SinkView {
-                    state: &sink.as_ref()?.state,
-                },
-            ))
-        })
-    }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.mask
-            .iter()
-            .map(|word| word.count_ones() as usize)
-            .sum()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Takes out those for which `keep` says no.
-    pub fn retain(&mut self, mut keep: impl FnMut(&SinkView<'_>) -> bool) {
-        for (word, sinks) in self.mask.iter_mut().zip(self.sinks.chunks(64)) {
-            let mut left = *word;
-            while left != 0 {
-                let bit = left.trailing_zeros();
-                left &= left - 1;
-                let sink = sinks.get(bit as usize).and_then(Option::as_ref);
-                if !sink.is_some_and(|sink| keep(&SinkView { state: &sink.state })) {
-                    *word &= !(1 << bit);
-                }
-            }
-        }
-    }
-
-    /// Leaves the `n` for which `key` is smallest.
-    pub fn keep_least(&mut self, n: usize, mut key: impl FnMut(&SinkView<'_>) -> f64) {
-        let mut keys: Vec<(f64, usize)> = self
-            .slots()
-            .map(|(slot, sink)| (key(&sink), slot))
-            .collect();
-        keys.sort_by(|a, b| a.0.total_cmp(&b.0));
-        for (_, slot) in keys.into_iter().skip(n) {
-            self.mask[slot / 64] &= !(1 << (slot % 64));
-        }
-    }
-}
-
-/// A filter in the source's process: takes sinks out of those that are to get an event.
-pub type OutFilter = Box<dyn FnMut(&EventRef<'_>, &mut SinkSet<'_>) + Send>;
-
 struct Inner {
     head: u64,
     tail: u64,
@@ -390,6 +190,8 @@ struct Inner {
     out_filter: Option<OutFilter>,
     /// Whether anything decides about events.
     selective: bool,
+    /// How often that, or the sinks, have changed.
+    decisions: u64,
     /// Whether a sink may lose events.
     lossy: bool,
     scratch: Vec<u8>,
@@ -445,6 +247,7 @@ impl SourceCore {
             bells: Arc::default(),
             out_filter: None,
             selective: false,
+            decisions: 0,
             lossy: false,
             scratch: Vec::new(),
             mask: Vec::new(),
@@ -505,27 +308,31 @@ impl SourceCore {
             && inner.sockets.is_empty()
             && inner.sinks.iter().all(Option::is_none)
         {
-            inner.sequence += 1;
-            inner.counters.submitted += 1;
+            inner.count(None);
             return Ok(());
         }
-        let masked = inner.select(event)?;
-        if masked && inner.mask.iter().all(|word| *word == 0) {
-            inner.sequence += 1;
-            inner.counters.submitted += 1;
-            return Ok(());
-        }
-        let mask = if masked {
-            std::mem::take(&mut inner.mask)
-        } else {
-            Vec::new()
+        let (header, mask, passed_over) = loop {
+            let passed_over = inner.select(event)?;
+            let mask = match passed_over {
+                Some(_) => std::mem::take(&mut inner.mask),
+                None => Vec::new(),
+            };
+            if passed_over.is_some() && mask.iter().all(|word| *word == 0) {
+                inner.mask = mask;
+                inner.count(passed_over);
+                return Ok(());
+            }
+            let header = Header::word(bytes, mask.len(), Kind::Event);
+            let decisions = inner.decisions;
+            if self.needs_announcing(&inner, event.kind) {
+                inner = self.announce(inner, event.kind, block)?;
+            }
+            inner = self.reserve(inner, Header::read(header).stride(), block)?;
+            // While it waited for room a sink may have come, or a filter, that was not asked.
+            if inner.decisions == decisions {
+                break (header, mask, passed_over);
+            }
         };
-        let header = Header::word(bytes, mask.len(), Kind::Event);
-        let stride = Header::read(header).stride();
-        if self.needs_announcing(&inner, event.kind) {
-            inner = self.announce(inner, event.kind, block)?;
-        }
-        inner = self.reserve(inner, stride, block)?;
         self.ring.store(inner.head, header);
         let mut pen = self.ring.pen(inner.head + HEADER_BYTES as u64);
         event.encode(inner.sequence, |piece| pen.put(piece));
@@ -534,11 +341,8 @@ impl SourceCore {
             self.ring.store(end, *word);
             end += 8;
         }
-        if masked {
-            inner.mask = mask;
-        }
-        inner.sequence += 1;
-        inner.counters.submitted += 1;
+        inner.mask = mask;
+        inner.count(passed_over);
         self.publish(&mut inner, end);
         let inline = self.wake(&mut inner);
         if inner.waiting > 0 {
@@ -755,224 +559,6 @@ impl SourceCore {
         !slow.is_empty()
     }
 
-    fn attach(
-        &self,
-        inner: &mut Inner,
-        request: AttachRequest,
-        way: Way,
-        carrier: impl FnOnce(usize, u64, u64, Policy) -> Carrier,
-    ) -> Result<Attached, AttachError> {
-        if inner.closed {
-            return Err(AttachError::Closed);
-        }
-        if inner.expelled.contains(&request.sink) {
-            return Err(AttachError::Slow);
-        }
-        let filter = request
-            .filter
-            .as_deref()
-            .map(SinkFilter::compile)
-            .transpose()?;
-        let (head, tail) = (inner.head, inner.tail);
-        let place = |s: &Option<Attachment>| s.as_ref().is_some_and(|s| s.sink == request.sink);
-        let mut slot = inner.sinks.iter().position(place);
-        let old = slot.and_then(|slot| inner.sinks[slot].as_mut());
-        let floor = old.and_then(|sink| sink.position(head));
-        // Those before it in the log were not meant for the slot that it will have.
-        let common = !inner.selective && filter.is_none() && request.types.is_empty();
-        let begin = match (request.next, floor) {
-            // All that was there for it still is.
-            (Some(next), Some(floor)) if floor >= tail => self.find(floor, head, next, None),
-            (Some(next), Some(_)) => self.find(tail, head, next, Some(inner.sequence)),
-            (Some(next), None) if common => {
-                let from = tail.max(self.unmasked.0.load(Ordering::Relaxed));
-                self.find(from, head, next, Some(inner.sequence))
-            }
-            (Some(next), None) => self.find(head, head, next, Some(inner.sequence)),
-            (None, _) => Begin {
-                position: head,
-                sequence: inner.sequence,
-                lost: 0,
-            },
-        };
-        if floor.is_none() {
-            slot = None;
-        }
-        inner.remove(request.sink, ENDED_LEFT, &self.sender);
-        let slot = match slot.or_else(|| inner.sinks.iter().position(Option::is_none)) {
-            Some(slot) => slot,
-            None if inner.sinks.len() < MAX_SINKS => {
-                inner.sinks.push(None);
-                inner.sinks.len() - 1
-            }
-            None => return Err(AttachError::TooMany),
-        };
-        let policy = request.policy.unwrap_or(self.policy);
-        let mut state = State::default();
-        for (name, value) in request.state {
-            // Beyond the bounds it is as if it had not been said.
-            let _ = state.set(&name, value);
-        }
-        inner.sinks[slot] = Some(Attachment {
-            sink: request.sink,
-            way,
-            confirmed: false,
-            policy,
-            types: request.types,
-            wanted: HashMap::new(),
-            filter,
-            state,
-            carrier: carrier(slot, begin.position, begin.sequence, policy),
-            floor: begin.position,
-        });
-        inner.limit = inner.head;
-        inner.refresh(self);
-        let types = inner.types.values().map(|(kind, _)| kind.clone()).collect();
-        let ack_bytes = (self.ring.capacity() / 8).min(64 << 10) as u64;
-        Ok(Attached {
-            slot,
-            position: begin.position,
-            sequence: begin.sequence,
-            lost: begin.lost,
-            next: request.next,
-            ack_bytes,
-            types,
-        })
-    }
-
-    /// Where a sink goes on that wants this event next, from `from` on. With the sequence of the event that will be
-    /// submitted next, those that are wanted and not there are counted.
-    fn find(&self, from: u64, head: u64, next: u64, submitted: Option<u64>) -> Begin {
-        let (mut at, mut found, mut there) = (from, None, 0);
-        while at < head && (found.is_none() || submitted.is_some()) {
-            let header = Header::read(self.ring.load(at));
-            let sequence = u64::from_le(self.ring.load(at + HEADER_BYTES as u64));
-            if header.kind == Some(Kind::Event) && sequence >= next {
-                there += 1;
-                found = found.or(Some((at, sequence)));
-            }
-            at += header.stride() as u64;
-        }
-        let wanted = submitted.map_or(0, |submitted| submitted.saturating_sub(next));
-        let lost = wanted.saturating_sub(there);
-        let (position, sequence) = found.unwrap_or((head, next + lost));
-        Begin {
-            position,
-            sequence: if lost == 0 { next } else { sequence },
-            lost,
-        }
-    }
-
-    pub(crate) fn attach_memory(
-        &self,
-        request: AttachRequest,
-        way: Way,
-        page: Arc<Page>,
-        bell: Arc<Bell>,
-    ) -> Result<Attached, AttachError> {
-        self.sender.run().map_err(AttachError::System)?;
-        let mut inner = self.lock();
-        self.attach(&mut inner, request, way, |_, position, _, _| {
-            page.cell(CURSOR).store(position, Ordering::Release);
-            Carrier::Memory(page, bell)
-        })
-    }
-
-    pub(crate) fn attach_socket(
-        self: &Arc<Self>,
-        request: AttachRequest,
-        way: Way,
-    ) -> Result<(Attached, SocketTicket), AttachError> {
-        let mut inner = self.lock();
-        let sink = request.sink;
-        let mut made = None;
-        let chunk = (self.ring.capacity() / 8).min(256 << 10);
-        let attached = self.attach(
-            &mut inner,
-            request,
-            way,
-            |slot, position, sequence, policy| {
-                let lossy = policy == Policy::DropOldest;
-                let socket = Arc::new(SocketSink::new(
-                    sink, slot, position, sequence, chunk, lossy,
-                ));
-                made = Some(socket.clone());
-                Carrier::Socket(socket)
-            },
-        )?;
-        let socket = made.ok_or(AttachError::Closed)?;
-        let ticket = SocketTicket::new(self.clone(), socket, self.sender.clone());
-        Ok((attached, ticket))
-    }
-
-    /// The sink knows that it is attached, and how.
-    pub(crate) fn confirm(&self, sink: Uuid) {
-        let mut inner = self.lock();
-        for other in inner.sinks.iter_mut().flatten() {
-            other.confirmed |= other.sink == sink;
-        }
-        self.came.notify_all();
-    }
-
-    pub(crate) fn detach(&self, sink: Uuid, gone: Gone) {
-        let mut inner = self.lock();
-        let head = inner.head;
-        let gone = match inner.closed {
-            true => Gone::Left,
-            false => gone,
-        };
-        let found = inner
-            .sinks
-            .iter_mut()
-            .flatten()
-            .find(|other| other.sink == sink);
-        match (gone, found) {
-            (Gone::Broken, Some(found)) if !matches!(found.carrier, Carrier::Awaited { .. }) => {
-                let Some(position) = found.position(head) else {
-                    inner.remove(sink, ENDED_LEFT, &self.sender);
-                    return;
-                };
-                if let Carrier::Socket(socket) = &found.carrier {
-                    self.sender.forget(socket);
-                }
-                found.carrier = Carrier::Awaited {
-                    position,
-                    since: Instant::now(),
-                };
-                inner.refresh(self);
-            }
-            (Gone::Broken, _) => return,
-            (Gone::Left, _) => inner.remove(sink, ENDED_LEFT, &self.sender),
-        }
-        inner.limit = inner.head;
-        self.space.ring();
-    }
-
-    pub(crate) fn set_filter(&self, sink: Uuid, filter: Option<&str>) -> Result<(), FilterError> {
-        let filter = filter.map(SinkFilter::compile).transpose()?;
-        let mut inner = self.lock();
-        if let Some(found) = inner
-            .sinks
-            .iter_mut()
-            .flatten()
-            .find(|other| other.sink == sink)
-        {
-            found.filter = filter;
-        }
-        inner.refresh(self);
-        Ok(())
-    }
-
-    pub(crate) fn set_state(&self, sink: Uuid, name: &str, value: Value) -> bool {
-        let mut inner = self.lock();
-        let found = inner
-            .sinks
-            .iter_mut()
-            .flatten()
-            .find(|other| other.sink == sink);
-        found.is_some_and(|found| found.state.set(name, value).is_ok())
-    }
-
     pub(crate) fn attached(&self) -> Vec<Uuid> {
         self.lock().attached().collect()
     }
@@ -1059,10 +645,17 @@ impl Inner {
         self.limit = floor + capacity;
     }
 
-    /// Which sinks get an event; false where all do.
-    fn select(&mut self, event: &Submission<'_>) -> Result<bool, SubmitError> {
+    /// One more event was submitted, and kept from so many sinks.
+    fn count(&mut self, passed_over: Option<u64>) {
+        self.sequence += 1;
+        self.counters.submitted += 1;
+        self.counters.filtered += passed_over.unwrap_or(0);
+    }
+
+    /// Decides which sinks get an event, and says how many do not; `None` where nothing decides and all do.
+    fn select(&mut self, event: &Submission<'_>) -> Result<Option<u64>, SubmitError> {
         if !self.selective {
-            return Ok(false);
+            return Ok(None);
         }
         self.scratch.clear();
         let scratch = &mut self.scratch;
@@ -1097,12 +690,12 @@ impl Inner {
             .iter()
             .map(|word| u64::from(word.count_ones()))
             .sum();
-        self.counters.filtered += all - chosen;
-        Ok(true)
+        Ok(Some(all - chosen))
     }
 
     /// After the sinks or what decides about events have changed.
     fn refresh(&mut self, core: &SourceCore) {
+        self.decisions += 1;
         let mut sockets = Vec::new();
         let mut bells = Vec::new();
         let mut selective = self.out_filter.is_some();

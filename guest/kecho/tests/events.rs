@@ -7,8 +7,8 @@ use std::thread;
 use std::time::Duration;
 
 use xbee_kecho::{
-    Batch, ChannelOptions, Config, EventType, FieldKind, Node, Policy, SinkOptions, Submission,
-    SubmitError, Transports, Value,
+    Batch, ChannelOptions, Config, EventType, FieldKind, Node, Policy, SinkOptions, Source,
+    Submission, SubmitError, Transports, TypeSelector, Value,
 };
 
 /// Finds hangs, not slowness.
@@ -347,6 +347,90 @@ fn what_was_submitted_before_the_source_left_comes() {
         }
         assert_eq!(sink.poll().unwrap().map(|_| ()), None);
         ending.join().unwrap();
+    }
+}
+
+#[test]
+fn who_comes_while_a_submission_waits_gets_only_what_it_takes() {
+    for way in [Way::Process, Way::Memory, Way::Tcp] {
+        let (_directory, one, two) = nodes(way, 64 << 10);
+        let channel = one.create("c", ChannelOptions::default()).unwrap();
+        let source = channel.source().unwrap();
+        let other = two.open_at("c", one.address()).unwrap();
+        let slow = other.sink(SinkOptions::default()).unwrap();
+        let submitter = submit_kilobytes(&source, "a", 200);
+        while source.counters().waited == 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let choosy = other
+            .sink(SinkOptions {
+                types: vec![TypeSelector {
+                    name: "b".to_owned(),
+                    version: None,
+                }],
+                ..SinkOptions::default()
+            })
+            .unwrap();
+        let (sender, came) = std::sync::mpsc::channel();
+        let _callback = choosy.on_event(move |event| {
+            sender.send(event.kind().name().to_owned()).unwrap();
+        });
+        for n in 0..200 {
+            let event = slow.receive_timeout(PATIENCE).unwrap().unwrap();
+            assert_eq!(event.get().sequence(), n, "{way:?}");
+        }
+        submitter.join().unwrap();
+        submit_kilobytes(&source, "b", 1).join().unwrap();
+        assert_eq!(came.recv_timeout(PATIENCE).unwrap(), "b", "{way:?}");
+    }
+}
+
+fn submit_kilobytes(source: &Source, name: &str, count: usize) -> thread::JoinHandle<()> {
+    let (source, kind) = (source.clone(), EventType::raw(name).unwrap());
+    thread::spawn(move || {
+        for _ in 0..count {
+            let event = Submission {
+                kind: &kind,
+                attributes: &[],
+                payload: &[0; 1000],
+            };
+            source.submit(&event).unwrap();
+        }
+    })
+}
+
+#[test]
+fn who_reads_what_a_filter_leaves_holds_nobody_up() {
+    for way in [Way::Process, Way::Memory, Way::Tcp] {
+        for (filter, passing) in [("false", 0), ("event.sequence < 3", 3)] {
+            let (_directory, one, two) = nodes(way, 64 << 10);
+            let channel = one.create("c", ChannelOptions::default()).unwrap();
+            let source = channel.source().unwrap();
+            let other = two.open_at("c", one.address()).unwrap();
+            let sink = other
+                .sink(SinkOptions {
+                    filter: Some(filter.to_owned()),
+                    ..SinkOptions::default()
+                })
+                .unwrap();
+            let (sender, came) = std::sync::mpsc::channel();
+            let _callback = sink.on_event(move |event| sender.send(event.sequence()).unwrap());
+            // What nobody gets would not even be written.
+            let other = other.sink(SinkOptions::default()).unwrap();
+            let _other = other.on_event(|_| {});
+            let submitter = submit_kilobytes(&source, "a", 1000);
+            let deadline = std::time::Instant::now() + PATIENCE;
+            while !submitter.is_finished() {
+                let counters = source.counters();
+                let now = std::time::Instant::now();
+                assert!(now < deadline, "{way:?}, {filter}: {counters:?}");
+                thread::sleep(Duration::from_millis(1));
+            }
+            for n in 0..passing {
+                assert_eq!(came.recv_timeout(PATIENCE).unwrap(), n, "{way:?}");
+            }
+            assert!(came.try_recv().is_err());
+        }
     }
 }
 
