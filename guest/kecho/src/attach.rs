@@ -372,7 +372,7 @@ impl Shared {
             Stream::Unix(_) => Way::SharedMemory,
             Stream::Link(_) => Way::Vsock,
             Stream::Tcp(_) => Way::Tcp,
-            Stream::Tls(_) => Way::Tls,
+            Stream::Tls(..) => Way::Tls,
         };
         let attached = match memory {
             Some((page, bell)) => found

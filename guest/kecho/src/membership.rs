@@ -1,6 +1,7 @@
 //! Who is in a channel. The contact keeps the list; all others follow it, and replace it when it dies.
 
 mod contact;
+mod farewell;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Weak};
@@ -32,8 +33,6 @@ pub(crate) const SEARCH: Duration = Duration::from_secs(5);
 pub(crate) const ANSWER: Duration = Duration::from_secs(5);
 /// How long a change of ports may take, a new contact being found meanwhile.
 const UPDATE: Duration = Duration::from_secs(15);
-/// How long a farewell may take.
-const FAREWELL: Duration = Duration::from_secs(1);
 
 /// This node's part of a channel.
 #[derive(Debug)]
@@ -50,6 +49,8 @@ pub(crate) struct Membership {
     pub contact: Contact,
     /// Somebody looks for the contact.
     pub searching: bool,
+    /// The application has left it; this node is in it until another one knows.
+    pub leaving: bool,
     pub sources: HashMap<Uuid, SourcePort>,
     pub sinks: HashMap<Uuid, SinkPort>,
     /// What the application holds; `None` until it has it.
@@ -87,6 +88,8 @@ pub(crate) enum Contact {
 pub(crate) struct Desk {
     next: u32,
     seats: HashMap<u32, Seat>,
+    /// A participant was asked to be the contact, and has not answered.
+    handing: bool,
 }
 
 /// A participant's connection.
@@ -125,6 +128,7 @@ impl Membership {
             participants: BTreeMap::new(),
             contact: Contact::Me(Desk::default()),
             searching: false,
+            leaving: false,
             sources: HashMap::new(),
             sinks: HashMap::new(),
             held: None,
@@ -672,7 +676,11 @@ impl Shared {
             .iter()
             .map(|number| (*number, Seat::default()))
             .collect();
-        m.contact = Contact::Me(Desk { next, seats });
+        m.contact = Contact::Me(Desk {
+            next,
+            seats,
+            handing: false,
+        });
         tracing::info!(
             channel = m.name,
             epoch = m.epoch,
@@ -720,65 +728,6 @@ impl Shared {
             control: None,
         };
         self.search(m);
-    }
-
-    /// Leaves a channel and says so. What is to be waited for is told.
-    pub(crate) fn leave(
-        self: &Arc<Self>,
-        name: &str,
-        instance: u64,
-    ) -> Option<impl Future<Output = ()> + Send + use<>> {
-        let mut m = {
-            let mut state = self.state();
-            state.find(name, instance)?;
-            state.channels.remove(name)?
-        };
-        m.close(false);
-        let mut controls = Vec::new();
-        let mut answer = None;
-        match &m.contact {
-            Contact::Me(desk) => {
-                let seats = desk.seats.iter().filter(|(_, seat)| seat.control.is_some());
-                let next = seats.map(|(number, _)| *number).min();
-                match next.and_then(|number| m.participants.get(&number)) {
-                    Some(next) => {
-                        let (channel, contact) = (name.to_owned(), next.node.clone());
-                        m.broadcast(
-                            None,
-                            &Notice::Moved {
-                                channel,
-                                contact,
-                                epoch: m.epoch,
-                            },
-                        );
-                        let seats = desk.seats.values();
-                        controls.extend(seats.filter_map(|seat| seat.control.clone()));
-                    }
-                    None => self.registry_forget(name),
-                }
-            }
-            Contact::Other {
-                control: Some(control),
-                ..
-            } => {
-                let channel = name.to_owned();
-                answer = Some(control.request(Request::Leave { channel }));
-            }
-            Contact::Other { .. } => {}
-        }
-        self.changed.notify_waiters();
-        Some(async move {
-            let farewell = async {
-                for control in controls {
-                    control.flushed().await;
-                }
-                if let Some(answer) = answer {
-                    // Who does not hear it finds out by itself.
-                    let _ = answer.await;
-                }
-            };
-            let _ = timeout(FAREWELL, farewell).await;
-        })
     }
 
     /// Destroys a channel for all.

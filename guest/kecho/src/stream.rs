@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
@@ -23,7 +24,7 @@ use xbee_link::peer::{self, PeerListener};
 
 use crate::address::Address;
 use crate::control::Pulse;
-use crate::tls::Tls;
+use crate::tls::{Peer, Session, Tls};
 use crate::wire::Wire;
 
 /// The first byte of a TLS connection. Frames begin with a smaller one.
@@ -54,7 +55,7 @@ impl Security {
 pub(crate) enum Stream {
     Unix(UnixStream),
     Tcp(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<TcpStream>>, Arc<Session>),
     Link(LinkStream),
 }
 
@@ -105,7 +106,10 @@ impl Stream {
                         let name = ServerName::IpAddress(IpAddr::V6(*address.ip()).into());
                         let connector = TlsConnector::from(tls.client.clone());
                         let stream = connector.connect(name, stream).await?;
-                        Ok(Stream::Tls(Box::new(stream.into())))
+                        let (socket, connection) = stream.get_ref();
+                        let chain = connection.peer_certificates();
+                        let session = tls.trust.watch(socket.as_fd(), Peer::Server, chain)?;
+                        Ok(Stream::Tls(Box::new(stream.into()), session))
                     }
                     None if security.plaintext => Ok(Stream::Tcp(stream)),
                     None => Err(refused(
@@ -135,14 +139,17 @@ impl Stream {
                     (Some(tls), true) => {
                         let acceptor = TlsAcceptor::from(tls.server.clone());
                         let stream = acceptor.accept(stream).await?;
-                        Ok(Stream::Tls(Box::new(stream.into())))
+                        let (socket, connection) = stream.get_ref();
+                        let chain = connection.peer_certificates();
+                        let session = tls.trust.watch(socket.as_fd(), Peer::Client, chain)?;
+                        Ok(Stream::Tls(Box::new(stream.into()), session))
                     }
                     (None, true) => Err(refused("TLS, and there is no certificate for it")),
                     (_, false) if local || security.plaintext => Ok(Stream::Tcp(stream)),
                     (_, false) => Err(refused("it comes without TLS")),
                 }
             }
-            Stream::Tls(_) | Stream::Link(_) => Ok(self),
+            Stream::Tls(..) | Stream::Link(_) => Ok(self),
         }
     }
 
@@ -154,16 +161,16 @@ impl Stream {
                 keep_alive(stream.as_fd(), pulse)?;
                 Wire::Plain(stream.into_std()?.into())
             }
-            Stream::Tls(stream) => match *stream {
+            Stream::Tls(stream, session) => match *stream {
                 TlsStream::Client(stream) => {
                     let (stream, connection) = stream.into_inner();
                     keep_alive(stream.as_fd(), pulse)?;
-                    Wire::tls(stream.into_std()?.into(), connection.into())
+                    Wire::tls(stream.into_std()?.into(), connection.into(), session)
                 }
                 TlsStream::Server(stream) => {
                     let (stream, connection) = stream.into_inner();
                     keep_alive(stream.as_fd(), pulse)?;
-                    Wire::tls(stream.into_std()?.into(), connection.into())
+                    Wire::tls(stream.into_std()?.into(), connection.into(), session)
                 }
             },
             Stream::Link(stream) => Wire::Link(stream.link),
@@ -180,7 +187,7 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Stream::Unix(stream) => Pin::new(stream).poll_read(cx, buffer),
             Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, buffer),
-            Stream::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Stream::Tls(stream, _) => Pin::new(stream).poll_read(cx, buffer),
             Stream::Link(stream) => stream.poll_read(cx, buffer),
         }
     }
@@ -195,14 +202,14 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
             Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Stream::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Stream::Tls(stream, _) => Pin::new(stream).poll_write(cx, bytes),
             Stream::Link(stream) => stream.poll_write(cx, bytes),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
+            Stream::Tls(stream, _) => Pin::new(stream).poll_flush(cx),
             Stream::Unix(_) | Stream::Tcp(_) | Stream::Link(_) => Poll::Ready(Ok(())),
         }
     }
@@ -211,7 +218,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Stream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Tls(stream, _) => Pin::new(stream).poll_shutdown(cx),
             Stream::Link(_) => Poll::Ready(Ok(())),
         }
     }

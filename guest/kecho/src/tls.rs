@@ -1,17 +1,18 @@
-//! TLS between hosts: whoever has a certificate of the authority is one of us, whatever its name.
+//! TLS between hosts: whoever has a certificate of the authority is one of us, whatever its name, unless it was revoked.
+
+mod trust;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::verify_server_cert_signed_by_trust_anchor;
-use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::client::Resumption;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::NoServerSessionStorage;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
 use crate::error::Error;
+pub(crate) use trust::{Peer, Session, Trust};
 
 /// Files in PEM.
 #[derive(Debug, Clone)]
@@ -22,6 +23,9 @@ pub struct TlsFiles {
     pub certificate: PathBuf,
     /// The certificate's key.
     pub key: PathBuf,
+    /// Revocation lists, one of every authority. It is read again whenever it changes; while it cannot be read, or is
+    /// out of date, nobody is believed.
+    pub crl: Option<PathBuf>,
 }
 
 /// Both sides of TLS.
@@ -29,6 +33,7 @@ pub struct TlsFiles {
 pub(crate) struct Tls {
     pub client: Arc<ClientConfig>,
     pub server: Arc<ServerConfig>,
+    pub trust: Arc<Trust>,
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
@@ -54,83 +59,31 @@ impl Tls {
         for certificate in certificates(&files.ca)? {
             roots.add(certificate).map_err(broken(&files.ca))?;
         }
-        let roots = Arc::new(roots);
+        let trust = Trust::load(roots, provider.clone(), files.crl.clone())?;
         let chain = certificates(&files.certificate)?;
         let key = PrivateKeyDer::from_pem_file(&files.key).map_err(broken(&files.key))?;
         let failed = broken(&files.certificate);
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone());
-        let verifier = verifier.build().map_err(broken(&files.ca))?;
-        let server = ServerConfig::builder_with_provider(provider.clone())
+        let mut server = ServerConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(&failed)?
-            .with_client_cert_verifier(verifier)
+            .with_client_cert_verifier(trust.clone())
             .with_single_cert(chain.clone(), key.clone_key())
             .map_err(&failed)?;
-        let client = ClientConfig::builder_with_provider(provider.clone())
+        let mut client = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(&failed)?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Verifier { roots, provider }))
+            .with_custom_certificate_verifier(trust.clone())
             .with_client_auth_cert(chain, key)
             .map_err(&failed)?;
+        // Who resumes a session is not asked for its certificate.
+        server.session_storage = Arc::new(NoServerSessionStorage {});
+        server.send_tls13_tickets = 0;
+        client.resumption = Resumption::disabled();
         Ok(Tls {
             client: Arc::new(client),
             server: Arc::new(server),
+            trust,
         })
-    }
-}
-
-/// Accepts servers whose certificate is the authority's. Nodes are known by their identifiers, not by names.
-#[derive(Debug)]
-struct Verifier {
-    roots: Arc<RootCertStore>,
-    provider: Arc<CryptoProvider>,
-}
-
-impl ServerCertVerifier for Verifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _name: &ServerName<'_>,
-        _ocsp: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let certificate = ParsedCertificate::try_from(end_entity)?;
-        let algorithms = self.provider.signature_verification_algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(
-            &certificate,
-            &self.roots,
-            intermediates,
-            now,
-            algorithms,
-        )?;
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_tls12_signature(message, certificate, signature, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_tls13_signature(message, certificate, signature, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider
-            .signature_verification_algorithms
-            .supported_schemes()
     }
 }

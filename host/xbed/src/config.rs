@@ -108,6 +108,7 @@ struct KechoFile {
     address: Option<String>,
     identity: Option<PathBuf>,
     authorities: Option<PathBuf>,
+    revoked: Option<PathBuf>,
 }
 
 /// The table `[cache]`.
@@ -427,6 +428,7 @@ impl KechoFile {
                 ca: self.authorities.unwrap_or(files.trust.authorities),
                 certificate: files.certificate,
                 key: files.key,
+                crl: Some(self.revoked.unwrap_or(files.trust.revoked)),
             })
         });
         Ok(Kecho {
