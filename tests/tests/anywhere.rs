@@ -530,6 +530,8 @@ fn registry_of(site: &Site) -> Vec<String> {
         "registry.pem",
         "--key",
         "registry.key",
+        "--crl",
+        "crl.pem",
     ]
     .iter()
     .map(|word| match word.starts_with("--") {
@@ -601,6 +603,15 @@ fn with_tls_only_daemons_of_the_same_authority_are_on_the_channel() {
         "{well}"
     );
     assert_eq!(doctor(site.identity("alice"))["health"], "warning");
+
+    // The certificate of the host that had the job is revoked: the others look into the same list.
+    site.pki(["revoke", "host2.pem"]);
+    wait_until("it is cut off", || !is_on_the_channel(&one));
+    assert!(is_on_the_channel(&own));
+    let refused = own.xbe(["submit", "--anywhere", &hosts.sleeper()]);
+    assert_ne!(refused.code, 0, "{refused:?}");
+    assert_eq!(tasks(&one).len(), 2);
+    assert_eq!(doctor(site.identity("host2"))["health"], "warning");
 
     // Who has no certificate at all does not start.
     let mut none = hosts.start("sim", &[], &["identity = \"/nowhere/x\""], &[]);

@@ -18,7 +18,7 @@ use crate::message::{self, Answer, Attach, Position, Purpose, Role};
 use crate::node::{DialError, Shared, local_node};
 use crate::sink::SinkCore;
 use crate::source::{AttachError, Attached, Gone, SourceCore, Way};
-use crate::stream::{self, Stream};
+use crate::stream::{self, Side, Stream};
 use crate::types::EventType;
 
 /// How long to wait after the first failure; twice as long after each further one.
@@ -288,7 +288,7 @@ impl Shared {
                 Ok(Held::Memory(stream))
             }
             (stream, _) => {
-                core.add_socket(source, stream.into_wire(self.pulse)?, attached);
+                core.add_socket(source, stream.into_wire(Side::Sink, self.pulse)?, attached);
                 Ok(Held::Socket)
             }
         }
@@ -318,7 +318,7 @@ impl Shared {
             Ok(Ok(Some((core, ticket)))) => {
                 if let Some(ticket) = ticket {
                     let started = stream
-                        .into_wire(self.pulse)
+                        .into_wire(Side::Source, self.pulse)
                         .and_then(|wire| ticket.start(wire));
                     if let Err(error) = started {
                         tracing::warn!(%source, %sink, %error, "cannot serve a sink");

@@ -217,9 +217,7 @@ impl Shared {
     /// Whether the application holds nothing any more of this membership; `None` if there is none.
     fn is_being_left(&self, name: &str) -> Option<bool> {
         let state = self.state();
-        let m = state.channels.get(name)?;
-        let dropped = |held: &std::sync::Weak<Participation>| held.strong_count() == 0;
-        Some(m.leaving || m.held.as_ref().is_some_and(dropped))
+        Some(state.channels.get(name)?.is_left())
     }
 
     /// Whether this node is in the channel, and stays, as far as it can be asked.

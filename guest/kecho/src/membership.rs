@@ -139,6 +139,15 @@ impl Membership {
         matches!(self.contact, Contact::Me(_))
     }
 
+    /// Whether the application has left it.
+    pub(crate) fn is_left(&self) -> bool {
+        self.leaving
+            || self
+                .held
+                .as_ref()
+                .is_some_and(|held| held.strong_count() == 0)
+    }
+
     fn ports(&self) -> Ports {
         let ports = self.participants.values().flat_map(|p| &p.ports);
         ports.map(|port| (port.id, port.role)).collect()
@@ -531,7 +540,8 @@ impl Shared {
         while Instant::now() < deadline {
             let contact = {
                 let mut state = self.state();
-                let Some(m) = state.find(name, instance) else {
+                // Who leaves must not come back by what it says of its ports.
+                let Some(m) = state.find_held(name, instance) else {
                     return Err(Error::Destroyed(name.to_owned()));
                 };
                 match &m.contact {

@@ -424,6 +424,7 @@ impl Node {
                     tokio::spawn(node.clone().accept(listener));
                 }
                 tokio::spawn(node.clone().keep_registered());
+                tokio::spawn(node.clone().keep_reaching());
                 if let Some(tls) = &node.security.tls {
                     tokio::spawn(tls.trust.clone().keep_checking());
                 }

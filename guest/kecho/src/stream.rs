@@ -69,9 +69,17 @@ fn is_local(ours: SocketAddr, theirs: SocketAddr) -> bool {
     ours.ip() == theirs.ip() || loopback(theirs.ip())
 }
 
-/// Has the system find out that nobody is at the other end any more, for who only waits for events. Not by
-/// `TCP_USER_TIMEOUT`: that ends the connections of slow sinks too.
-fn keep_alive(stream: BorrowedFd<'_>, pulse: Pulse) -> io::Result<()> {
+/// Who has a stream of events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    Source,
+    Sink,
+}
+
+/// Has the system find out that nobody is at the other end any more: a sink waits for events, and at most some
+/// acknowledgements are on their way, which a source takes at once. Not by `TCP_USER_TIMEOUT` for a source: that ends the
+/// connections of slow sinks too. It looks itself ([`crate::reach`]).
+fn keep_alive(stream: BorrowedFd<'_>, side: Side, pulse: Pulse) -> io::Result<()> {
     let second = Duration::from_secs(1);
     let beat = pulse.heartbeat.max(second);
     let beats = (pulse.dead_after.as_secs() / beat.as_secs()).clamp(1, MAX_PROBES);
@@ -79,6 +87,10 @@ fn keep_alive(stream: BorrowedFd<'_>, pulse: Pulse) -> io::Result<()> {
     sockopt::set_tcp_keepintvl(stream, beat)?;
     sockopt::set_tcp_keepcnt(stream, beats as u32)?;
     sockopt::set_socket_keepalive(stream, true)?;
+    if side == Side::Sink {
+        let limit = u32::try_from(pulse.dead_after.as_millis()).unwrap_or(u32::MAX);
+        sockopt::set_tcp_user_timeout(stream, limit)?;
+    }
     Ok(())
 }
 
@@ -154,22 +166,22 @@ impl Stream {
     }
 
     /// The same for events, which goes on at the byte at which this has stopped.
-    pub(crate) fn into_wire(self, pulse: Pulse) -> io::Result<Wire> {
+    pub(crate) fn into_wire(self, side: Side, pulse: Pulse) -> io::Result<Wire> {
         Ok(match self {
             Stream::Unix(stream) => Wire::Plain(stream.into_std()?.into()),
             Stream::Tcp(stream) => {
-                keep_alive(stream.as_fd(), pulse)?;
+                keep_alive(stream.as_fd(), side, pulse)?;
                 Wire::Plain(stream.into_std()?.into())
             }
             Stream::Tls(stream, session) => match *stream {
                 TlsStream::Client(stream) => {
                     let (stream, connection) = stream.into_inner();
-                    keep_alive(stream.as_fd(), pulse)?;
+                    keep_alive(stream.as_fd(), side, pulse)?;
                     Wire::tls(stream.into_std()?.into(), connection.into(), session)
                 }
                 TlsStream::Server(stream) => {
                     let (stream, connection) = stream.into_inner();
-                    keep_alive(stream.as_fd(), pulse)?;
+                    keep_alive(stream.as_fd(), side, pulse)?;
                     Wire::tls(stream.into_std()?.into(), connection.into(), session)
                 }
             },

@@ -62,8 +62,14 @@ fn nodes_end(ways: &str, most: u64) {
             })
             .collect();
         let moments = moments(&mut random, count);
-        at_once(nodes, &moments, Node::shutdown);
-        drop(ports);
+        at_once(
+            nodes.into_iter().zip(ports).collect(),
+            &moments,
+            |(node, ports)| {
+                drop(ports);
+                node.shutdown();
+            },
+        );
     }
 }
 

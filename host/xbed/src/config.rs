@@ -872,6 +872,10 @@ mod tests {
         let identity = kecho.identity.unwrap();
         assert_eq!(identity.certificate, Path::new("/p/x.pem"));
         assert_eq!(identity.ca, Path::new("/p/ca.pem"));
+        assert_eq!(identity.crl.as_deref(), Some(Path::new("/p/crl.pem")));
+        let kecho = load("identity = \"/p/x\"\nrevoked = \"/r\"\n").unwrap();
+        let identity = kecho.identity.unwrap();
+        assert_eq!(identity.crl.as_deref(), Some(Path::new("/r")));
         for (address, told) in [
             ("stomp://me:secret@h/q", "password out"),
             ("stomp://h/a/b", "a queue's name"),

@@ -80,8 +80,11 @@ impl Shared {
                 Next::Wait => {}
                 Next::Ask(control) => match control.request(leave(None)).await {
                     Ok(Some(Reply::Done)) => {
-                        self.state().channels.remove(name);
-                        self.changed.notify_waiters();
+                        let mut state = self.state();
+                        if state.find(name, instance).is_some() {
+                            state.channels.remove(name);
+                            self.changed.notify_waiters();
+                        }
                         return;
                     }
                     // It has left itself: another one is to be found, or this node is the next.

@@ -26,7 +26,7 @@ use super::broken;
 use crate::error::Error;
 
 /// How often it is looked at whether those are still to be believed who are connected.
-const RECHECK: Duration = Duration::from_secs(5);
+const RECHECK: Duration = Duration::from_secs(2);
 /// The most bytes of a file of revocation lists.
 const MAX_LIST_BYTES: u64 = 16 << 20;
 
@@ -247,7 +247,10 @@ impl Trust {
                     }
                 };
                 if let Some(why) = wrong {
-                    tracing::info!(why, "a connection ends: its other end is not believed any more");
+                    tracing::info!(
+                        why,
+                        "a connection ends: its other end is not believed any more"
+                    );
                     // It may have ended.
                     let _ = shutdown(&session.socket, Shutdown::Both);
                 }
@@ -332,5 +335,40 @@ impl ClientCertVerifier for Trust {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         ServerCertVerifier::supported_verify_schemes(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
+
+    use super::*;
+
+    /// 2030-01-01 and 2032-01-01, in seconds.
+    const BEFORE: u64 = 1_893_456_000;
+    const AFTER: u64 = 1_956_528_000;
+
+    #[test]
+    fn a_certificate_is_believed_until_it_expires_whatever_its_name_and_side() {
+        let mut parameters = CertificateParams::new(Vec::new()).unwrap();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let authority = parameters.self_signed(&key).unwrap();
+        let issuer = Issuer::new(parameters, key);
+        let mut parameters = CertificateParams::new(vec!["somebody".to_owned()]).unwrap();
+        parameters.not_after = date_time_ymd(2031, 1, 1);
+        let key = KeyPair::generate().unwrap();
+        let certificate = parameters.signed_by(&key, &issuer).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(authority.der().clone()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let trust = Trust::load(roots, provider, None).unwrap();
+        for peer in [Peer::Client, Peer::Server] {
+            let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+            let check = |now| trust.check(peer, certificate.der(), &[], now);
+            check(at(BEFORE)).unwrap();
+            let error = check(at(AFTER)).unwrap_err().to_string();
+            assert!(error.contains("xpired"), "{error}");
+        }
     }
 }
