@@ -254,7 +254,11 @@ fn without_a_list_that_holds_nobody_is_believed() {
         }
         until("it is cut off", || source.sinks() == 0);
         authority.list("crl", &[], 2049);
-        until("it is back", || source.sinks() == 1);
+        until("it is back", || {
+            // Who reads sees that its connection has ended.
+            assert!(sink.poll().unwrap().is_none());
+            source.sinks() == 1
+        });
         submit(&source, broken, 0);
         let event = sink.receive_timeout(common::LONG).unwrap().unwrap();
         assert_eq!(event.get().payload()[..8], broken.to_le_bytes());
