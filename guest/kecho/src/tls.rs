@@ -87,3 +87,67 @@ impl Tls {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+    use rustls::pki_types::ServerName;
+    use rustls::{ClientConnection, Connection, HandshakeKind, ServerConnection};
+
+    use super::*;
+
+    /// Sends what each has for the other, until neither has anything.
+    fn talk(client: &mut Connection, server: &mut Connection) {
+        while client.wants_write() || server.wants_write() {
+            for turn in 0..2 {
+                let (from, to) = match turn {
+                    0 => (&mut *client, &mut *server),
+                    _ => (&mut *server, &mut *client),
+                };
+                let mut bytes = Vec::new();
+                while from.wants_write() {
+                    from.write_tls(&mut bytes).unwrap();
+                }
+                let mut bytes = &bytes[..];
+                while !bytes.is_empty() {
+                    to.read_tls(&mut bytes).unwrap();
+                    to.process_new_packets().unwrap();
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn each_connection_shows_its_certificates_anew() {
+        let mut parameters = CertificateParams::new(Vec::new()).unwrap();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let authority = parameters.self_signed(&key).unwrap();
+        let issuer = Issuer::new(parameters, key);
+        let key = KeyPair::generate().unwrap();
+        let parameters = CertificateParams::new(vec!["node".to_owned()]).unwrap();
+        let certificate = parameters.signed_by(&key, &issuer).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let put = |name: &str, text: String| {
+            let path = directory.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let tls = Tls::load(&TlsFiles {
+            ca: put("ca", authority.pem()),
+            certificate: put("crt", certificate.pem()),
+            key: put("key", key.serialize_pem()),
+            crl: None,
+        })
+        .unwrap();
+        for _ in 0..2 {
+            let name = ServerName::IpAddress(std::net::Ipv6Addr::LOCALHOST.into());
+            let client = ClientConnection::new(tls.client.clone(), name).unwrap();
+            let server = ServerConnection::new(tls.server.clone()).unwrap();
+            let (mut client, mut server) = (client.into(), server.into());
+            talk(&mut client, &mut server);
+            assert_eq!(client.handshake_kind(), Some(HandshakeKind::Full));
+            assert_eq!(server.handshake_kind(), Some(HandshakeKind::Full));
+        }
+    }
+}

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
-use common::{LONG, Peer, Process, Random, until};
+use common::{LONG, Peer, Process, Random};
 
 #[test]
 fn process() {
@@ -155,17 +155,35 @@ impl Chaos {
     fn settle(&mut self) {
         let all = self.members.len() as u64;
         let ids: Vec<u64> = self.members.iter().map(|member| member.id).collect();
+        let mut wrong = None;
         for member in &mut self.members {
             let Some(tag) = member.tag else { continue };
             let command = format!("sinks {tag}");
-            until("each source has all sinks", || {
-                member.peer.number(&command) == all
-            });
+            let deadline = Instant::now() + LONG;
+            let mut there = member.peer.number(&command);
+            while there != all && Instant::now() < deadline {
+                sleep(Duration::from_millis(20));
+                there = member.peer.number(&command);
+            }
+            if there != all {
+                wrong = Some(format!("member {}: {there} of {all} sinks", member.id));
+                break;
+            }
             let total = member.peer.number(&format!("total {tag}"));
             let bounds = &mut self.published.get_mut(&tag).unwrap().bounds;
             for id in &ids {
                 bounds.entry(*id).or_insert(total);
             }
+        }
+        if let Some(wrong) = wrong {
+            for member in &mut self.members {
+                println!(
+                    "member {}: {:#?}",
+                    member.id,
+                    member.peer.ask("status chaos")
+                );
+            }
+            panic!("{wrong}");
         }
     }
 
@@ -179,7 +197,10 @@ impl Chaos {
                 let count = self.random.below(3000);
                 let member = &mut self.members[at];
                 if let Some(tag) = member.tag {
-                    member.peer.ask(&format!("burst {tag} {count}"));
+                    for command in ["stop", "burst", "endless"] {
+                        let count = if command == "burst" { count } else { 0 };
+                        member.peer.ask(&format!("{command} {tag} {count}"));
+                    }
                 }
             }
             5 => self.ends(at),

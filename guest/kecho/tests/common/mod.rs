@@ -287,6 +287,19 @@ impl Member {
                 let dropped = std::iter::once(format!("dropped {}", book.dropped));
                 return got.chain(wrong).chain(dropped).collect();
             }
+            "status" => {
+                let name = words.next().unwrap();
+                let own = self.node.address().node;
+                let status = match self.node.status(name) {
+                    Ok(status) => status,
+                    Err(error) => return vec![format!("{own}: {error}")],
+                };
+                let nodes = status.nodes.iter();
+                let nodes =
+                    nodes.map(|n| format!("{} {} {:?}", n.address.node, n.sinks, n.sources));
+                let head = format!("{own}: {} epoch {}", status.contact.node, status.epoch);
+                return std::iter::once(head).chain(nodes).collect();
+            }
             "descriptors" => {
                 let count = std::fs::read_dir("/proc/self/fd").unwrap().count();
                 return vec![count.to_string()];
