@@ -211,6 +211,17 @@ impl Membership {
             .collect()
     }
 
+    /// Another node is the contact. Its list may lack those who have not come to it yet, also where it has the epoch of
+    /// this one, both having taken over: so it is not that of the epoch that was known.
+    fn follow(&mut self, address: NodeAddress) {
+        self.seen_epoch = self.seen_epoch.max(self.epoch);
+        self.epoch = 0;
+        self.contact = Contact::Other {
+            address,
+            control: None,
+        };
+    }
+
     /// Ends all of this node's sources and sinks.
     fn close(&mut self, destroyed: bool) {
         for (_, source) in self.sources.drain() {
@@ -366,12 +377,12 @@ impl Shared {
             Notice::Destroyed { channel } => self.destroyed(&mut state.channels, &channel),
             Notice::Moved { contact, epoch, .. } => {
                 m.seen_epoch = m.seen_epoch.max(epoch);
-                if contact.node == self.id {
-                    self.take_over(m);
-                } else {
-                    *known = None;
-                    *address = contact;
-                    self.search(m);
+                match contact.node == self.id {
+                    true => self.take_over(m),
+                    false => {
+                        m.follow(contact);
+                        self.search(m);
+                    }
                 }
             }
         }
@@ -411,7 +422,7 @@ impl Shared {
         let (channel, (own, epoch)) = (name.to_owned(), {
             let mut state = self.state();
             match state.find(name, instance) {
-                Some(m) => (m.own(&self.address), Some(m.epoch)),
+                Some(m) => (m.own(&self.address), Some(m.seen_epoch)),
                 None if !entering => return Asked::Unreachable("it was left".to_owned()),
                 None => (
                     Participant {
@@ -733,10 +744,7 @@ impl Shared {
                 epoch,
             },
         );
-        m.contact = Contact::Other {
-            address,
-            control: None,
-        };
+        m.follow(address);
         self.search(m);
     }
 
