@@ -350,8 +350,7 @@ impl Shared {
         let Some(m) = state.channels.get_mut(channel) else {
             return;
         };
-        let Contact::Other { control: known, .. } = &m.contact
-        else {
+        let Contact::Other { control: known, .. } = &m.contact else {
             return;
         };
         if !known
