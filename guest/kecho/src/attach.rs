@@ -59,6 +59,12 @@ impl Link {
         self.again.notify_one();
     }
 
+    /// It found no such source in the list, which may have been one of a contact that did not know all yet.
+    fn is_lost(&self) -> bool {
+        let ended = self.task.as_ref().is_none_or(AbortHandle::is_finished);
+        ended && !matches!(*self.progress.borrow(), Progress::Refused { .. })
+    }
+
     /// Ends it, because the source has left. One that is just being attached is attached first: what was submitted
     /// until then is for this sink too.
     pub(crate) fn leave(mut self) {
@@ -145,7 +151,7 @@ impl Shared {
         let sources: Vec<Uuid> = sources.collect();
         for sink in m.sinks.values_mut() {
             for source in &sources {
-                if sink.links.contains_key(source) {
+                if sink.links.get(source).is_some_and(|link| !link.is_lost()) {
                     continue;
                 }
                 let again = Arc::new(Notify::new());
@@ -180,7 +186,7 @@ impl Shared {
     ) {
         let mut pause = FIRST_PAUSE;
         loop {
-            // The link is ended when the source has left.
+            // The link is ended when the source has left, and begun anew if it was not on the list for a while only.
             let Some(address) = self.node_of(&channel, source) else {
                 return;
             };

@@ -579,7 +579,8 @@ impl Shared {
                         Asked::Refused { code, text } => return Err(Error::Refused { code, text }),
                         Asked::Unreachable(text) => why = text,
                         // It has gone over to another: a notice says so.
-                        Asked::Not(_) | Asked::Stranger => {}
+                        Asked::Not(_) => {}
+                        Asked::Stranger => self.lose_contact(name, instance, &control),
                     }
                 }
                 Some((_, None)) => {}

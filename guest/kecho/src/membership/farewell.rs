@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
-use super::{Contact, STRANGER};
+use super::{Contact, Membership, STRANGER};
 use crate::control::Control;
 use crate::message::{Notice, Reply, Request};
 use crate::node::Shared;
@@ -30,6 +30,31 @@ enum Next {
     Hand(u32, Arc<Control>, u64),
     /// Nobody is there to ask yet.
     Wait,
+}
+
+impl Membership {
+    /// Of a contact: the participant that is to be it next, of those that are connected and have not refused.
+    fn heir(&self, refused: &HashSet<Uuid>) -> Option<(u32, Arc<Control>)> {
+        let Contact::Me(desk) = &self.contact else {
+            return None;
+        };
+        let seats = desk.seats.iter();
+        let there = seats.filter_map(|(number, seat)| Some((*number, seat.control.clone()?)));
+        let willing = there.filter(|(_, control)| !refused.contains(&control.node));
+        willing.min_by_key(|(number, _)| *number)
+    }
+
+    /// Tells all participants who is the contact now.
+    fn tell_heir(&self, heir: u32) {
+        if let Some(heir) = self.participants.get(&heir) {
+            let moved = Notice::Moved {
+                channel: self.name.clone(),
+                contact: heir.node.clone(),
+                epoch: self.epoch,
+            };
+            self.broadcast(None, &moved);
+        }
+    }
 }
 
 impl Shared {
@@ -54,11 +79,13 @@ impl Shared {
                 .await
                 .is_err()
             {
-                // Who does not hear it finds out by itself, and registers the channel anew.
                 let mut state = node.state();
                 if let Some(m) = state.find(&name, instance) {
-                    if m.is_contact() {
-                        node.registry_forget(m);
+                    // Who is connected and does not answer learns it when it goes on; who is not finds out by itself.
+                    match m.heir(&HashSet::new()) {
+                        Some((heir, _)) => m.tell_heir(heir),
+                        None if m.is_contact() => node.registry_forget(m),
+                        None => {}
                     }
                     state.channels.remove(&name);
                     node.changed.notify_waiters();
@@ -124,30 +151,23 @@ impl Shared {
     ) -> Option<Next> {
         let mut state = self.state();
         let m = state.find(name, instance)?;
-        let desk = match &mut m.contact {
-            Contact::Other {
-                control: Some(control),
-                ..
-            } => return Some(Next::Ask(control.clone())),
-            Contact::Other { control: None, .. } => return Some(Next::Wait),
-            Contact::Me(desk) => desk,
-        };
+        if let Contact::Other { control, .. } = &m.contact {
+            return Some(control.clone().map_or(Next::Wait, Next::Ask));
+        }
         if m.participants.values().all(|p| p.node.node == self.id) {
             self.registry_forget(m);
             state.channels.remove(name);
             self.changed.notify_waiters();
             return Some(Next::Last);
         }
-        // Those that are not connected come, leave too, or are missed.
-        let seats = desk.seats.iter();
-        let there = seats.filter_map(|(number, seat)| Some((*number, seat.control.clone()?)));
-        let willing = there.filter(|(_, control)| !refused.contains(&control.node));
-        let Some((heir, control)) = willing.min_by_key(|(number, _)| *number) else {
-            // Those that leave too are just about to say so.
+        let Some((heir, control)) = m.heir(refused) else {
+            // Those that are not connected come or are missed; those that leave too are just about to say so.
             refused.clear();
             return Some(Next::Wait);
         };
-        desk.handing = true;
+        if let Contact::Me(desk) = &mut m.contact {
+            desk.handing = true;
+        }
         Some(Next::Hand(heir, control, m.epoch))
     }
 
@@ -175,21 +195,15 @@ impl Shared {
         }
         let seats = desk.seats.values();
         let controls = seats.filter_map(|seat| seat.control.clone()).collect();
-        let contact = m.participants.get(&heir)?.node.clone();
-        let moved = Notice::Moved {
-            channel: name.to_owned(),
-            contact,
-            epoch: m.epoch,
-        };
         // The new one too: it may be of a version that only hears this.
-        m.broadcast(None, &moved);
+        m.tell_heir(heir);
         state.channels.remove(name);
         self.changed.notify_waiters();
         Some(controls)
     }
 
     /// Who was asked is not in the channel any more.
-    fn lose_contact(self: &Arc<Self>, name: &str, instance: u64, asked: &Arc<Control>) {
+    pub(super) fn lose_contact(self: &Arc<Self>, name: &str, instance: u64, asked: &Arc<Control>) {
         let mut state = self.state();
         let Some(m) = state.find(name, instance) else {
             return;
