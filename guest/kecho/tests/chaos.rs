@@ -147,8 +147,12 @@ impl Chaos {
         if let Peer::Process(process) = peer {
             process.kill();
         }
-        drop(still.map(|still| still.join().unwrap()));
-        tag.map(|tag| self.published.remove(&tag));
+        if let Some(still) = still {
+            still.join().unwrap();
+        }
+        if let Some(tag) = tag {
+            self.published.remove(&tag);
+        }
     }
 
     /// Waits until each source has all sinks, and notes what each of them has from then on.

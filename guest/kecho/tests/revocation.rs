@@ -191,12 +191,12 @@ fn cut_off(out: usize) {
         assert_eq!(sources[n].sinks(), 2);
     }
     // Each of the others' events comes to the others, and to itself.
-    for n in 0..3 {
+    for (n, sink) in sinks.iter().enumerate() {
         let expected: Vec<u64> = match n == out {
             true => vec![out as u64],
             false => others.clone().map(|tag| tag as u64).collect(),
         };
-        assert_eq!(come(&sinks[n]), expected, "sink {n}");
+        assert_eq!(come(sink), expected, "sink {n}");
     }
     let there = others.clone().next().unwrap();
     until("it is off the list of members", || {
