@@ -48,6 +48,7 @@ mod memory;
 mod message;
 mod node;
 pub mod registry;
+mod runtime;
 mod sink;
 mod socket;
 mod source;

@@ -9,7 +9,7 @@ use std::time::Instant;
 use uuid::Uuid;
 
 use super::{Inner, MAX_SINKS, Policy, SourceCore, TypeSelector, Way};
-use crate::filter::{FilterError, SinkFilter, State};
+use crate::filter::{FilterError, SinkFilter, State, StateError};
 use crate::log::{CURSOR, ENDED_LEFT, HEADER_BYTES, Header, Kind};
 use crate::memory::{Bell, Page};
 use crate::socket::{SocketSink, SocketTicket};
@@ -349,13 +349,14 @@ impl SourceCore {
         Ok(())
     }
 
-    pub(crate) fn set_state(&self, sink: Uuid, name: &str, value: Value) -> bool {
+    /// A sink that is not attached now brings its state when it comes.
+    pub(crate) fn set_state(&self, sink: Uuid, name: &str, value: Value) -> Result<(), StateError> {
         let mut inner = self.lock();
         let found = inner
             .sinks
             .iter_mut()
             .flatten()
             .find(|other| other.sink == sink);
-        found.is_some_and(|found| found.state.set(name, value).is_ok())
+        found.map_or(Ok(()), |found| found.state.set(name, value))
     }
 }
