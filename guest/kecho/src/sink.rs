@@ -55,7 +55,8 @@ pub(crate) fn checked_state(all: &[(String, Value)]) -> Result<State, StateError
     Ok(state)
 }
 
-/// A filter in the sink's process: whether an event is dispatched.
+/// A filter in the sink's process: whether an event is dispatched. It runs in the thread that receives, and cannot itself
+/// receive from its sink, which would wait for ever.
 pub type InFilter = Box<dyn FnMut(&EventRef<'_>) -> bool + Send>;
 
 /// What a sink has seen.
@@ -328,7 +329,8 @@ impl SinkCore {
     }
 }
 
-/// A sink of a channel's events. It leaves the channel when it is dropped.
+/// A sink of a channel's events. It leaves the channel when it is dropped. One thread receives at a time: others wait
+/// until it is done, whatever their time limits.
 pub struct Sink {
     core: Arc<SinkCore>,
     home: Arc<dyn SinkHome>,

@@ -826,7 +826,8 @@ impl Source {
         self.core.wait_for_sinks(count, limit)
     }
 
-    /// How many sinks are attached.
+    /// How many sinks are attached and have heard so. One that was just made elsewhere may not count yet, though it gets
+    /// what is submitted: [`Source::wait_for_sinks`].
     pub fn sinks(&self) -> usize {
         self.core.attached().len()
     }
