@@ -8,18 +8,23 @@ use crate::event::Submission;
 use crate::source::{AttachRequest, Flush, Policy, SourceOptions, Way};
 use crate::types::EventType;
 
-/// Attaches a sink to a source; its end of the stream.
-fn attach(core: &Arc<SourceCore>) -> UnixStream {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    let request = AttachRequest {
-        sink: Uuid::new_v4(),
+fn request(sink: Uuid) -> AttachRequest {
+    AttachRequest {
+        sink,
         types: Vec::new(),
         filter: None,
         policy: None,
         state: Vec::new(),
         next: None,
-    };
-    let (_, ticket) = core.attach_socket(request, Way::Tcp).unwrap();
+    }
+}
+
+/// Attaches a sink to a source; its end of the stream.
+fn attach(core: &Arc<SourceCore>) -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (_, ticket) = core
+        .attach_socket(request(Uuid::new_v4()), Way::Tcp)
+        .unwrap();
     ticket.start(Wire::Plain(ours.into())).unwrap();
     theirs
 }
@@ -59,4 +64,23 @@ fn who_acknowledges_without_end_keeps_nobody_waiting() {
     core.abandon();
     sender.stop();
     flood.join().unwrap();
+}
+
+#[test]
+fn a_sink_that_is_gone_before_it_is_served_sees_the_end() {
+    let options = SourceOptions {
+        log_bytes: 1,
+        policy: Policy::Block,
+        flush: Flush::Auto,
+    };
+    let core = SourceCore::create(Uuid::nil(), &options, Sender::start().unwrap()).unwrap();
+    let sink = Uuid::from_u128(1);
+    let (_, ticket) = core.attach_socket(request(sink), Way::Tcp).unwrap();
+    core.detach(sink, Gone::Left);
+    let (here, mut there) = UnixStream::pair().unwrap();
+    ticket.start(Wire::Plain(here.into())).unwrap();
+    there
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    assert_eq!(there.read(&mut [0; 8]).unwrap(), 0);
 }
