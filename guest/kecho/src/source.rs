@@ -715,3 +715,6 @@ impl Source {
         self.core.counters()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -134,7 +134,8 @@ impl Attachment {
             Carrier::Socket(socket) => socket.acked(),
             Carrier::Awaited { position, .. } => *position,
         };
-        if position < self.cursor || position > head {
+        // One within a frame leads past the head.
+        if position < self.cursor || position > head || self.floor > head {
             return None;
         }
         self.cursor = position;
@@ -161,7 +162,7 @@ impl Attachment {
                 break;
             }
             if header.kind == Some(Kind::Event) {
-                passed = Some(sequence(ring, self.floor) + 1);
+                passed = Some(sequence(ring, self.floor).saturating_add(1));
             }
             self.floor += header.stride() as u64;
         }
