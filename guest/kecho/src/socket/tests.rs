@@ -39,6 +39,9 @@ fn who_acknowledges_without_end_keeps_nobody_waiting() {
     }
     socket.take_acks(&core).unwrap();
     assert!(!socket.is_ready());
+    // What was never sent cannot have been read.
+    there.write_all(&1u64.to_le_bytes()).unwrap();
+    socket.take_acks(&core).unwrap_err();
 }
 
 #[test]

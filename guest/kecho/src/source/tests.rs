@@ -1,5 +1,5 @@
 use super::*;
-use crate::log::CURSOR;
+use crate::log::{CURSOR, ENDED};
 use crate::types::EventType;
 
 #[test]
@@ -45,5 +45,11 @@ fn a_sink_that_lies_about_what_it_has_read_does_no_harm() {
             Err(error) => panic!("{error}"),
         }
     }
+    // One beyond all that there is, which nobody can have read, is believed no longer.
+    page.cell(CURSOR).store(1 << 40, Ordering::Release);
+    for _ in 0..100 {
+        submit(&[0; 1000]).unwrap();
+    }
+    assert_eq!(page.cell(ENDED).load(Ordering::Acquire), ENDED_LEFT);
     sender.stop();
 }
