@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::address::NodeAddress;
@@ -228,7 +228,8 @@ impl Shared {
                     tracing::debug!(channel, %source, %error, "cannot attach");
                 }
             }
-            sleep(pause).await;
+            // Until the source has left, of which whoever makes a sink waits to hear.
+            let _ = timeout(pause, again.notified()).await;
             pause = (2 * pause).min(LAST_PAUSE);
         }
     }

@@ -22,7 +22,8 @@ pub struct Callback {
 
 impl Sink {
     /// Calls `function` for each event from now on, in a thread of the sink's own. Events that come
-    /// meanwhile wait: a slow function is a slow sink.
+    /// meanwhile wait: a slow function is a slow sink. So one that submits to its own channel must not wait for room
+    /// that only it could make: [`crate::Source::try_submit`].
     ///
     /// # Errors
     /// The thread cannot be started.

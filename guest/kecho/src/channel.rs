@@ -15,7 +15,7 @@ use crate::filter::SinkFilter;
 use crate::membership::{ANSWER, Membership, RETRY, SEARCH, SinkPort, SourcePort};
 use crate::message::{MAX_PORTS, Reply, Request, Role, is_channel_name};
 use crate::node::{MAX_CHANNELS, Node, Owner, Shared, State, local_node};
-use crate::sink::{Sink, SinkCore, SinkHome, SinkOptions};
+use crate::sink::{Sink, SinkCore, SinkHome, SinkOptions, checked_state};
 use crate::source::{Flush, Policy, Source, SourceCore, SourceOptions};
 use crate::value::Value;
 
@@ -389,12 +389,13 @@ impl Channel {
     /// channel and can be reached.
     ///
     /// # Errors
-    /// [`Error::Filter`]; [`Error::Destroyed`]; [`Error::Limit`]; [`Error::Refused`] by a source;
+    /// [`Error::Filter`]; [`Error::State`]; [`Error::Destroyed`]; [`Error::Limit`]; [`Error::Refused`] by a source;
     /// [`Error::NoContact`]; what the system says.
     pub fn sink(&self, options: SinkOptions) -> Result<Sink, Error> {
         if let Some(filter) = &options.filter {
             SinkFilter::compile(filter)?;
         }
+        checked_state(&options.state)?;
         let participation = self.participation.clone();
         let shared = participation.shared().clone();
         let id = Uuid::new_v4();
@@ -602,11 +603,7 @@ impl SinkHome for PortHold {
                 name: key.clone(),
                 value: value.clone(),
             };
-            let local = move |core: &SourceCore| {
-                // A sink that is not attached now brings its state when it comes.
-                core.set_state(sink, &set.0, set.1.clone());
-                Ok(())
-            };
+            let local = move |core: &SourceCore| Ok(core.set_state(sink, &set.0, set.1.clone())?);
             node.ask_sources(&channel, instance, request, local).await
         })
     }

@@ -2,9 +2,10 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::address::{Address, AddressError};
-use crate::filter::FilterError;
+use crate::filter::{FilterError, StateError};
 
 /// Why something about a node or a channel did not happen.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +42,16 @@ pub enum Error {
         /// What the last try said.
         why: String,
     },
+    /// A configuration that cannot be.
+    #[error(
+        "a heartbeat of {heartbeat:?} and death after {dead_after:?}: both must be more than nothing, and death come later than a heartbeat"
+    )]
+    Times {
+        /// How often a sign of life was to be sent.
+        heartbeat: Duration,
+        /// After what silence a node was to be dead.
+        dead_after: Duration,
+    },
     /// Another node does not answer.
     #[error("the node at {to} cannot be reached")]
     Unreachable {
@@ -53,6 +64,9 @@ pub enum Error {
     /// A filter that is none.
     #[error(transparent)]
     Filter(#[from] FilterError),
+    /// A state that a sink cannot have.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// Another node said no.
     #[error("refused: {text} ({code})")]
     Refused {
@@ -107,8 +121,10 @@ impl Error {
             Error::Destroyed(_) => "channel-destroyed",
             Error::NoContact { .. } => "no-contact",
             Error::Registry { .. } => "registry-unreachable",
+            Error::Times { .. } => "config",
             Error::Unreachable { .. } => "node-unreachable",
             Error::Filter(error) => error.code(),
+            Error::State(error) => error.code(),
             Error::Refused { code, .. } => code,
             Error::Limit { .. } => "limit",
             Error::Address(_) => "address",

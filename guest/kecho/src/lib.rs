@@ -29,6 +29,38 @@
 //! Members of a channel in other processes find it by its name at a registry ([`Config::registry`],
 //! `kechod registry`), or at another member ([`Node::open_at`]). Events go from each source to each
 //! sink directly, by the shortest way there is.
+//!
+//! ```no_run
+//! use xbee_kecho::{ChannelOptions, Config, Node, SinkOptions};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let node = Node::start(Config {
+//!     registry: Some("tcp:[::1]:7400".parse()?),
+//!     ..Config::default()
+//! })?;
+//! // Whoever comes first creates it.
+//! let channel = node.open_or_create("load", ChannelOptions::default())?;
+//! let callback = channel.sink(SinkOptions::default())?.on_event(|event| {
+//!     println!("{:?}", event.attribute("host"));
+//! })?;
+//! // Until the channel is destroyed.
+//! eprintln!("{}", callback.wait());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Threads
+//!
+//! A node has a thread of its own, and one more for sinks over sockets. What is called here blocks its caller, without
+//! need of any runtime; in a task of one, what may wait (all but [`Source::try_submit`] and [`Sink::poll`]) belongs into
+//! its `spawn_blocking`. Filters in the process and callbacks say what they must not wait for: [`OutFilter`],
+//! [`InFilter`], [`Sink::on_event`].
+//!
+//! # Who is let in
+//!
+//! Over unix sockets, and so to shared memory: processes of the same user, and root's. Over vsock: guests of one owner.
+//! Over TCP within the machine: all its users, unless [`Config::strict`]; from elsewhere who has a certificate of
+//! [`Config::tls`]'s authority. Whoever is let in can submit, listen, and destroy channels.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -49,6 +81,7 @@ mod message;
 mod node;
 mod reach;
 pub mod registry;
+mod runtime;
 mod sink;
 mod socket;
 mod source;

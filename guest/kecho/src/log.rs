@@ -174,12 +174,17 @@ impl Reader {
         ring.cell(HEAD).load(Ordering::Acquire) != self.position
     }
 
-    /// Reads the next frame for this sink and appends its body to `out`.
+    /// Reads the next frame for this sink and appends its body to `out`. Of what is written meanwhile and is not for this
+    /// sink it passes over no more than the ring holds, so that it comes back however much that is.
     #[inline]
     pub fn next(&mut self, ring: &Ring, out: &mut Vec<u8>) -> Found {
         let begin = out.len();
+        let mut looked = false;
         loop {
             if self.position == self.head {
+                if std::mem::replace(&mut looked, true) {
+                    return Found::Nothing;
+                }
                 self.head = ring.cell(HEAD).load(Ordering::Acquire);
                 if self.position == self.head {
                     return Found::Nothing;

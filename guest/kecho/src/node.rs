@@ -23,6 +23,7 @@ use crate::lookup::Lookup;
 use crate::membership::Membership;
 use crate::message::{self, Answer, Hello, Notice, Purpose, Reply, Request, VERSION};
 use crate::registry::{ACCEPT_PAUSE, HELLO_TIME};
+use crate::runtime::OwnRuntime;
 use crate::socket::Sender;
 use crate::source::SourceCore;
 use crate::stream::{Listener, Security, Stream};
@@ -243,26 +244,28 @@ fn raise_limit() {
 }
 
 /// The directory of this user's sockets.
-fn directory(given: Option<&Path>) -> io::Result<PathBuf> {
+fn directory_path(given: Option<&Path>) -> PathBuf {
+    let default = || {
+        let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
+        let parent = runtime.map_or_else(|| PathBuf::from("/tmp"), PathBuf::from);
+        parent.join(format!("kecho-{}", getuid().as_raw()))
+    };
+    given.map_or_else(default, Path::to_owned)
+}
+
+/// Makes a directory that only this user can write, if it is not there.
+fn make_directory(path: &Path) -> io::Result<()> {
     let uid = getuid().as_raw();
-    let path = given.map_or_else(
-        || {
-            let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
-            let parent = runtime.map_or_else(|| PathBuf::from("/tmp"), PathBuf::from);
-            parent.join(format!("kecho-{uid}"))
-        },
-        Path::to_owned,
-    );
-    match std::fs::DirBuilder::new().mode(0o700).create(&path) {
+    match std::fs::DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
-    let found = std::fs::symlink_metadata(&path)?;
+    let found = std::fs::symlink_metadata(path)?;
     if !found.is_dir() || found.uid() != uid || found.mode() & 0o022 != 0 {
         let text = "it is not a directory that only this user can write";
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
     }
-    Ok(path)
+    Ok(())
 }
 
 /// Removes what nodes have left behind that were killed.
@@ -313,8 +316,9 @@ fn open_doors(id: Uuid, config: &Config) -> Result<Doors, Error> {
     let bind = |address: &Address| {
         Listener::bind(address).map_err(Error::system(format!("listen at {address}")))
     };
-    let path = directory(config.directory.as_deref());
-    let path = path.map_err(Error::system("use the directory for unix sockets"))?;
+    let path = directory_path(config.directory.as_deref());
+    let unusable = format!("use {} as the directory for unix sockets", path.display());
+    make_directory(&path).map_err(Error::system(unusable))?;
     remove_old_sockets(&path);
     let socket = path.join(format!("{id}.sock"));
     let unix = Address::Unix(socket.clone());
@@ -369,20 +373,25 @@ fn open_doors(id: Uuid, config: &Config) -> Result<Doors, Error> {
 }
 
 impl Node {
-    /// Starts a node.
+    /// Starts a node, with a thread of its own, and lets this process have as many descriptors as the system allows
+    /// it (`RLIMIT_NOFILE`). It may be called anywhere, but like all that waits in this crate it blocks its thread.
     ///
     /// # Errors
     /// What of the configuration cannot be had.
     pub fn start(config: Config) -> Result<Node, Error> {
+        let (heartbeat, dead_after) = (config.heartbeat, config.dead_after);
+        if heartbeat.is_zero() || dead_after <= heartbeat {
+            return Err(Error::Times {
+                heartbeat,
+                dead_after,
+            });
+        }
         raise_limit();
         let id = Uuid::new_v4();
         let tls = config.tls.as_ref().map(Tls::load).transpose()?;
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
         let boot = boot.map_err(Error::system("read /proc/sys/kernel/random/boot_id"))?;
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(Error::system("start the node's runtime"))?;
+        let runtime = OwnRuntime::create().map_err(Error::system("start the node's runtime"))?;
         let doors = {
             let _within = runtime.enter();
             open_doors(id, &config)?
@@ -758,13 +767,8 @@ impl Handler for Shared {
                 name,
                 value,
             } => self.at_source(&channel, source, |source| {
-                match source.set_state(sink, &name, value) {
-                    true => Ok(()),
-                    false => Err((
-                        "state".to_owned(),
-                        format!("no room for the state '{name}'"),
-                    )),
-                }
+                let set = source.set_state(sink, &name, value);
+                set.map_err(|error| (error.code().to_owned(), error.to_string()))
             }),
             Request::Describe { channel } => self.serve_describe(&channel),
             Request::Register { .. }

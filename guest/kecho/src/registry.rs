@@ -15,6 +15,7 @@ use crate::address::{Address, NodeAddress};
 use crate::control::{Control, End, Handler, Pulse};
 use crate::error::Error;
 use crate::message::{self, Answer, Hello, Notice, Purpose, Reply, Request, VERSION};
+use crate::runtime::OwnRuntime;
 use crate::stream::{Listener, Security, Stream};
 use crate::tls::{Tls, TlsFiles};
 
@@ -85,10 +86,7 @@ impl Registry {
             plaintext: config.plaintext,
             strict: config.strict,
         });
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(Error::system("start the registry"))?;
+        let runtime = OwnRuntime::create().map_err(Error::system("start the registry"))?;
         let mut addresses = Vec::new();
         let mut listeners = Vec::new();
         {

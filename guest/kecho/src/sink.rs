@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use crate::error::Error;
 use crate::event::EventRef;
+use crate::filter::{SinkFilter, State, StateError};
 use crate::log::{Reader, SLEEPING};
 use crate::memory::{Bell, Page, Ring};
 use crate::source::{AttachRequest, Attached, Policy, TypeSelector};
@@ -25,6 +26,10 @@ use crate::wire::Wire;
 
 use link::{Carrier, InLink, Step, Stream};
 
+/// Events that an IN-filter keeps back before others have their turn.
+const MAX_KEPT_BACK: usize = 64;
+/// How often [`Sink::poll`] looks at that many before it finds that nothing is there.
+const MAX_LOOKS: usize = 1024;
 /// The most sources that have gone and whose last event is remembered.
 const MAX_REMEMBERED: usize = 4096;
 
@@ -41,7 +46,17 @@ pub struct SinkOptions {
     pub state: Vec<(String, Value)>,
 }
 
-/// A filter in the sink's process: whether an event is dispatched.
+/// The state that these make.
+pub(crate) fn checked_state(all: &[(String, Value)]) -> Result<State, StateError> {
+    let mut state = State::default();
+    for (name, value) in all {
+        state.set(name, value.clone())?;
+    }
+    Ok(state)
+}
+
+/// A filter in the sink's process: whether an event is dispatched. It runs in the thread that receives, and cannot itself
+/// receive from its sink, which would wait for ever.
 pub type InFilter = Box<dyn FnMut(&EventRef<'_>) -> bool + Send>;
 
 /// What a sink has seen.
@@ -228,6 +243,7 @@ impl SinkCore {
         };
         self.change(Change::Add(Box::new(InLink {
             source,
+            told: 0,
             token: self.tokens.fetch_add(1, Ordering::Relaxed),
             types,
             recent: None,
@@ -311,7 +327,8 @@ impl SinkCore {
     }
 }
 
-/// A sink of a channel's events. It leaves the channel when it is dropped.
+/// A sink of a channel's events. It leaves the channel when it is dropped. One thread receives at a time: others wait
+/// until it is done, whatever their time limits.
 pub struct Sink {
     core: Arc<SinkCore>,
     home: Arc<dyn SinkHome>,
@@ -352,7 +369,7 @@ impl Sink {
         self.next(Some(limit))
     }
 
-    /// The next event, if one is there.
+    /// The next event, if one is there: among the next 65,536 of a source, should an IN-filter keep back so many.
     ///
     /// # Errors
     /// As [`Sink::receive`].
@@ -407,6 +424,10 @@ impl Sink {
     /// # Errors
     /// It is none; a source cannot be reached.
     pub fn set_filter(&self, filter: Option<&str>) -> Result<(), Error> {
+        if let Some(filter) = filter {
+            // Later sources would refuse this sink.
+            SinkFilter::compile(filter)?;
+        }
         locked(&self.core.options).filter = filter.map(str::to_owned);
         self.home.filter(filter)
     }
@@ -414,10 +435,11 @@ impl Sink {
     /// Tells all sources something of this sink, for their filters.
     ///
     /// # Errors
-    /// A source cannot be reached.
+    /// [`Error::State`], and the state is as before; a source cannot be reached.
     pub fn set_state(&self, name: &str, value: Value) -> Result<(), Error> {
         {
             let mut options = locked(&self.core.options);
+            checked_state(&options.state)?.set(name, value.clone())?;
             options.state.retain(|(other, _)| other != name);
             options.state.push((name.to_owned(), value.clone()));
         }
@@ -454,11 +476,13 @@ impl Sink {
     ) -> Result<(), Error> {
         let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let mut told = None;
+        let mut looks = 0;
         loop {
             if self.core.changed.load(Ordering::Relaxed) {
                 self.apply(receiver)?;
             }
-            self.sweep(receiver, batch, max);
+            let more = self.sweep(receiver, batch, max);
+            looks += 1;
             if !batch.is_empty() {
                 return Ok(());
             }
@@ -470,7 +494,13 @@ impl Sink {
             }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left == Some(Duration::ZERO) {
+                if more && limit == left && looks < MAX_LOOKS {
+                    continue;
+                }
                 return Ok(());
+            }
+            if more {
+                continue;
             }
             let counters = Some(receiver.counters());
             if told != counters {
@@ -485,8 +515,9 @@ impl Sink {
         }
     }
 
-    /// Takes what the links have, each in turn.
-    fn sweep(&self, receiver: &mut Receiver, batch: &mut Batch, max: usize) {
+    /// Takes what the links have, each in turn. Whether it has left something, though there was room for it, to look at
+    /// the clock first.
+    fn sweep(&self, receiver: &mut Receiver, batch: &mut Batch, max: usize) -> bool {
         let Receiver {
             links,
             turn,
@@ -496,13 +527,23 @@ impl Sink {
             ..
         } = receiver;
         let mut over = Vec::new();
+        let mut more = false;
         for n in 0..links.len() {
             let at = (*turn + n) % links.len();
             let link = &mut links[at];
+            let mut kept_back = 0;
             while batch.len() < max {
+                if kept_back == MAX_KEPT_BACK {
+                    more = true;
+                    break;
+                }
                 let begin = batch.bytes.len();
                 match link.step(&mut batch.bytes, counters) {
                     Step::Nothing => break,
+                    Step::More => {
+                        more = true;
+                        break;
+                    }
                     Step::Over {
                         again,
                         slow: expelled,
@@ -518,6 +559,7 @@ impl Sink {
                         });
                         if !passes {
                             counters.filtered += 1;
+                            kept_back += 1;
                             batch.bytes.truncate(begin);
                             continue;
                         }
@@ -537,6 +579,7 @@ impl Sink {
                 self.home.relink(source);
             }
         }
+        more
     }
 
     fn forget(receiver: &mut Receiver, source: Uuid) {
@@ -616,6 +659,8 @@ impl Sink {
         }
         // Between that and the last look: see `SourceCore::wake`.
         fence(Ordering::SeqCst);
+        // And between what was read and whether a source waits for it: see `SourceCore::reserve`.
+        receiver.links.iter_mut().for_each(InLink::tell_room);
         let more = receiver.links.iter().any(InLink::is_behind)
             || self.core.changed.load(Ordering::SeqCst)
             || self.core.ended.load(Ordering::SeqCst);
@@ -666,3 +711,6 @@ impl Sink {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

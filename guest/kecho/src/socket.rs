@@ -20,6 +20,11 @@ use crate::wire::Wire;
 /// Bytes of an acknowledgement: how many bytes of the stream were read, little endian.
 pub(crate) const ACK_BYTES: usize = 8;
 
+/// Acknowledgements are read so often at once, [`ACKS`] of them each time, before other sinks have their turn.
+const MAX_ACK_READS: usize = 16;
+/// How many acknowledgements are read at once.
+const ACKS: usize = 64;
+
 /// How long the sinks of a source that has left may take to read what it has submitted before.
 const LEAVING: Duration = Duration::from_secs(5);
 
@@ -56,6 +61,8 @@ struct Outgoing {
     marks: VecDeque<(u64, u64)>,
     /// An acknowledgement that has come in part.
     ack: Vec<u8>,
+    /// More acknowledgements may be there.
+    more_acks: bool,
     next: Next,
     /// The end was sent or staged.
     ended: bool,
@@ -90,6 +97,7 @@ impl SocketSink {
             stream: 0,
             marks: VecDeque::new(),
             ack: Vec::new(),
+            more_acks: false,
             next: Next {
                 sequence,
                 overrun: false,
@@ -295,6 +303,7 @@ impl SocketSink {
         let Outgoing {
             wire: Some(wire),
             ack,
+            more_acks,
             marks,
             stream,
             ..
@@ -303,12 +312,17 @@ impl SocketSink {
             return Ok(false);
         };
         let mut position = self.acked();
-        let mut buffer = [0; 64 * ACK_BYTES];
-        loop {
+        let mut buffer = [0; ACKS * ACK_BYTES];
+        *more_acks = true;
+        // One that sends them without end is not to keep the others waiting.
+        for _ in 0..MAX_ACK_READS {
             let count = match wire.read(&mut buffer) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    *more_acks = false;
+                    break;
+                }
                 Err(error) => return Err(error),
             };
             ack.extend_from_slice(&buffer[..count]);
@@ -598,10 +612,8 @@ impl SocketSink {
     fn is_ready(&self) -> bool {
         let outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = outgoing.written < outgoing.staging.len();
-        outgoing
-            .wire
-            .as_ref()
-            .is_some_and(|wire| wire.is_ready(waiting))
+        let ready = |wire: &Wire| outgoing.more_acks || wire.is_ready(waiting);
+        outgoing.wire.as_ref().is_some_and(ready)
     }
 }
 
@@ -629,36 +641,4 @@ impl SocketTicket {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Read;
-    use std::os::unix::net::UnixStream;
-
-    use super::*;
-    use crate::source::{AttachRequest, Flush, Policy, SourceOptions, Way};
-
-    #[test]
-    fn a_sink_that_is_gone_before_it_is_served_sees_the_end() {
-        let options = SourceOptions {
-            log_bytes: 1,
-            policy: Policy::Block,
-            flush: Flush::Auto,
-        };
-        let core = SourceCore::create(Uuid::nil(), &options, Sender::start().unwrap()).unwrap();
-        let request = AttachRequest {
-            sink: Uuid::from_u128(1),
-            types: Vec::new(),
-            filter: None,
-            policy: None,
-            state: Vec::new(),
-            next: None,
-        };
-        let (_, ticket) = core.attach_socket(request, Way::Tcp).unwrap();
-        core.detach(Uuid::from_u128(1), Gone::Left);
-        let (here, mut there) = UnixStream::pair().unwrap();
-        ticket.start(Wire::Plain(here.into())).unwrap();
-        there
-            .set_read_timeout(Some(Duration::from_secs(60)))
-            .unwrap();
-        assert_eq!(there.read(&mut [0; 8]).unwrap(), 0);
-    }
-}
+mod tests;

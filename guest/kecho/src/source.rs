@@ -10,7 +10,7 @@ use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use minicbor::{Decode, Encode};
@@ -24,6 +24,7 @@ use crate::socket::{Sender, SocketSink};
 use announce::Types;
 pub(crate) use attachment::{AttachError, AttachRequest, Attached, Gone};
 use attachment::{Attachment, Carrier};
+use out_filter::Running;
 pub use out_filter::{OutFilter, SinkSet, SinkView};
 pub(crate) use slots::Slots;
 
@@ -126,6 +127,9 @@ pub enum SubmitError {
     /// The source has left the channel.
     #[error("this source has left its channel")]
     Closed,
+    /// It comes from the source's own OUT-filter.
+    #[error("an OUT-filter submits to its own source: have another thread do it")]
+    InFilter,
     /// Too many types.
     #[error("a source has events of at most {MAX_TYPES} types")]
     Types,
@@ -312,8 +316,23 @@ impl SourceCore {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
+        match self.try_lock() {
+            Some(inner) => inner,
+            None => panic!("an OUT-filter asks its own source, which is locked while it runs"),
+        }
+    }
+
+    /// `None` in the source's own OUT-filter.
+    fn try_lock(&self) -> Option<MutexGuard<'_, Inner>> {
         // What a panicking OUT-filter left behind is whole: it only had a mask to write.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        match self.inner.try_lock() {
+            Ok(inner) => Some(inner),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) if Running::within(self) => None,
+            Err(TryLockError::WouldBlock) => {
+                Some(self.inner.lock().unwrap_or_else(PoisonError::into_inner))
+            }
+        }
     }
 
     /// The longest frame: two of them fit beside what a sink over a socket has not acknowledged.
@@ -332,7 +351,7 @@ impl SourceCore {
         if bytes > limit {
             return Err(EventError::TooLarge { bytes, limit }.into());
         }
-        let mut inner = self.lock();
+        let mut inner = self.try_lock().ok_or(SubmitError::InFilter)?;
         if inner.closed {
             return Err(SubmitError::Closed);
         }
@@ -341,7 +360,9 @@ impl SourceCore {
             return Ok(());
         }
         let (header, chosen, passed_over) = loop {
+            let running = inner.out_filter.is_some().then(|| Running::begin(self));
             let passed_over = inner.select(event)?;
+            drop(running);
             if passed_over.is_some() && inner.mask.is_empty() {
                 inner.count(passed_over);
                 return Ok(());
@@ -518,8 +539,11 @@ impl SourceCore {
 
     fn set_out_filter(&self, filter: Option<OutFilter>) {
         let mut inner = self.lock();
-        inner.out_filter = filter;
+        let before = std::mem::replace(&mut inner.out_filter, filter);
         inner.refresh(self);
+        drop(inner);
+        // What it holds may ask this source when it goes.
+        drop(before);
     }
 
     /// Ends all attachments. What is in the log can still be read, and is still sent.
@@ -735,7 +759,7 @@ impl Source {
         self.core.submit(event, false)
     }
 
-    /// Sets what decides, in this process, which sinks get an event.
+    /// Sets what decides, in this process, which sinks get an event. Waits for a submission that waits for a filter.
     pub fn set_out_filter(&self, filter: Option<OutFilter>) {
         self.core.set_out_filter(filter);
     }
@@ -746,7 +770,8 @@ impl Source {
         self.core.wait_for_sinks(count, limit)
     }
 
-    /// How many sinks are attached.
+    /// How many sinks are attached and have heard so. One that was just made elsewhere may not count yet, though it gets
+    /// what is submitted: [`Source::wait_for_sinks`].
     pub fn sinks(&self) -> usize {
         self.core.attached().len()
     }
@@ -756,3 +781,6 @@ impl Source {
         self.core.counters()
     }
 }
+
+#[cfg(test)]
+mod tests;

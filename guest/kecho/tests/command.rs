@@ -120,6 +120,8 @@ fn json_tells_all_of_an_event_and_filters_choose() {
         let (host, load) = (format!("host={host}"), format!("load:f64={load}"));
         let arguments = ["--type", "load", "--version", "2", "--wait", "1"];
         let mut all = vec!["pub", "load", "--field", &load, "--attribute", &host];
+        // The first of a name counts.
+        all.extend(["--attribute", "host=other"]);
         all.extend(arguments);
         all.push("and more");
         place.well(&all);
@@ -199,10 +201,21 @@ fn what_cannot_be_is_said() {
     refused(&["sub", "x", "--timeout", "0.1"], "no event in 0.1 s");
     let sinks = ["pub", "x", "y", "--wait", "1", "--timeout", "0.1"];
     refused(&sinks, "0 sinks are there");
-    refused(&["pub", "x", "--field", "a:f128=1"], "is no kind of field");
+    refused(
+        &["pub", "x", "--field", "a:f128=1"],
+        "f32, f64 or text(BYTES)",
+    );
+    refused(
+        &["sub", "x", "--type", "a:b"],
+        "expected NAME or NAME:VERSION",
+    );
     refused(&["pub", "x", "--field", "a:u8=300"], "cannot hold 300");
     let nowhere = ["--registry", "tcp:[::1]:1", "list"];
     refused(&nowhere, "the registry at tcp:[::1]:1 does not answer");
+    // All have taken their leave but the keeper.
+    let sockets = std::fs::read_dir(place.directory.path()).unwrap();
+    let sockets = sockets.flat_map(|of_user| std::fs::read_dir(of_user.unwrap().path()).unwrap());
+    assert_eq!(sockets.count(), 1);
 }
 
 #[test]
@@ -240,4 +253,24 @@ fn commands_that_end_together_leave_the_name_free() {
         assert_eq!(sub.ends().1, "seen\n");
         keeper.ends();
     }
+}
+
+#[test]
+fn an_input_that_is_too_long_for_one_event_is_refused_and_not_cut() {
+    let place = Place::new();
+    let _keeper = place.keeper("x");
+    let mut publish = place.command(&["pub", "x", "--whole"]);
+    let publish = publish.stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut publish = publish.spawn().unwrap();
+    let mut input = publish.stdin.take().unwrap();
+    // It may have ended before it has read all.
+    let _ = input.write_all(&vec![b'x'; (1 << 20) + 1]);
+    drop(input);
+    let output = publish.wait_with_output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        error.contains("the input is longer than 1048576 bytes"),
+        "{error}"
+    );
+    assert!(!output.status.success());
 }

@@ -112,7 +112,7 @@ fn events_pass(transports: Transports) {
     assert_eq!(source.sinks(), 1);
     send(&source, "one");
     let late = sink(&c.open("news").unwrap());
-    assert_eq!(source.sinks(), 2);
+    until("the source has heard of both", || source.sinks() == 2);
     send(&source, "two");
     assert_eq!([next(&early), next(&early)], ["one", "two"]);
     assert_eq!(next(&late), "two");
@@ -410,7 +410,7 @@ fn contact_dies(transports: Transports, name: &str) {
     let source = b.open("x").unwrap().source().unwrap();
     let here = sink(&c.open("x").unwrap());
     contact.ask("sink");
-    assert_eq!(source.sinks(), 2);
+    until("the source has heard of both", || source.sinks() == 2);
     contact.signal("-KILL");
     for number in 0..100 {
         send(&source, &number.to_string());
@@ -451,7 +451,7 @@ fn a_participant_is_killed() {
     other.ask("open x");
     other.ask("source");
     other.ask("sink");
-    assert_eq!(source.sinks(), 2);
+    until("the source has heard of both", || source.sinks() == 2);
     other.ask("send last words");
     other.signal("-KILL");
     assert_eq!(next(&here), "last words");
@@ -472,7 +472,7 @@ fn two_contacts_become_one() {
     let source = channel.source().unwrap();
     let here = sink(&c.open("x").unwrap());
     sleeper.ask("sink");
-    assert_eq!(source.sinks(), 2);
+    until("the source has heard of both", || source.sinks() == 2);
     sleeper.signal("-STOP");
     until("another takes over, and who sleeps is gone", || {
         b.status("x")

@@ -1,5 +1,6 @@
 //! `kechod registry`: tells which node is to be asked about which event channel.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -41,7 +42,10 @@ fn registry(arguments: RegistryArguments) -> Result<(), Error> {
         strict: arguments.security.strict,
     })?;
     for address in registry.addresses() {
-        println!("listening at {address}");
+        // Nobody need read it for the registry to run.
+        if let Err(error) = writeln!(std::io::stdout(), "listening at {address}") {
+            complain("kechod", &error);
+        }
     }
     loop {
         std::thread::park();

@@ -20,6 +20,9 @@ use crate::wire::Wire;
 /// What is read from a socket at once, in bytes.
 const READ_BYTES: usize = 64 << 10;
 
+/// Frames that are passed over, for they are no events or none that are wanted, before others have their turn.
+const MAX_PASSED_OVER: usize = 1024;
+
 /// How frames come.
 pub(super) enum Carrier {
     Memory {
@@ -51,6 +54,8 @@ pub(super) struct Stream {
 /// What a sink has of one source.
 pub(super) struct InLink {
     pub source: Uuid,
+    /// Up to where its source has been told on going to sleep that room is made.
+    pub told: u64,
     pub token: u64,
     pub types: HashMap<u64, Arc<EventType>>,
     /// The type of the last event.
@@ -71,6 +76,8 @@ pub(super) struct InLink {
 /// What one link had.
 pub(super) enum Step {
     Nothing,
+    /// Nothing yet, and there is more to look at.
+    More,
     Event(Arc<EventType>),
     /// It is over: whether it is to be linked again, and whether the sink was too slow.
     Over {
@@ -83,7 +90,7 @@ impl InLink {
     /// Reads the next event, appended to `out`.
     pub fn step(&mut self, out: &mut Vec<u8>, counters: &mut SinkCounters) -> Step {
         let begin = out.len();
-        loop {
+        for _ in 0..MAX_PASSED_OVER {
             let header = match &mut self.carrier {
                 Carrier::Memory {
                     ring,
@@ -215,6 +222,26 @@ impl InLink {
                 }
             }
             out.truncate(begin);
+        }
+        Step::More
+    }
+
+    /// Wakes a source that waits for what this sink has read. It may have begun to wait between what was read last
+    /// and the look at whether it does.
+    pub fn tell_room(&mut self) {
+        if let Carrier::Memory {
+            ring,
+            space,
+            reader,
+            ..
+        } = &self.carrier
+        {
+            let wanted = ring.cell(WANTED).load(Ordering::Relaxed);
+            // Once: it may wait for another sink.
+            if wanted != 0 && wanted != self.told && reader.position >= wanted - 1 {
+                self.told = wanted;
+                space.ring();
+            }
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 use uuid::Uuid;
 
 use super::{Inner, MAX_SINKS, Policy, SourceCore, TypeSelector, Way, Written};
-use crate::filter::{FilterError, SinkFilter, State};
+use crate::filter::{FilterError, SinkFilter, State, StateError};
 use crate::log::{CURSOR, ENDED_LEFT, Header, Kind, PASSED, sequence};
 use crate::memory::{Bell, Page, Ring};
 use crate::socket::{SocketSink, SocketTicket};
@@ -137,7 +137,8 @@ impl Attachment {
             Carrier::Socket(socket) => socket.acked(),
             Carrier::Awaited { position, .. } => *position,
         };
-        if position < self.cursor || position > head {
+        // One within a frame leads past the head.
+        if position < self.cursor || position > head || self.floor > head {
             return None;
         }
         self.cursor = position;
@@ -162,7 +163,7 @@ impl Attachment {
                 break;
             }
             if header.kind == Some(Kind::Event) {
-                passed = Some(sequence(ring, self.floor) + 1);
+                passed = Some(sequence(ring, self.floor).saturating_add(1));
             }
             self.floor += header.stride() as u64;
         }
@@ -384,13 +385,14 @@ impl SourceCore {
         Ok(())
     }
 
-    pub(crate) fn set_state(&self, sink: Uuid, name: &str, value: Value) -> bool {
+    /// A sink that is not attached now brings its state when it comes.
+    pub(crate) fn set_state(&self, sink: Uuid, name: &str, value: Value) -> Result<(), StateError> {
         let mut inner = self.lock();
         let found = inner
             .sinks
             .iter_mut()
             .flatten()
             .find(|other| other.sink == sink);
-        found.is_some_and(|found| found.state.set(name, value).is_ok())
+        found.map_or(Ok(()), |found| found.state.set(name, value))
     }
 }

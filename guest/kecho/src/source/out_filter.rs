@@ -1,5 +1,8 @@
 //! OUT-filters: a closure of the source's process that chooses among the sinks.
 
+use std::cell::RefCell;
+
+use super::SourceCore;
 use super::attachment::Attachment;
 use crate::event::EventRef;
 use crate::filter::State;
@@ -84,5 +87,37 @@ impl SinkSet<'_> {
     }
 }
 
+thread_local! {
+    /// The sources whose OUT-filters this thread is in, by where they are.
+    static RUNNING: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
+}
+
+/// While it is there, this thread is in a source's OUT-filter.
+pub(super) struct Running;
+
+impl Running {
+    pub fn begin(source: &SourceCore) -> Running {
+        RUNNING.with_borrow_mut(|all| all.push(std::ptr::from_ref(source).addr()));
+        Running
+    }
+
+    /// Whether this thread is in the OUT-filter of this source.
+    pub fn within(source: &SourceCore) -> bool {
+        RUNNING.with_borrow(|all| all.contains(&std::ptr::from_ref(source).addr()))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        RUNNING.with_borrow_mut(|all| {
+            all.pop();
+        });
+    }
+}
+
 /// A filter in the source's process: takes sinks out of those that are to get an event.
+///
+/// Its source is locked while it runs. So it can neither submit to it ([`crate::SubmitError::InFilter`]) nor ask it for
+/// anything (which panics), and it must not wait for what has to do with it: for a node, for an event of this source. One
+/// that holds its own source keeps that in the channel until it is taken out.
 pub type OutFilter = Box<dyn FnMut(&EventRef<'_>, &mut SinkSet<'_>) + Send>;

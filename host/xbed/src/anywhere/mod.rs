@@ -352,6 +352,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_host_starts_though_it_cannot_be_on_the_channel() {
+        let (_dir, commands) = commands_with(&[]).await;
+        let host = host_of(&commands);
+        let taken = std::net::TcpListener::bind("[::1]:0").unwrap();
+        let listen = format!("tcp:{}", taken.local_addr().unwrap());
+        let part = start(
+            &host,
+            Kecho {
+                listen: Some(listen.parse().unwrap()),
+                ..config("unix:///s")
+            },
+        );
+        let stopped = tokio_util::sync::CancellationToken::new();
+        stopped.cancel();
+        part.unwrap().run(stopped).await;
+    }
+
+    #[tokio::test]
     async fn a_host_offers_what_it_has() {
         let (_dir, commands) = commands_with(&["vcpus = 4", "domains = 1"]).await;
         let host = host_of(&commands);

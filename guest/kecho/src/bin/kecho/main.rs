@@ -141,6 +141,9 @@ enum Failure {
         /// How long it may be.
         limit: usize,
     },
+    /// An input that is too long for one event.
+    #[error("the input is longer than {0} bytes: split it; nothing was submitted")]
+    Whole(usize),
     /// Not as many sinks as asked for.
     #[error("{there} sinks are there after {seconds} s, not {wanted}: nothing was submitted")]
     Sinks {
@@ -188,7 +191,14 @@ fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         strict: arguments.security.strict,
         ..Config::default()
     })?;
-    let done = match arguments.command {
+    let done = command(&node, arguments.command);
+    // Whatever came of it, the others are told that this node goes.
+    node.shutdown();
+    done
+}
+
+fn command(node: &Node, command: Command) -> Result<ExitCode, Failure> {
+    let done = match command {
         Command::Create { channel, options } => {
             let channel = node.create(&channel, options.options())?;
             eprintln!("kecho: the channel '{}' is there", channel.name());
@@ -200,12 +210,11 @@ fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
             node.open(&channel)?.destroy()?;
             ExitCode::SUCCESS
         }
-        Command::Pub(command) => command.run(&node)?,
-        Command::Sub(command) => command.run(&node)?,
-        Command::List => show::list(&node)?,
-        Command::Status { channel } => show::status(&node, &channel)?,
+        Command::Pub(command) => command.run(node)?,
+        Command::Sub(command) => command.run(node)?,
+        Command::List => show::list(node)?,
+        Command::Status { channel } => show::status(node, &channel)?,
     };
-    node.shutdown();
     Ok(done)
 }
 

@@ -17,7 +17,7 @@ const MAX_BYTES: usize = 1 << 20;
 pub struct Publish {
     /// The channel.
     channel: String,
-    /// Payloads, an event each; without any, each line of the standard input is one.
+    /// Payloads, an event each; without any, and without fields, each line of the standard input is one.
     messages: Vec<String>,
     /// The whole standard input is one event.
     #[arg(long, conflicts_with = "messages")]
@@ -83,7 +83,11 @@ fn field(text: &str) -> Result<(String, FieldKind, Value), String> {
         ("u64", _) => FieldKind::U64,
         ("f32", _) => FieldKind::F32,
         ("f64", _) => FieldKind::F64,
-        _ => return Err(format!("'{kind}' is no kind of field")),
+        _ => {
+            return Err(format!(
+                "'{kind}' is no kind of field: expected bool, i8 to i64, u8 to u64, f32, f64 or text(BYTES)"
+            ));
+        }
     };
     let value = match (kind, value(text)) {
         (FieldKind::Text(_), _) => Value::Text(text.to_owned()),
@@ -153,10 +157,13 @@ impl Publish {
         if self.whole {
             let limit = MAX_BYTES as u64 + 1;
             let read = Read::take(&mut input, limit).read_to_end(&mut payload);
-            read.map_err(|source| Failure::Stream {
+            let read = read.map_err(|source| Failure::Stream {
                 what: "read the standard input",
                 source,
             })?;
+            if read > MAX_BYTES {
+                return Err(Failure::Whole(MAX_BYTES));
+            }
             submit(&source, &payload)?;
         } else if self.messages.is_empty() && self.fields.is_empty() {
             let mut number = 1;

@@ -48,7 +48,14 @@ pub struct Subscribe {
 
 fn selector(text: &str) -> Result<TypeSelector, String> {
     let (name, version) = match text.split_once(':') {
-        Some((name, version)) => (name, Some(version.parse().map_err(|_| "no version")?)),
+        Some((name, version)) => (
+            name,
+            Some(
+                version
+                    .parse()
+                    .map_err(|_| "expected NAME or NAME:VERSION, a version from 0 to 65535")?,
+            ),
+        ),
         None => (text, None),
     };
     Ok(TypeSelector {
@@ -73,7 +80,11 @@ fn value(value: ValueRef<'_>) -> Json {
 
 fn json(event: &EventRef<'_>) -> Json {
     let kind = event.kind();
-    let attributes = event.attributes().map(|(n, v)| (n.to_owned(), value(v)));
+    let mut attributes = Map::new();
+    for (name, found) in event.attributes() {
+        // As filters see it: the first of a name.
+        attributes.entry(name).or_insert_with(|| value(found));
+    }
     let fields = kind.fields().iter();
     let fields = fields.map(|f| {
         let found = event.field(&f.name).map_or(Json::Null, value);
@@ -88,7 +99,7 @@ fn json(event: &EventRef<'_>) -> Json {
         "type": kind.name(),
         "version": kind.version(),
         "sequence": event.sequence(),
-        "attributes": attributes.collect::<Map<_, _>>(),
+        "attributes": attributes,
         "fields": fields.collect::<Map<_, _>>(),
         "payload": payload,
     })
