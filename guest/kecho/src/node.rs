@@ -15,6 +15,7 @@ use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
+use xbee_link::HOST_CID;
 
 use crate::address::{Address, NodeAddress};
 use crate::control::{Control, End, Handler, Pulse};
@@ -62,6 +63,9 @@ pub struct Config {
     pub strict: bool,
     /// Which ways to other nodes are used.
     pub transports: Transports,
+    /// On a host, `xbed`'s socket for guests (`guests-socket`). With it the node and those in guests of its user's reach each other
+    /// over vsock, whatever `transports` says.
+    pub guests: Option<PathBuf>,
     /// Where unix sockets are made; by default `kecho-UID` in `$XDG_RUNTIME_DIR` or `/tmp`.
     pub directory: Option<PathBuf>,
     /// How often a connection carries a sign of life.
@@ -81,6 +85,7 @@ impl Default for Config {
             plaintext: false,
             strict: false,
             transports: Transports::default(),
+            guests: None,
             directory: None,
             heartbeat: Duration::from_secs(2),
             dead_after: Duration::from_secs(10),
@@ -171,7 +176,9 @@ pub(crate) struct Shared {
     /// Farewells under way.
     pub leaving: watch::Sender<usize>,
     security: Security,
-    vsock: bool,
+    /// The own context identifier, where there is vsock.
+    cid: Option<u32>,
+    guests: Option<PathBuf>,
     state: Mutex<State>,
     /// Who waits for the deaths of sinks' processes, by source and sink.
     watchers: Mutex<HashMap<(Uuid, Uuid), AbortHandle>>,
@@ -300,13 +307,23 @@ struct Doors {
     listeners: Vec<Listener>,
     endpoints: Vec<Address>,
     socket: PathBuf,
-    vsock: bool,
+    cid: Option<u32>,
+}
+
+/// The own context identifier, where vsock is to be used.
+fn own_cid(config: &Config) -> Option<u32> {
+    if config.guests.is_some() {
+        return Some(HOST_CID);
+    }
+    let cid = xbee_link::peer::local_cid().ok()?;
+    (config.transports.vsock && is_guest(cid)).then_some(cid)
 }
 
 /// Opens all doors, within the runtime.
 fn open_doors(id: Uuid, config: &Config) -> Result<Doors, Error> {
     let bind = |address: &Address| {
-        Listener::bind(address).map_err(Error::system(format!("listen at {address}")))
+        let bound = Listener::bind(address, config.guests.as_deref());
+        bound.map_err(Error::system(format!("listen at {address}")))
     };
     let path = directory(config.directory.as_deref());
     let path = path.map_err(Error::system("use the directory for unix sockets"))?;
@@ -317,22 +334,22 @@ fn open_doors(id: Uuid, config: &Config) -> Result<Doors, Error> {
         listeners: vec![bind(&unix)?],
         endpoints: vec![unix],
         socket,
-        vsock: false,
+        cid: own_cid(config),
     };
-    if config.transports.vsock
-        && let Ok(cid) = xbee_link::peer::local_cid()
-        && is_guest(cid)
-    {
-        doors.vsock = true;
+    if let Some(cid) = doors.cid {
         for port in VSOCK_PORTS {
             let address = Address::Vsock { cid, port };
-            match Listener::bind(&address) {
+            match Listener::bind(&address, config.guests.as_deref()) {
                 Ok(listener) => {
                     doors.listeners.push(listener);
                     doors.endpoints.push(address);
                     break;
                 }
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+                // It was asked for.
+                Err(error) if cid == HOST_CID => {
+                    return Err(Error::system(format!("listen at {address}"))(error));
+                }
                 Err(error) => {
                     tracing::warn!(%address, %error, "other guests cannot reach this node over vsock");
                     break;
@@ -405,7 +422,8 @@ impl Node {
                 plaintext: config.plaintext,
                 strict: config.strict,
             },
-            vsock: doors.vsock,
+            cid: doors.cid,
+            guests: config.guests,
             state: Mutex::default(),
             watchers: Mutex::default(),
             room: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
@@ -626,7 +644,15 @@ impl Shared {
                 let near = self.transports.shared_memory || here;
                 (near && to.boot == self.address.boot).then_some(0)
             }
-            Address::Vsock { cid, .. } => (self.vsock && is_guest(*cid)).then_some(1),
+            // Each host's own programs have that identifier, for its guests and for each other.
+            Address::Vsock { cid: HOST_CID, .. } => {
+                let near = match self.cid? {
+                    HOST_CID => to.boot == self.address.boot,
+                    _ => true,
+                };
+                near.then_some(1)
+            }
+            Address::Vsock { cid, .. } => (self.cid.is_some() && is_guest(*cid)).then_some(1),
             Address::Tcp(_) => self.transports.tcp.then_some(2),
         }
     }
@@ -662,7 +688,7 @@ impl Shared {
         address: &Address,
         purpose: &Purpose,
     ) -> Result<(Stream, Uuid), DialError> {
-        let mut stream = Stream::connect(address, &self.security).await?;
+        let mut stream = Stream::connect(address, &self.security, self.guests.as_deref()).await?;
         let hello = Hello {
             version: VERSION,
             node: self.id,
