@@ -40,16 +40,16 @@ enum Found {
     New(OwnedFd),
 }
 
-/// Has the switch, whose control socket is given, serve the socket, unless it does.
+/// Has the switch, whose control socket is given, serve the socket, unless it does. Whether it does then.
 pub(crate) async fn open(
     socket: &GuestsSocket,
     control: &Path,
     client: &mut Client,
-) -> Result<(), Error> {
+) -> Result<bool, Error> {
     let (own, control) = (socket.clone(), control.to_owned());
     let found = blocking(move || find(&own.path, &control)).await?;
     let Found::New(fd) = found else {
-        return Ok(());
+        return Ok(true);
     };
     let text = fs::read_to_string(UNKNOWN_USER.0).unwrap_or_default();
     let spec = ProgramsSpec {
@@ -58,14 +58,14 @@ pub(crate) async fn open(
         reserved_ports: vec![AGENT_VSOCK_PORT],
     };
     match client.serve_programs(spec, fd.as_fd()).await {
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(true),
         Err(error) if error.code() == OLD_SWITCH => {
             remove(&socket.path);
             tracing::warn!(
                 "the switch that runs is of an earlier version: host programs reach no guests until it is \
                  started anew, which it is when xbed is started after its last domain has ended"
             );
-            Ok(())
+            Ok(false)
         }
         Err(source) => {
             remove(&socket.path);

@@ -131,11 +131,14 @@ impl QemuHypervisor {
             domains: Mutex::new(domains),
             events,
         };
+        // Dropped when it fails, which ends a switch without domains.
+        let hypervisor = Self(Arc::new(inner));
+        let inner = &hypervisor.0;
         match inner.config.guests_socket {
             Some(_) => inner.switch.serve(&inner.host().await?.cage).await?,
             None => inner.switch.end_programs().await,
         }
-        Ok(Self(Arc::new(inner)))
+        Ok(hypervisor)
     }
 
     fn domain(&self, id: DomainId) -> Result<Arc<Domain>, Error> {

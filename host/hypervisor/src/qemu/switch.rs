@@ -5,6 +5,7 @@ use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::process::Command;
@@ -18,6 +19,7 @@ use super::config::GuestsSocket;
 use super::guests_socket;
 use crate::domain::DomainId;
 use crate::error::Error;
+use crate::rundir::make_domains_dir;
 
 const CONTROL_SOCKET: &str = "vswitch.sock";
 /// Held by the switch as long as it runs.
@@ -40,6 +42,8 @@ pub(crate) struct Switch {
     control: PathBuf,
     log: PathBuf,
     guests_socket: Option<GuestsSocket>,
+    /// The socket for guests is this switch's.
+    has_socket: AtomicBool,
     client: Mutex<Option<Client>>,
 }
 
@@ -71,6 +75,7 @@ impl Switch {
             control: domains_dir.join(CONTROL_SOCKET),
             log: domains_dir.join(LOG),
             guests_socket,
+            has_socket: AtomicBool::new(false),
             client: Mutex::default(),
         }
     }
@@ -99,7 +104,11 @@ impl Switch {
 
     async fn open_socket(&self, client: &mut Client) -> Result<(), Error> {
         match &self.guests_socket {
-            Some(socket) => guests_socket::open(socket, &self.control, client).await,
+            Some(socket) => {
+                let has = guests_socket::open(socket, &self.control, client).await?;
+                self.has_socket.store(has, Ordering::Relaxed);
+                Ok(())
+            }
             None => Ok(()),
         }
     }
@@ -241,6 +250,9 @@ impl Switch {
                 remedy: "put the program vswitch beside this one, or name it in the configuration",
             });
         }
+        // All its sockets are below.
+        let directory = self.control.parent().unwrap_or(&self.control);
+        make_domains_dir(directory)?;
         let log = || {
             let file = OpenOptions::new()
                 .append(true)
@@ -252,8 +264,6 @@ impl Switch {
             io::Result::Ok(())
         };
         log().map_err(Error::io("write", &self.log))?;
-        // All its sockets are below.
-        let directory = self.control.parent().unwrap_or(&self.control);
         let lock = directory.join(LOCK);
         // In its cage it makes sockets, and no files.
         OpenOptions::new()
@@ -292,7 +302,9 @@ impl Switch {
         };
         match stop() {
             Ok(()) => {
-                if let Some(socket) = &self.guests_socket {
+                if let Some(socket) = &self.guests_socket
+                    && self.has_socket.load(Ordering::Relaxed)
+                {
                     guests_socket::remove(&socket.path);
                 }
             }

@@ -347,9 +347,13 @@ impl Driver {
     pub fn ask_host(&mut self, from: u32, port: u32) -> u16 {
         let request = self.header(op::REQUEST, from, port, 0);
         self.send(&request, &[]);
-        let (answer, _) = self.receive();
-        assert_eq!((answer.src_port, answer.dst_port), (port, from));
-        answer.op
+        loop {
+            let (answer, _) = self.receive();
+            // Others may come to their end just now.
+            if (answer.src_port, answer.dst_port) == (port, from) {
+                return answer.op;
+            }
+        }
     }
 
     /// Connects from port 5000 to the host's `port`.
