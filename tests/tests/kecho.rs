@@ -85,9 +85,7 @@ impl<'a> Guest<'a> {
 
     /// `kill -9` of its virtual machine.
     fn kill(&self) {
-        let pid = self.pid.to_string();
-        let mut kill = Command::new("kill");
-        assert!(kill.args(["-9", &pid]).status().unwrap().success());
+        kill(self.pid);
     }
 
     fn arguments(&self, script: &str) -> [String; 6] {
@@ -140,6 +138,12 @@ fn events_pass(
     );
     drop(sink);
     source
+}
+
+fn kill(pid: u32) {
+    let mut kill = Command::new("kill");
+    let status = kill.args(["-9", &pid.to_string()]).status();
+    assert!(status.unwrap().success());
 }
 
 /// What guests run: the commands, static.
@@ -476,8 +480,21 @@ fn programs_on_the_host_and_in_guests_share_channels_over_vsock() {
     ];
     let source = host.publish(&arguments, "on\n");
     assert_eq!(sink.line(), "on");
+    drop((sink, source));
+
+    // The switch is killed, and with it its guests' vsock. Who listens on the host does so at the next switch too, for new guests.
+    let switch = xbed.processes().into_iter();
+    let mut switch = switch.filter(|(_, line)| line.contains("vswitch"));
+    kill(switch.next().expect("the switch").0);
+    let three = Guest::start_without_network(&xbed, &job);
+    let mut sink = three.run(&three.kecho(AT_HOST, "sub --create anew"));
+    let arguments = ["pub", "--create", "--wait", "1", "--timeout", "120", "anew"];
+    let source = host.publish(&arguments, "on\n");
+    assert_eq!(sink.line(), "on");
     drop((sink, source, registry));
-    xbed.xbe(["terminate", &one.task]).ok();
+    for guest in [&one, &three] {
+        xbed.xbe(["terminate", &guest.task]).ok();
+    }
 }
 
 /// A guest of another user's reaches neither programs of root's on the host nor root's guests, and that user's programs on the host
