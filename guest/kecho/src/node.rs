@@ -302,6 +302,11 @@ fn address_towards(registry: Option<&Address>) -> io::Result<Option<SocketAddrV6
     })
 }
 
+/// What a node's unix socket is called, wherever it is.
+fn socket_name(id: Uuid) -> String {
+    format!("{id}.sock")
+}
+
 /// Listeners and what is advertised of them.
 struct Doors {
     listeners: Vec<Listener>,
@@ -328,7 +333,7 @@ fn open_doors(id: Uuid, config: &Config) -> Result<Doors, Error> {
     let path = directory(config.directory.as_deref());
     let path = path.map_err(Error::system("use the directory for unix sockets"))?;
     remove_old_sockets(&path);
-    let socket = path.join(format!("{id}.sock"));
+    let socket = path.join(socket_name(id));
     let unix = Address::Unix(socket.clone());
     let mut doors = Doors {
         listeners: vec![bind(&unix)?],
@@ -639,6 +644,9 @@ impl Shared {
         match address {
             // Where only the address is known, it is the caller's choice.
             _ if to.boot.is_empty() => Some(0),
+            // Where it is, is another member's word, perhaps a guest's: it must not have this one speak to any other socket of its
+            // user's.
+            Address::Unix(path) if !path.ends_with(socket_name(to.node)) => None,
             Address::Unix(_) => {
                 let here = self.transports.same_process && local_node(to.node).is_some();
                 let near = self.transports.shared_memory || here;
