@@ -146,6 +146,16 @@ fn is_guest(cid: u32) -> bool {
     (FIRST_GUEST..u32::MAX).contains(&cid)
 }
 
+/// Whether a node with this context identifier, if it has one, reaches another by vsock. The host's is that of each host's own
+/// programs, for its guests and for each other.
+fn reaches(own: Option<u32>, cid: u32, same_boot: bool) -> bool {
+    match own {
+        None => false,
+        Some(HOST_CID) if cid == HOST_CID => same_boot,
+        Some(_) => cid == HOST_CID || is_guest(cid),
+    }
+}
+
 /// A running node. It leaves all its channels with its last clone, or when it is shut down.
 #[derive(Debug, Clone)]
 pub struct Node {
@@ -652,15 +662,9 @@ impl Shared {
                 let near = self.transports.shared_memory || here;
                 (near && to.boot == self.address.boot).then_some(0)
             }
-            // Each host's own programs have that identifier, for its guests and for each other.
-            Address::Vsock { cid: HOST_CID, .. } => {
-                let near = match self.cid? {
-                    HOST_CID => to.boot == self.address.boot,
-                    _ => true,
-                };
-                near.then_some(1)
+            Address::Vsock { cid, .. } => {
+                reaches(self.cid, *cid, to.boot == self.address.boot).then_some(1)
             }
-            Address::Vsock { cid, .. } => (self.cid.is_some() && is_guest(*cid)).then_some(1),
             Address::Tcp(_) => self.transports.tcp.then_some(2),
         }
     }
@@ -831,5 +835,43 @@ mod tests {
             assert_eq!(has_agent(processes.path()), agent, "{comm}{cmdline}");
         }
         assert!(!has_agent(Path::new("/proc/none")));
+    }
+
+    #[test]
+    fn vsock_is_between_guests_and_their_host() {
+        const GUEST: u32 = 3;
+        for (own, cid, same_boot, yes) in [
+            (None, GUEST, false, false),
+            (None, HOST_CID, true, false),
+            (Some(GUEST), 4, false, true),
+            (Some(GUEST), HOST_CID, false, true),
+            (Some(GUEST), GUEST, true, true),
+            (Some(GUEST), 1, false, false),
+            (Some(GUEST), u32::MAX, false, false),
+            (Some(HOST_CID), GUEST, false, true),
+            (Some(HOST_CID), HOST_CID, true, true),
+            // Another host's programs.
+            (Some(HOST_CID), HOST_CID, false, false),
+        ] {
+            assert_eq!(reaches(own, cid, same_boot), yes, "{own:?} {cid}");
+        }
+    }
+
+    #[test]
+    fn no_member_has_a_node_speak_to_any_socket() {
+        let node = Node::start(Config::default()).unwrap();
+        let shared = &node.owner.shared;
+        let mut other = shared.address.clone();
+        other.node = Uuid::new_v4();
+        let unix = |name: String| Address::Unix(PathBuf::from("/run").join(name));
+        let its_own = unix(format!("{}.sock", other.node));
+        assert_eq!(shared.distance(&other, &its_own), Some(0));
+        for name in [
+            "xbed.sock".to_owned(),
+            format!("x{}.sock", other.node),
+            format!("{}.sock", shared.id),
+        ] {
+            assert_eq!(shared.distance(&other, &unix(name)), None);
+        }
     }
 }
