@@ -2,7 +2,8 @@
 //!
 //! A frame is a word, then its body filled with zeros to whole words, then words of a mask: a bit
 //! for each of the source's sinks, by its slot, where not all of them are to have it. The word has the body's bytes in
-//! its low 32 bits, then the words of the mask in 16, then what the body is in 8. The mask does not go over sockets.
+//! its low 32 bits, then the words of the mask in 16, then what the body is in 8; on sockets the highest bit asks for
+//! an acknowledgement at once. The mask does not go over sockets.
 
 use std::sync::atomic::Ordering;
 
@@ -19,6 +20,8 @@ pub const WANTED: usize = 2;
 pub const CURSOR: usize = 0;
 /// Cell of a sink's page: 1 while it sleeps and wants to be woken.
 pub const SLEEPING: usize = 1;
+/// Cell of a sink's page: the events before this one were not for it, as far as it has not read them.
+pub const PASSED: usize = 3;
 /// Cell of a sink's page: why the source wants it no longer, or 0.
 pub const ENDED: usize = 2;
 
@@ -29,6 +32,9 @@ pub const ENDED_SLOW: u64 = 2;
 
 /// Bytes of a frame before its body.
 pub const HEADER_BYTES: usize = 8;
+
+/// Bit of the last byte of a frame's word, on sockets only: it is to be acknowledged as soon as it is taken.
+pub const ASKS: u8 = 0x80;
 
 /// What a frame's body is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +60,8 @@ pub struct Header {
     pub mask_words: usize,
     /// What the body is; `None` for what this version does not know.
     pub kind: Option<Kind>,
+    /// Whether it is to be acknowledged as soon as it is taken.
+    pub asks: bool,
 }
 
 impl Header {
@@ -74,7 +82,8 @@ impl Header {
         Header {
             bytes: (word & 0xffff_ffff) as usize,
             mask_words: (word >> 32 & 0xffff) as usize,
-            kind: match word >> 48 {
+            asks: word >> 63 == 1,
+            kind: match word >> 48 & 0x7fff {
                 1 => Some(Kind::Event),
                 2 => Some(Kind::Type),
                 3 => Some(Kind::Dropped),
@@ -128,16 +137,36 @@ pub struct Reader {
     pub slot: usize,
     /// Up to where it is known to be written.
     head: u64,
+    /// The sequence after that of the last event, or of those that were not for this sink.
+    next: u64,
+    /// What was written over has not been counted yet.
+    overrun: bool,
+    /// Events that were written over before they were read, all in all.
+    pub lost: u64,
+}
+
+/// The sequence of the event whose frame is at `position`.
+#[inline]
+pub fn sequence(ring: &Ring, position: u64) -> u64 {
+    u64::from_le(ring.load(position + HEADER_BYTES as u64))
 }
 
 impl Reader {
-    /// One that begins at a frame.
-    pub fn new(position: u64, slot: usize) -> Reader {
+    /// One that begins at a frame, with the event of this sequence.
+    pub fn new(position: u64, next: u64, slot: usize) -> Reader {
         Reader {
             position,
             slot,
             head: position,
+            next,
+            overrun: false,
+            lost: 0,
         }
+    }
+
+    /// The events before this one were not for this sink: that they were written over is no loss.
+    pub fn spare(&mut self, passed: u64) {
+        self.next = self.next.max(passed);
     }
 
     /// Whether there is something to read, or a closer look is needed.
@@ -157,6 +186,7 @@ impl Reader {
                 }
             }
             let header = Header::read(ring.load(self.position));
+            let sequence = sequence(ring, self.position);
             let selected = header.stride() <= ring.capacity() && {
                 let selected = header.selects(ring, self.position, self.slot);
                 if selected {
@@ -166,11 +196,12 @@ impl Reader {
             };
             // What was read counts only if it was not written over meanwhile: the writer moves the tail before it writes.
             std::sync::atomic::fence(Ordering::Acquire);
-            let tail = ring.cell(TAIL).load(Ordering::Relaxed);
+            let tail = ring.cell(TAIL).load(Ordering::Acquire);
             if tail > self.position {
                 out.truncate(begin);
                 self.position = tail;
                 self.head = ring.cell(HEAD).load(Ordering::Acquire).max(tail);
+                self.overrun = true;
                 return Found::Overrun;
             }
             let end = self.position.wrapping_add(header.stride() as u64);
@@ -179,6 +210,13 @@ impl Reader {
                 return Found::Nonsense;
             }
             self.position = end;
+            if header.kind == Some(Kind::Event) {
+                if std::mem::take(&mut self.overrun) {
+                    let lost = sequence.saturating_sub(self.next);
+                    self.lost = self.lost.saturating_add(lost);
+                }
+                self.next = sequence.saturating_add(1);
+            }
             if selected {
                 return Found::Frame(header);
             }

@@ -233,11 +233,9 @@ impl SinkCore {
             recent: None,
             carrier,
             lost: false,
-            next: Some(attached.sequence),
             wanted,
             asked: attached.next,
             lost_before: attached.lost,
-            overrun: false,
             lossy: false,
         })));
     }
@@ -250,7 +248,7 @@ impl SinkCore {
         space: Arc<Bell>,
         attached: Attached,
     ) {
-        let reader = Reader::new(attached.position, attached.slot);
+        let reader = Reader::new(attached.position, attached.sequence, attached.slot);
         self.link(
             source,
             Carrier::Memory {

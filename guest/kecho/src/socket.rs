@@ -12,9 +12,9 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use uuid::Uuid;
 
-use crate::log::{HEAD, HEADER_BYTES, Header, Kind, TAIL, WANTED};
+use crate::log::{ASKS, HEAD, HEADER_BYTES, Header, Kind, TAIL, WANTED};
 use crate::memory::{Bell, Ring};
-use crate::source::{Gone, SourceCore};
+use crate::source::{Gone, Slots, SourceCore};
 use crate::wire::Wire;
 
 /// Bytes of an acknowledgement: how many bytes of the stream were read, little endian.
@@ -59,6 +59,8 @@ struct Outgoing {
     next: Next,
     /// The end was sent or staged.
     ended: bool,
+    /// It is closed, or to be closed if it has not begun.
+    over: bool,
     /// Bytes of the stream up to where the sink was asked for an acknowledgement the last time.
     asked: u64,
 }
@@ -93,6 +95,7 @@ impl SocketSink {
                 overrun: false,
             },
             ended: false,
+            over: false,
             asked: 0,
         };
         SocketSink {
@@ -123,11 +126,10 @@ impl SocketSink {
 
     /// Closes the stream.
     pub(crate) fn end(&self) {
+        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
         // Its last frames are sent as far as they go at once.
-        self.outgoing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .wire = None;
+        outgoing.wire = None;
+        outgoing.over = true;
     }
 
     /// Sends what there is; `None` where somebody else does, or it takes no more now.
@@ -141,6 +143,12 @@ impl SocketSink {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             result => Some(result),
         }
+    }
+
+    /// Sends what there is and can be sent at once. That a stream has broken is for the sending thread to find.
+    pub(crate) fn catch_up(&self, core: &SourceCore) {
+        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = self.flush(&mut outgoing, core);
     }
 
     fn flush(&self, outgoing: &mut Outgoing, core: &SourceCore) -> io::Result<()> {
@@ -174,14 +182,15 @@ impl SocketSink {
                 if leaving && !*ended {
                     staging.extend(Header::word(0, 0, Kind::End).to_le_bytes());
                     *ended = true;
+                    marks.push_back((*stream + staging.len() as u64, *sent));
                 } else if waited_for && !marks.is_empty() && *asked < *stream {
+                    // Without a mark: who has read all before it need not read this one to free what follows.
                     staging.extend(Header::word(0, 0, Kind::Ask).to_le_bytes());
                     *asked = *stream + staging.len() as u64;
                 } else {
                     return wire.flush();
                 }
                 *stream += staging.len() as u64;
-                marks.push_back((*stream, *sent));
                 continue;
             }
             let before = *stream;
@@ -235,6 +244,7 @@ impl SocketSink {
         staging: &mut Vec<u8>,
         next: &mut Next,
     ) {
+        let mut last = None;
         while *sent < head && staging.len() < self.chunk {
             let begin = staging.len();
             let header = Header::read(ring.load(*sent));
@@ -250,6 +260,7 @@ impl SocketSink {
                 staging.extend(lost.to_le_bytes());
             }
             if header.stride() <= ring.capacity() && header.selects(ring, *sent, self.slot) {
+                last = Some(staging.len());
                 ring.copy_out(*sent, header.sent_bytes(), staging);
             }
             if self.lossy {
@@ -271,6 +282,10 @@ impl SocketSink {
                 };
             }
             *sent += header.stride() as u64;
+        }
+        // What is not for this sink may fill the log while it works on the last one that is, and reads nothing.
+        if let (false, Some(at)) = (self.lossy, last) {
+            staging[at + HEADER_BYTES - 1] |= ASKS;
         }
     }
 
@@ -443,6 +458,10 @@ impl Sender {
                 .outgoing
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
+            if outgoing.over {
+                // The sink was too slow already, or the source has left: it sees that when this is closed.
+                return Ok(());
+            }
             let mut state = self.state();
             state.next += 1;
             let token = state.next;
@@ -479,6 +498,7 @@ impl Sender {
 
     fn serve_all(&self) {
         let mut events = Vec::with_capacity(256);
+        let mut due = Slots::default();
         let mut awake_until = Instant::now();
         loop {
             let (mut queue, mut ready) = (Vec::new(), Vec::new());
@@ -493,7 +513,7 @@ impl Sender {
             for core in queue.iter().filter_map(Weak::upgrade) {
                 core.dirty.store(false, Ordering::SeqCst);
                 fence(Ordering::SeqCst);
-                for socket in core.wake_sleepers().iter() {
+                for socket in core.wake_sleepers(&mut due).iter() {
                     if let Some(Err(_)) = socket.try_flush(&core) {
                         core.detach(socket.id, Gone::Broken);
                     }
@@ -600,5 +620,40 @@ impl SocketTicket {
     /// Begins to send.
     pub(crate) fn start(self, wire: Wire) -> io::Result<()> {
         self.sender.start_socket(&self.core, &self.socket, wire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::source::{AttachRequest, Flush, Policy, SourceOptions, Way};
+
+    #[test]
+    fn a_sink_that_is_gone_before_it_is_served_sees_the_end() {
+        let options = SourceOptions {
+            log_bytes: 1,
+            policy: Policy::Block,
+            flush: Flush::Auto,
+        };
+        let core = SourceCore::create(Uuid::nil(), &options, Sender::start().unwrap()).unwrap();
+        let request = AttachRequest {
+            sink: Uuid::from_u128(1),
+            types: Vec::new(),
+            filter: None,
+            policy: None,
+            state: Vec::new(),
+            next: None,
+        };
+        let (_, ticket) = core.attach_socket(request, Way::Tcp).unwrap();
+        core.detach(Uuid::from_u128(1), Gone::Left);
+        let (here, mut there) = UnixStream::pair().unwrap();
+        ticket.start(Wire::Plain(here.into())).unwrap();
+        there
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        assert_eq!(there.read(&mut [0; 8]).unwrap(), 0);
     }
 }

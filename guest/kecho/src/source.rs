@@ -1,49 +1,45 @@
 //! A source's part of a channel: its log, its sinks, and what decides which of them get an event.
 
+mod announce;
 mod attachment;
 mod out_filter;
+mod room;
+mod slots;
 
 use std::any::Any;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use minicbor::{Decode, Encode};
-use rustix::event::{PollFd, PollFlags, poll};
 use uuid::Uuid;
 
 use crate::event::{EventError, EventRef, Submission};
-use crate::log::{
-    ENDED, ENDED_LEFT, ENDED_SLOW, HEAD, HEADER_BYTES, Header, Kind, SLEEPING, TAIL, WANTED,
-};
+use crate::log::{ENDED, ENDED_LEFT, HEAD, HEADER_BYTES, Header, Kind, SLEEPING};
 use crate::memory::{Bell, Page, Ring};
 use crate::socket::{Sender, SocketSink};
-use crate::types::EventType;
 
+use announce::Types;
 pub(crate) use attachment::{AttachError, AttachRequest, Attached, Gone};
 use attachment::{Attachment, Carrier};
 pub use out_filter::{OutFilter, SinkSet, SinkView};
+pub(crate) use slots::Slots;
 
 /// The most sinks of a source.
 pub const MAX_SINKS: usize = 1024;
 /// The most types of events of a source.
 pub const MAX_TYPES: usize = 1024;
-/// How long the place of a sink is kept whose connection broke.
-const LINGER: Duration = Duration::from_secs(5);
 /// Who submits again sooner after the last time submits many: a thread of the library sends them.
 const BURST: Duration = Duration::from_micros(2);
 /// The most sinks over sockets that a submitting thread serves itself.
 const INLINE_SINKS: usize = 4;
-/// The sinks that were too slow and are remembered.
-const EXPELLED: usize = 256;
 
 /// What happens to a sink that does not keep up, when the log is full of what it has not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
 pub enum Policy {
-    /// Who submits waits for it. It is to be read even if a filter leaves it nothing: what was filtered is passed over
-    /// in [`crate::Sink::receive`] and its likes.
+    /// Who submits waits for it, but not for it to pass over what it is not to get.
     #[n(0)]
     #[default]
     Block,
@@ -142,10 +138,21 @@ pub(crate) struct SourceOptions {
     pub flush: Flush,
 }
 
-/// Whether there were any.
-fn wake_sleepers(bells: &[(Arc<Page>, Arc<Bell>)]) -> bool {
+/// A sink in memory, as far as it is to be woken.
+#[derive(Debug, Clone)]
+struct Sleeper {
+    slot: usize,
+    page: Arc<Page>,
+    bell: Arc<Bell>,
+}
+
+/// Wakes those of these slots that sleep. Whether there were any.
+fn wake_sleepers(sleepers: &[Sleeper], due: &Slots) -> bool {
     let mut any = false;
-    for (page, bell) in bells {
+    for Sleeper { slot, page, bell } in sleepers {
+        if !due.contains(*slot) {
+            continue;
+        }
         let sleeping = page.cell(SLEEPING);
         if sleeping.load(Ordering::Relaxed) == 1 && sleeping.swap(0, Ordering::Relaxed) == 1 {
             bell.ring();
@@ -181,21 +188,22 @@ struct Inner {
     /// Up to here can be written without looking at the sinks again.
     limit: u64,
     sequence: u64,
-    /// Those whose descriptors are in the log, and where the last time.
-    types: HashMap<u64, (Arc<EventType>, u64)>,
+    types: Types,
     sinks: Vec<Option<Attachment>>,
     sockets: Arc<Vec<Arc<SocketSink>>>,
-    /// Of the sinks in memory.
-    bells: Arc<Vec<(Arc<Page>, Arc<Bell>)>>,
+    sleepers: Arc<Vec<Sleeper>>,
+    /// The sinks that there are, those of them that may lose events, and those with something in the log for which
+    /// they were not woken yet.
+    present: Slots,
+    lossy: Slots,
+    due: Slots,
     out_filter: Option<OutFilter>,
     /// Whether anything decides about events.
     selective: bool,
     /// How often that, or the sinks, have changed.
     decisions: u64,
-    /// Whether a sink may lose events.
-    lossy: bool,
     scratch: Vec<u8>,
-    mask: Vec<u64>,
+    mask: Slots,
     /// Submissions that wait for room.
     waiting: usize,
     last: Instant,
@@ -241,16 +249,18 @@ impl SourceCore {
             tail: 0,
             limit: ring.capacity() as u64,
             sequence: 0,
-            types: HashMap::new(),
+            types: Types::default(),
             sinks: Vec::new(),
             sockets: Arc::default(),
-            bells: Arc::default(),
+            sleepers: Arc::default(),
+            present: Slots::default(),
+            lossy: Slots::default(),
+            due: Slots::default(),
             out_filter: None,
             selective: false,
             decisions: 0,
-            lossy: false,
             scratch: Vec::new(),
-            mask: Vec::new(),
+            mask: Slots::default(),
             waiting: 0,
             last: Instant::now(),
             expelled: VecDeque::new(),
@@ -304,44 +314,52 @@ impl SourceCore {
         if inner.closed {
             return Err(SubmitError::Closed);
         }
-        if inner.bells.is_empty()
-            && inner.sockets.is_empty()
-            && inner.sinks.iter().all(Option::is_none)
-        {
+        if inner.present.is_empty() {
             inner.count(None);
             return Ok(());
         }
-        let (header, mask, passed_over) = loop {
+        let (header, chosen, passed_over) = loop {
             let passed_over = inner.select(event)?;
-            let mask = match passed_over {
-                Some(_) => std::mem::take(&mut inner.mask),
-                None => Vec::new(),
-            };
-            if passed_over.is_some() && mask.iter().all(|word| *word == 0) {
-                inner.mask = mask;
+            if passed_over.is_some() && inner.mask.is_empty() {
                 inner.count(passed_over);
                 return Ok(());
             }
-            let header = Header::word(bytes, mask.len(), Kind::Event);
+            // Not left there: while this one waits, others may choose.
+            let mask = passed_over.map(|_| std::mem::take(&mut inner.mask));
+            let scratch = std::mem::take(&mut inner.scratch);
+            let words = mask.as_ref().map_or(0, |mask| mask.words().len());
+            let header = Header::word(bytes, words, Kind::Event);
             let decisions = inner.decisions;
-            if self.needs_announcing(&inner, event.kind) {
-                inner = self.announce(inner, event.kind, block)?;
-            }
+            inner = self.announce(inner, event.kind, mask.as_ref(), block)?;
             inner = self.reserve(inner, Header::read(header).stride(), block)?;
             // While it waited for room a sink may have come, or a filter, that was not asked.
             if inner.decisions == decisions {
-                break (header, mask, passed_over);
+                break (header, mask.map(|mask| (mask, scratch)), passed_over);
             }
         };
         self.ring.store(inner.head, header);
         let mut pen = self.ring.pen(inner.head + HEADER_BYTES as u64);
-        event.encode(inner.sequence, |piece| pen.put(piece));
-        let mut end = pen.finish();
-        for word in &mask {
-            self.ring.store(end, *word);
-            end += 8;
+        let mut end;
+        match chosen {
+            None => {
+                event.encode(inner.sequence, |piece| pen.put(piece));
+                end = pen.finish();
+                let Inner { due, present, .. } = &mut *inner;
+                due.add(present);
+            }
+            Some((mask, scratch)) => {
+                // As the filters have seen it, but for its number: another may have come before it.
+                pen.put(&inner.sequence.to_le_bytes());
+                pen.put(&scratch[8..]);
+                end = pen.finish();
+                for word in mask.words() {
+                    self.ring.store(end, *word);
+                    end += 8;
+                }
+                inner.due.add(&mask);
+                (inner.mask, inner.scratch) = (mask, scratch);
+            }
         }
-        inner.mask = mask;
         inner.count(passed_over);
         self.publish(&mut inner, end);
         let inline = self.wake(&mut inner);
@@ -366,7 +384,7 @@ impl SourceCore {
         // Between what was just published and whether somebody sleeps: see `Sink::sleep`.
         fence(Ordering::SeqCst);
         let now = Instant::now();
-        let few = inner.sockets.len() + inner.bells.len() <= INLINE_SINKS;
+        let few = inner.sockets.len() + inner.sleepers.len() <= INLINE_SINKS;
         let inline = match self.flush {
             Flush::Inline => true,
             Flush::Background => false,
@@ -377,20 +395,24 @@ impl SourceCore {
             self.sender.enqueue(self);
             return None;
         }
-        if wake_sleepers(&inner.bells) {
+        if wake_sleepers(&inner.sleepers, &inner.due) {
             // The time that it took is not the submitter's.
             inner.last = Instant::now();
         }
+        inner.due.reset(0);
         (!inner.sockets.is_empty()).then(|| inner.sockets.clone())
     }
 
-    /// Wakes the sinks in memory that sleep; those over sockets are to be served.
-    pub(crate) fn wake_sleepers(&self) -> Arc<Vec<Arc<SocketSink>>> {
-        let (bells, sockets) = {
-            let inner = self.lock();
-            (inner.bells.clone(), inner.sockets.clone())
+    /// Wakes the sinks in memory that sleep and have something to read; those over sockets are to be served.
+    /// What is in `due` is lost.
+    pub(crate) fn wake_sleepers(&self, due: &mut Slots) -> Arc<Vec<Arc<SocketSink>>> {
+        due.reset(0);
+        let (sleepers, sockets) = {
+            let mut inner = self.lock();
+            std::mem::swap(&mut inner.due, due);
+            (inner.sleepers.clone(), inner.sockets.clone())
         };
-        wake_sleepers(&bells);
+        wake_sleepers(&sleepers, due);
         sockets
     }
 
@@ -409,156 +431,6 @@ impl SourceCore {
         self.lock().sockets.clone()
     }
 
-    /// Whether a type's descriptor is to go into the log: the first time, and, where a sink may lose what is
-    /// old, so often that it soon finds it after what it has lost.
-    fn needs_announcing(&self, inner: &Inner, kind: &EventType) -> bool {
-        match inner.types.get(&kind.id()) {
-            None => true,
-            Some((_, at)) => inner.lossy && inner.head - at > self.ring.capacity() as u64 / 4,
-        }
-    }
-
-    /// Puts a type's descriptor into the log.
-    fn announce<'a>(
-        self: &'a Arc<Self>,
-        inner: MutexGuard<'a, Inner>,
-        kind: &EventType,
-        block: bool,
-    ) -> Result<MutexGuard<'a, Inner>, SubmitError> {
-        if inner.types.len() >= MAX_TYPES && !inner.types.contains_key(&kind.id()) {
-            return Err(SubmitError::Types);
-        }
-        let body = kind.encode();
-        let header = Header::word(body.len(), 0, Kind::Type);
-        let mut inner = self.reserve(inner, Header::read(header).stride(), block)?;
-        // Another thread may have done it while this one waited.
-        if self.needs_announcing(&inner, kind) {
-            let at = inner.head;
-            self.ring.store(at, header);
-            let mut pen = self.ring.pen(inner.head + HEADER_BYTES as u64);
-            pen.put(&body);
-            let end = pen.finish();
-            self.publish(&mut inner, end);
-            inner.types.insert(kind.id(), (Arc::new(kind.clone()), at));
-        }
-        Ok(inner)
-    }
-
-    /// Waits until so many bytes can be written at the head.
-    fn reserve<'a>(
-        self: &'a Arc<Self>,
-        mut inner: MutexGuard<'a, Inner>,
-        bytes: usize,
-        block: bool,
-    ) -> Result<MutexGuard<'a, Inner>, SubmitError> {
-        let capacity = self.ring.capacity() as u64;
-        let mut waited = false;
-        while inner.head + bytes as u64 > inner.limit {
-            let floor = self.policy_floor(&mut inner);
-            inner.look(floor, capacity);
-            if inner.head + bytes as u64 <= inner.limit {
-                break;
-            }
-            if self.expel_slow(&mut inner, bytes) {
-                continue;
-            }
-            if !block {
-                return Err(SubmitError::Full);
-            }
-            // A quarter of the log free, so that not each event read wakes this thread; what was written at the most.
-            let wanted = (inner.head + bytes as u64 - capacity + capacity / 4).min(inner.head);
-            self.ring.cell(WANTED).store(wanted + 1, Ordering::Relaxed);
-            fence(Ordering::SeqCst);
-            let floor = self.policy_floor(&mut inner);
-            inner.look(floor, capacity);
-            if inner.head + bytes as u64 <= inner.limit {
-                break;
-            }
-            if !waited {
-                inner.counters.waited += 1;
-                waited = true;
-            }
-            inner.waiting += 1;
-            // Whatever is in the log is to be sent: nobody else may do it while all wait here.
-            let sockets = !inner.sockets.is_empty();
-            drop(inner);
-            if sockets {
-                self.sender.enqueue(self);
-            }
-            let mut fds = [PollFd::new(&*self.space, PollFlags::IN)];
-            // Not for ever: a sink that went without a word is noticed then.
-            let limit = rustix::event::Timespec {
-                tv_sec: 1,
-                tv_nsec: 0,
-            };
-            let _ = poll(&mut fds, Some(&limit));
-            self.space.clear();
-            inner = self.lock();
-            inner.waiting -= 1;
-            if inner.closed {
-                return Err(SubmitError::Closed);
-            }
-        }
-        self.ring.cell(WANTED).store(0, Ordering::Relaxed);
-        self.move_tail(&mut inner, bytes as u64);
-        Ok(inner)
-    }
-
-    /// Moves the tail over what is about to be written over.
-    fn move_tail(&self, inner: &mut Inner, bytes: u64) {
-        let oldest = (inner.head + bytes).saturating_sub(self.ring.capacity() as u64);
-        if inner.tail >= oldest {
-            return;
-        }
-        while inner.tail < oldest {
-            inner.tail += Header::read(self.ring.load(inner.tail)).stride() as u64;
-        }
-        self.ring.cell(TAIL).store(inner.tail, Ordering::Relaxed);
-        // Readers that see what is written next see the tail too.
-        fence(Ordering::Release);
-    }
-
-    /// Up to where all have read that are waited for. Takes out those that are not to be believed or were awaited long enough.
-    fn policy_floor(&self, inner: &mut Inner) -> u64 {
-        let head = inner.head;
-        let mut floor = head;
-        let mut out = Vec::new();
-        for sink in inner.sinks.iter_mut().flatten() {
-            let late =
-                matches!(&sink.carrier, Carrier::Awaited { since, .. } if since.elapsed() > LINGER);
-            match sink.position(head) {
-                Some(_) if late => out.push((sink.sink, ENDED_LEFT)),
-                Some(position) if sink.policy != Policy::DropOldest => floor = floor.min(position),
-                Some(_) => {}
-                // One that drops events may be where the tail was.
-                None => out.push((sink.sink, ENDED_LEFT)),
-            }
-        }
-        for (sink, why) in out {
-            inner.remove(sink, why, &self.sender);
-        }
-        floor
-    }
-
-    /// Disconnects those that are slow and are to be. Whether there were any.
-    fn expel_slow(&self, inner: &mut Inner, bytes: usize) -> bool {
-        let oldest = (inner.head + bytes as u64).saturating_sub(self.ring.capacity() as u64);
-        let slow = inner.sinks.iter().flatten();
-        let slow: Vec<Uuid> = slow
-            .filter(|sink| sink.policy == Policy::Disconnect && sink.floor < oldest)
-            .map(|sink| sink.sink)
-            .collect();
-        for sink in &slow {
-            inner.remove(*sink, ENDED_SLOW, &self.sender);
-            inner.counters.expelled += 1;
-            if inner.expelled.len() == EXPELLED {
-                inner.expelled.pop_front();
-            }
-            inner.expelled.push_back(*sink);
-        }
-        !slow.is_empty()
-    }
-
     pub(crate) fn attached(&self) -> Vec<Uuid> {
         self.lock().attached().collect()
     }
@@ -569,12 +441,17 @@ impl SourceCore {
         let head = inner.head;
         let mut ways = BTreeMap::new();
         let mut behind = 0;
-        for sink in inner.sinks.iter_mut().flatten() {
+        let tail = inner.tail;
+        for (slot, sink) in inner.sinks.iter_mut().enumerate() {
+            let Some(sink) = sink else { continue };
             if matches!(sink.carrier, Carrier::Awaited { .. }) {
                 continue;
             }
             *ways.entry(sink.way).or_default() += 1;
-            behind = behind.max(head - sink.position(head).unwrap_or(head));
+            if sink.position(head).is_some() {
+                sink.pass_over(&self.ring, slot, tail, head);
+                behind = behind.max(head - sink.floor);
+            }
         }
         (ways, behind)
     }
@@ -641,10 +518,6 @@ impl Inner {
         sinks.filter(there).map(|sink| sink.sink)
     }
 
-    fn look(&mut self, floor: u64, capacity: u64) {
-        self.limit = floor + capacity;
-    }
-
     /// One more event was submitted, and kept from so many sinks.
     fn count(&mut self, passed_over: Option<u64>) {
         self.sequence += 1;
@@ -661,8 +534,7 @@ impl Inner {
         let scratch = &mut self.scratch;
         event.encode(self.sequence, |piece| scratch.extend_from_slice(piece));
         let seen = EventRef::parse(&self.scratch, event.kind)?;
-        self.mask.clear();
-        self.mask.resize(self.sinks.len().div_ceil(64), 0);
+        self.mask.reset(self.sinks.len());
         let mut all = 0;
         for (slot, sink) in self.sinks.iter_mut().enumerate() {
             let Some(sink) = sink else { continue };
@@ -673,7 +545,7 @@ impl Inner {
                     .as_mut()
                     .is_none_or(|filter| filter.passes(&seen, event.kind, &sink.state));
             if passes {
-                self.mask[slot / 64] |= 1 << (slot % 64);
+                self.mask.insert(slot);
             }
         }
         if let Some(filter) = &mut self.out_filter {
@@ -681,35 +553,39 @@ impl Inner {
                 &seen,
                 &mut SinkSet {
                     sinks: &self.sinks,
-                    mask: &mut self.mask,
+                    mask: self.mask.words_mut(),
                 },
             );
         }
-        let chosen: u64 = self
-            .mask
-            .iter()
-            .map(|word| u64::from(word.count_ones()))
-            .sum();
-        Ok(Some(all - chosen))
+        Ok(Some(all - self.mask.len() as u64))
     }
 
     /// After the sinks or what decides about events have changed.
     fn refresh(&mut self, core: &SourceCore) {
         self.decisions += 1;
         let mut sockets = Vec::new();
-        let mut bells = Vec::new();
+        let mut sleepers = Vec::new();
         let mut selective = self.out_filter.is_some();
-        self.lossy = false;
-        for sink in self.sinks.iter().flatten() {
-            self.lossy |= sink.policy == Policy::DropOldest;
+        self.present.reset(self.sinks.len());
+        self.lossy.reset(self.sinks.len());
+        for (slot, sink) in self.sinks.iter().enumerate() {
+            let Some(sink) = sink else { continue };
+            self.present.insert(slot);
+            if sink.policy == Policy::DropOldest {
+                self.lossy.insert(slot);
+            }
             selective |= sink.filter.is_some() || !sink.types.is_empty();
             match &sink.carrier {
-                Carrier::Memory(page, bell) => bells.push((page.clone(), bell.clone())),
+                Carrier::Memory(page, bell) => sleepers.push(Sleeper {
+                    slot,
+                    page: page.clone(),
+                    bell: bell.clone(),
+                }),
                 Carrier::Socket(socket) => sockets.push(socket.clone()),
                 Carrier::Awaited { .. } => {}
             }
         }
-        self.bells = Arc::new(bells);
+        self.sleepers = Arc::new(sleepers);
         self.sockets = Arc::new(sockets);
         if selective && !self.selective {
             core.unmasked.1.store(self.head, Ordering::Release);
@@ -739,9 +615,11 @@ impl Inner {
         let Some(gone) = self.sinks[slot].take() else {
             return;
         };
+        self.present.remove(slot);
+        self.lossy.remove(slot);
         match gone.carrier {
             Carrier::Memory(page, bell) => {
-                Arc::make_mut(&mut self.bells).retain(|(other, _)| !Arc::ptr_eq(other, &page));
+                Arc::make_mut(&mut self.sleepers).retain(|other| other.slot != slot);
                 page.cell(ENDED).store(why, Ordering::Release);
                 bell.ring();
             }

@@ -9,7 +9,9 @@ use uuid::Uuid;
 
 use super::SinkCounters;
 use crate::event::EventRef;
-use crate::log::{CURSOR, ENDED, ENDED_SLOW, Found, HEADER_BYTES, Header, Kind, Reader, WANTED};
+use crate::log::{
+    CURSOR, ENDED, ENDED_SLOW, Found, HEADER_BYTES, Header, Kind, PASSED, Reader, WANTED,
+};
 use crate::memory::{Bell, MAX_RING_BYTES, Page, Ring};
 use crate::source::MAX_TYPES;
 use crate::types::EventType;
@@ -56,16 +58,12 @@ pub(super) struct InLink {
     pub carrier: Carrier,
     /// The source's process is gone: what is left is read, and then the link is over.
     pub lost: bool,
-    /// The sequence after the last event's.
-    pub next: Option<u64>,
     /// The sequence of the event that the sink wants next, over whichever link.
     pub wanted: Arc<AtomicU64>,
     /// What the sink said of that before it was attached.
     pub asked: Option<u64>,
     /// Events that it has lost between this link and the one before.
     pub lost_before: u64,
-    /// Events were dropped, and the next one tells how many.
-    pub overrun: bool,
     /// Events were dropped at some time.
     pub lossy: bool,
 }
@@ -93,8 +91,9 @@ impl InLink {
                     space,
                     reader,
                 } => {
-                    let before = reader.position;
+                    let (before, lost) = (reader.position, reader.lost);
                     let found = reader.next(ring, out);
+                    counters.dropped = counters.dropped.saturating_add(reader.lost - lost);
                     if reader.position != before {
                         page.cell(CURSOR).store(reader.position, Ordering::Release);
                         let wanted = ring.cell(WANTED).load(Ordering::Relaxed);
@@ -120,7 +119,7 @@ impl InLink {
                         }
                         Found::Frame(header) => header,
                         Found::Overrun => {
-                            self.overrun = true;
+                            reader.spare(page.cell(PASSED).load(Ordering::Acquire));
                             self.lossy = true;
                             continue;
                         }
@@ -152,13 +151,10 @@ impl InLink {
                             Some(kind) => kind.clone(),
                             // Its descriptor was lost with what was dropped; it comes again soon.
                             None if self.lossy => {
-                                if !self.overrun {
-                                    counters.dropped += 1;
-                                    if let Some(sequence) = out[begin..].first_chunk() {
-                                        let next = u64::from_le_bytes(*sequence).saturating_add(1);
-                                        self.next = Some(next);
-                                        self.wanted.store(next, Ordering::Relaxed);
-                                    }
+                                counters.dropped = counters.dropped.saturating_add(1);
+                                if let Some(sequence) = out[begin..].first_chunk() {
+                                    let next = u64::from_le_bytes(*sequence).saturating_add(1);
+                                    self.wanted.store(next, Ordering::Relaxed);
                                 }
                                 out.truncate(begin);
                                 continue;
@@ -180,13 +176,7 @@ impl InLink {
                             };
                         }
                     };
-                    if let (true, Some(next)) = (self.overrun, self.next) {
-                        let lost = sequence.saturating_sub(next);
-                        counters.dropped = counters.dropped.saturating_add(lost);
-                    }
-                    self.overrun = false;
                     let next = sequence.saturating_add(1);
-                    self.next = Some(next);
                     // Or it has come over the link before this one.
                     if sequence >= self.wanted.load(Ordering::Relaxed) {
                         self.wanted.store(next, Ordering::Relaxed);
@@ -252,7 +242,12 @@ impl Stream {
                 if let Some(bytes) = self.buffer.get(self.begin + HEADER_BYTES..end) {
                     out.extend_from_slice(&bytes[..header.bytes]);
                     self.begin = end;
-                    self.acknowledge(header.sent_bytes() as u64);
+                    self.read += header.sent_bytes() as u64;
+                    if header.asks || self.read - self.acked >= self.ack_bytes {
+                        self.tell();
+                    } else if !self.acks.is_empty() {
+                        self.send();
+                    }
                     return Ok(Some(header));
                 }
                 // A hostile length makes room only as the bytes come.
@@ -274,16 +269,6 @@ impl Stream {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
-        }
-    }
-
-    /// Tells the source from time to time how much was read.
-    fn acknowledge(&mut self, bytes: u64) {
-        self.read += bytes;
-        if self.read - self.acked >= self.ack_bytes {
-            self.tell();
-        } else if !self.acks.is_empty() {
-            self.send();
         }
     }
 

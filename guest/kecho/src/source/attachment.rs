@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use super::{Inner, MAX_SINKS, Policy, SourceCore, TypeSelector, Way};
 use crate::filter::{FilterError, SinkFilter, State};
-use crate::log::{CURSOR, ENDED_LEFT, HEADER_BYTES, Header, Kind};
-use crate::memory::{Bell, Page};
+use crate::log::{CURSOR, ENDED_LEFT, Header, Kind, PASSED, sequence};
+use crate::memory::{Bell, Page, Ring};
 use crate::socket::{SocketSink, SocketTicket};
 use crate::types::EventType;
 use crate::value::Value;
@@ -108,6 +108,8 @@ pub(super) struct Attachment {
     pub state: State,
     pub carrier: Carrier,
     /// What its cursor said last: it never goes back.
+    pub cursor: u64,
+    /// Up to where nothing is left for it to read: its cursor, or what was passed over after it.
     pub floor: u64,
 }
 
@@ -132,11 +134,40 @@ impl Attachment {
             Carrier::Socket(socket) => socket.acked(),
             Carrier::Awaited { position, .. } => *position,
         };
-        if position < self.floor || position > head {
+        if position < self.cursor || position > head {
             return None;
         }
-        self.floor = position;
-        Some(position)
+        self.cursor = position;
+        self.floor = self.floor.max(position);
+        Some(self.floor)
+    }
+
+    /// Moves its floor on to `wanted`, or to the first frame before that which it is to have: it need not wake to
+    /// pass over them, and misses nothing when they are written over.
+    pub fn pass_over(&mut self, ring: &Ring, slot: usize, tail: u64, wanted: u64) {
+        let Carrier::Memory(page, _) = &self.carrier else {
+            return;
+        };
+        if self.floor < tail {
+            // It has lost some that were for it, and is to count them.
+            return;
+        }
+        let mut passed = None;
+        while self.floor < wanted {
+            let header = Header::read(ring.load(self.floor));
+            // Types come again for who may lose them.
+            let spares = self.policy == Policy::DropOldest && header.kind == Some(Kind::Type);
+            if !spares && header.selects(ring, self.floor, slot) {
+                break;
+            }
+            if header.kind == Some(Kind::Event) {
+                passed = Some(sequence(ring, self.floor) + 1);
+            }
+            self.floor += header.stride() as u64;
+        }
+        if let Some(passed) = passed {
+            page.cell(PASSED).store(passed, Ordering::Release);
+        }
     }
 }
 
@@ -209,11 +240,12 @@ impl SourceCore {
             filter,
             state,
             carrier: carrier(slot, begin.position, begin.sequence, policy),
+            cursor: begin.position,
             floor: begin.position,
         });
         inner.limit = inner.head;
         inner.refresh(self);
-        let types = inner.types.values().map(|(kind, _)| kind.clone()).collect();
+        let types = inner.types.tell(slot);
         let ack_bytes = (self.ring.capacity() / 8).min(64 << 10) as u64;
         Ok(Attached {
             slot,
@@ -232,7 +264,7 @@ impl SourceCore {
         let (mut at, mut found, mut there) = (from, None, 0);
         while at < head && (found.is_none() || submitted.is_some()) {
             let header = Header::read(self.ring.load(at));
-            let sequence = u64::from_le(self.ring.load(at + HEADER_BYTES as u64));
+            let sequence = sequence(&self.ring, at);
             if header.kind == Some(Kind::Event) && sequence >= next {
                 there += 1;
                 found = found.or(Some((at, sequence)));
@@ -259,6 +291,7 @@ impl SourceCore {
         self.sender.run().map_err(AttachError::System)?;
         let mut inner = self.lock();
         self.attach(&mut inner, request, way, |_, position, _, _| {
+            page.cell(PASSED).store(0, Ordering::Relaxed);
             page.cell(CURSOR).store(position, Ordering::Release);
             Carrier::Memory(page, bell)
         })

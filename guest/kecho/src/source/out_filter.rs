@@ -59,15 +59,15 @@ impl SinkSet<'_> {
     /// Takes out those for which `keep` says no.
     pub fn retain(&mut self, mut keep: impl FnMut(&SinkView<'_>) -> bool) {
         for (word, sinks) in self.mask.iter_mut().zip(self.sinks.chunks(64)) {
-            let mut left = *word;
+            let (mut left, mut kept) = (*word, *word);
             while left != 0 {
                 let bit = left.trailing_zeros();
                 left &= left - 1;
                 let sink = sinks.get(bit as usize).and_then(Option::as_ref);
-                if !sink.is_some_and(|sink| keep(&SinkView { state: &sink.state })) {
-                    *word &= !(1 << bit);
-                }
+                let keeps = sink.is_some_and(|sink| keep(&SinkView { state: &sink.state }));
+                kept ^= u64::from(!keeps) << bit;
             }
+            *word = kept;
         }
     }
 
