@@ -28,6 +28,7 @@ use crate::socket::Sender;
 use crate::source::SourceCore;
 use crate::stream::{Listener, Security, Stream};
 use crate::tls::{Tls, TlsFiles};
+use crate::transports::{Transports, is_guest, reaches};
 
 /// The most connections to a node that it serves itself. Those that carry events count with their sources.
 const MAX_CONNECTIONS: usize = 4096;
@@ -39,12 +40,8 @@ const DIAL_TIME: Duration = Duration::from_secs(2);
 const SHUTDOWN: Duration = Duration::from_secs(3);
 /// The first port of vsock that a node listens at; there may be as many nodes in a guest as follow.
 const VSOCK_PORTS: std::ops::Range<u32> = 7401..7529;
-/// The first context identifier of guests.
-const FIRST_GUEST: u32 = 3;
 /// Sockets that nobody listens at are removed when they are this old, not to meet one that is just being made.
 const OLD_SOCKET: Duration = Duration::from_secs(60);
-/// The most entries of `/proc` that are looked at.
-const MAX_PROCESSES: usize = 4096;
 /// The most old sockets that are looked at.
 const MAX_OLD_SOCKETS: usize = 1024;
 
@@ -91,68 +88,6 @@ impl Default for Config {
             dead_after: Duration::from_secs(10),
             log_bytes: 4 << 20,
         }
-    }
-}
-
-/// Ways to other nodes, the shortest first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Transports {
-    /// Within a process.
-    pub same_process: bool,
-    /// Within a kernel: unix sockets and shared memory.
-    pub shared_memory: bool,
-    /// Between guests. By default in a guest of XenBEE's.
-    pub vsock: bool,
-    /// IPv6.
-    pub tcp: bool,
-}
-
-impl Default for Transports {
-    fn default() -> Transports {
-        Transports {
-            same_process: true,
-            shared_memory: true,
-            vsock: has_agent(Path::new("/proc"))
-                && xbee_link::peer::local_cid().is_ok_and(is_guest),
-            tcp: true,
-        }
-    }
-}
-
-/// Whether XenBEE's agent runs here: in other virtual machines vsock may be for something else.
-fn has_agent(processes: &Path) -> bool {
-    let Ok(processes) = std::fs::read_dir(processes) else {
-        return false;
-    };
-    processes
-        .flatten()
-        .take(MAX_PROCESSES)
-        .any(|process| is_agent(&process.path()))
-}
-
-fn is_agent(process: &Path) -> bool {
-    // It may have ended meanwhile.
-    let read = |file| std::fs::read(process.join(file)).unwrap_or_default();
-    match read("comm").trim_ascii_end() {
-        b"xbeinstd" => true,
-        // What a guest's kernel has started is called so; the agent marks its first argument.
-        b"init" => read("cmdline").starts_with(b"@init\0"),
-        _ => false,
-    }
-}
-
-/// Whether a context identifier is one of a guest, not of the host or the hypervisor.
-fn is_guest(cid: u32) -> bool {
-    (FIRST_GUEST..u32::MAX).contains(&cid)
-}
-
-/// Whether a node with this context identifier, if it has one, reaches another by vsock. The host's is that of each host's own
-/// programs, for its guests and for each other.
-fn reaches(own: Option<u32>, cid: u32, same_boot: bool) -> bool {
-    match own {
-        None => false,
-        Some(HOST_CID) if cid == HOST_CID => same_boot,
-        Some(_) => cid == HOST_CID || is_guest(cid),
     }
 }
 
@@ -818,44 +753,6 @@ impl Handler for Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_agent_is_known_by_its_name_or_its_mark() {
-        for (comm, cmdline, agent) in [
-            ("xbeinstd\n", "@usr/sbin/xbeinstd\0--service\0", true),
-            ("init\n", "@init\0", true),
-            ("init\n", "/sbin/init\0", false),
-            ("sh\n", "@init\0", false),
-        ] {
-            let processes = tempfile::tempdir().unwrap();
-            let process = processes.path().join("1");
-            std::fs::create_dir(&process).unwrap();
-            std::fs::write(process.join("comm"), comm).unwrap();
-            std::fs::write(process.join("cmdline"), cmdline).unwrap();
-            assert_eq!(has_agent(processes.path()), agent, "{comm}{cmdline}");
-        }
-        assert!(!has_agent(Path::new("/proc/none")));
-    }
-
-    #[test]
-    fn vsock_is_between_guests_and_their_host() {
-        const GUEST: u32 = 3;
-        for (own, cid, same_boot, yes) in [
-            (None, GUEST, false, false),
-            (None, HOST_CID, true, false),
-            (Some(GUEST), 4, false, true),
-            (Some(GUEST), HOST_CID, false, true),
-            (Some(GUEST), GUEST, true, true),
-            (Some(GUEST), 1, false, false),
-            (Some(GUEST), u32::MAX, false, false),
-            (Some(HOST_CID), GUEST, false, true),
-            (Some(HOST_CID), HOST_CID, true, true),
-            // Another host's programs.
-            (Some(HOST_CID), HOST_CID, false, false),
-        ] {
-            assert_eq!(reaches(own, cid, same_boot), yes, "{own:?} {cid}");
-        }
-    }
 
     #[test]
     fn no_member_has_a_node_speak_to_any_socket() {

@@ -5,7 +5,6 @@ use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use uuid::Uuid;
 
 use super::attachment::Carrier;
 use super::{Inner, Policy, SourceCore, SubmitError};
