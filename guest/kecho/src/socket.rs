@@ -383,6 +383,11 @@ impl Sender {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether its thread does not sleep just now.
+    pub(crate) fn is_awake(&self) -> bool {
+        !self.idle.load(Ordering::Relaxed)
+    }
+
     /// Has a source's sockets served.
     pub(crate) fn enqueue(&self, core: &Arc<SourceCore>) {
         if !core.dirty.load(Ordering::Relaxed) && !core.dirty.swap(true, Ordering::SeqCst) {

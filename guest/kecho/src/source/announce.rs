@@ -87,6 +87,11 @@ impl SourceCore {
             end += 8;
         }
         self.publish(&mut inner, end);
+        match mask {
+            None => inner.common = end,
+            // Who may lose it is told again, and need not wake for it.
+            Some(mask) => inner.mark(mask, end),
+        }
         match inner.types.find(kind.id()) {
             Some(known) => {
                 known.at = at;

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use uuid::Uuid;
 
-use super::{Inner, MAX_SINKS, Policy, SourceCore, TypeSelector, Way};
+use super::{Inner, MAX_SINKS, Policy, SourceCore, TypeSelector, Way, Written};
 use crate::filter::{FilterError, SinkFilter, State};
 use crate::log::{CURSOR, ENDED_LEFT, Header, Kind, PASSED, sequence};
 use crate::memory::{Bell, Page, Ring};
@@ -111,6 +111,8 @@ pub(super) struct Attachment {
     pub cursor: u64,
     /// Up to where nothing is left for it to read: its cursor, or what was passed over after it.
     pub floor: u64,
+    /// The end of the last frame with a mask that is for it.
+    pub until: u64,
 }
 
 impl Attachment {
@@ -142,22 +144,20 @@ impl Attachment {
         Some(self.floor)
     }
 
-    /// Moves its floor on to `wanted`, or to the first frame before that which it is to have: it need not wake to
-    /// pass over them, and misses nothing when they are written over.
-    pub fn pass_over(&mut self, ring: &Ring, slot: usize, tail: u64, wanted: u64) {
+    /// Moves its floor on over what is not for it: it need not wake for that, and misses nothing when it is written
+    /// over. All there is, if nothing else is left for it; else, if it is waited for, to `wanted` at the most.
+    pub fn pass_over(&mut self, ring: &Ring, slot: usize, written: &Written, wanted: u64) {
         let Carrier::Memory(page, _) = &self.carrier else {
             return;
         };
-        if self.floor < tail {
-            // It has lost some that were for it, and is to count them.
-            return;
-        }
         let mut passed = None;
-        while self.floor < wanted {
+        if self.floor >= self.until.max(written.common) {
+            self.floor = written.head;
+            passed = Some(written.sequence);
+        }
+        while self.policy != Policy::DropOldest && self.floor < wanted {
             let header = Header::read(ring.load(self.floor));
-            // Types come again for who may lose them.
-            let spares = self.policy == Policy::DropOldest && header.kind == Some(Kind::Type);
-            if !spares && header.selects(ring, self.floor, slot) {
+            if header.selects(ring, self.floor, slot) {
                 break;
             }
             if header.kind == Some(Kind::Event) {
@@ -242,6 +242,7 @@ impl SourceCore {
             carrier: carrier(slot, begin.position, begin.sequence, policy),
             cursor: begin.position,
             floor: begin.position,
+            until: head,
         });
         inner.limit = inner.head;
         inner.refresh(self);

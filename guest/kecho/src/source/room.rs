@@ -93,6 +93,7 @@ impl SourceCore {
     /// Up to where all have read that are waited for, what is not for them aside if that is before `wanted`. Takes out
     /// those that are not to be believed or were awaited long enough.
     fn policy_floor(&self, inner: &mut Inner, wanted: u64) -> u64 {
+        let written = inner.written();
         let head = inner.head;
         let mut floor = head;
         let mut out = Vec::new();
@@ -103,11 +104,8 @@ impl SourceCore {
             match sink.position(head) {
                 Some(_) if late => out.push((sink.sink, ENDED_LEFT)),
                 Some(_) => {
-                    // Who is not waited for may be written over at once, so all that there is is looked through for it.
-                    let waited_for = sink.policy != Policy::DropOldest;
-                    let until = if waited_for { wanted } else { head };
-                    sink.pass_over(&self.ring, slot, inner.tail, until);
-                    if waited_for {
+                    sink.pass_over(&self.ring, slot, &written, wanted);
+                    if sink.policy != Policy::DropOldest {
                         floor = floor.min(sink.floor);
                     }
                 }
