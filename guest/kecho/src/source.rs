@@ -37,6 +37,8 @@ const BURST: Duration = Duration::from_micros(2);
 const UNLOOKED: u32 = 15;
 /// The most sinks over sockets that a submitting thread serves itself.
 const INLINE_SINKS: usize = 4;
+/// The most sinks in memory that a submission looks at to find out whether there is anybody to wake.
+const LOOKED_AT: usize = 16;
 
 /// What happens to a sink that does not keep up, when the log is full of what it has not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
@@ -148,16 +150,18 @@ struct Sleeper {
     bell: Arc<Bell>,
 }
 
+impl Sleeper {
+    fn sleeps(&self) -> bool {
+        self.page.cell(SLEEPING).load(Ordering::Relaxed) == 1
+    }
+}
+
 /// Wakes those of these slots that sleep. Whether there were any.
 fn wake_sleepers(sleepers: &[Sleeper], due: &Slots) -> bool {
     let mut any = false;
-    for Sleeper { slot, page, bell } in sleepers {
-        if !due.contains(*slot) {
-            continue;
-        }
-        let sleeping = page.cell(SLEEPING);
-        if sleeping.load(Ordering::Relaxed) == 1 && sleeping.swap(0, Ordering::Relaxed) == 1 {
-            bell.ring();
+    for sink in sleepers.iter().filter(|sink| due.contains(sink.slot)) {
+        if sink.sleeps() && sink.page.cell(SLEEPING).swap(0, Ordering::Relaxed) == 1 {
+            sink.bell.ring();
             any = true;
         }
     }
@@ -403,6 +407,10 @@ impl SourceCore {
     fn wake(self: &Arc<Self>, inner: &mut Inner) -> Option<Arc<Vec<Arc<SocketSink>>>> {
         // Between what was just published and whether somebody sleeps: see `Sink::sleep`.
         fence(Ordering::SeqCst);
+        if inner.sockets.is_empty() && inner.sleepers.len() <= LOOKED_AT && !inner.keeps_waiting() {
+            inner.due.reset(0);
+            return None;
+        }
         let few = inner.sockets.len() + inner.sleepers.len() <= INLINE_SINKS;
         let inline = match self.flush {
             Flush::Inline => true,
@@ -547,6 +555,12 @@ impl Inner {
             |sink: &&Attachment| sink.confirmed && !matches!(sink.carrier, Carrier::Awaited { .. });
         let sinks = self.sinks.iter().flatten();
         sinks.filter(there).map(|sink| sink.sink)
+    }
+
+    /// Whether a sink in memory sleeps that has something to read.
+    fn keeps_waiting(&self) -> bool {
+        let mut due = self.sleepers.iter();
+        due.any(|sink| self.due.contains(sink.slot) && sink.sleeps())
     }
 
     fn written(&self) -> Written {

@@ -116,6 +116,7 @@ pub(super) struct Attachment {
 }
 
 impl Attachment {
+    #[inline]
     pub fn wants(&mut self, kind: &EventType) -> bool {
         if self.types.is_empty() {
             return true;
