@@ -468,6 +468,11 @@ fn programs_on_the_host_and_in_guests_share_channels_over_vsock() {
         address: String::new(),
         pid,
     };
+    // Its agent has to find the new one first.
+    let begun = Instant::now();
+    while xbed.xbe(one.arguments("true")).code != 0 {
+        assert!(begun.elapsed() < PATIENCE, "{}", xbed.log());
+    }
     let mut sink = one.run(&one.kecho(AT_HOST, "sub --create again"));
     let arguments = [
         "pub",
