@@ -530,6 +530,8 @@ fn registry_of(site: &Site) -> Vec<String> {
         "registry.pem",
         "--key",
         "registry.key",
+        "--crl",
+        "crl.pem",
     ]
     .iter()
     .map(|word| match word.starts_with("--") {
@@ -601,6 +603,18 @@ fn with_tls_only_daemons_of_the_same_authority_are_on_the_channel() {
         "{well}"
     );
     assert_eq!(doctor(site.identity("alice"))["health"], "warning");
+
+    // The certificate of the host that had the job is revoked: the others look into the same list.
+    let certificate = site.path("pki/host2.pem");
+    site.pki(["revoke", certificate.to_str().unwrap()]);
+    assert_eq!(doctor(site.identity("host2"))["health"], "warning");
+    // They look every two seconds.
+    std::thread::sleep(Duration::from_secs(4));
+    let before = tasks(&one).len();
+    let refused = own.xbe(["submit", "--anywhere", &hosts.sleeper()]);
+    assert_ne!(refused.code, 0, "{refused:?}");
+    assert_eq!(tasks(&one).len(), before);
+    assert!(is_on_the_channel(&own));
 
     // Who has no certificate at all does not start.
     let mut none = hosts.start("sim", &[], &["identity = \"/nowhere/x\""], &[]);

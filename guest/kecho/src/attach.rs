@@ -18,7 +18,7 @@ use crate::message::{self, Answer, Attach, Position, Purpose, Role};
 use crate::node::{DialError, Shared, local_node};
 use crate::sink::SinkCore;
 use crate::source::{AttachError, Attached, Gone, SourceCore, Way};
-use crate::stream::{self, Stream};
+use crate::stream::{self, Side, Stream};
 use crate::types::EventType;
 
 /// How long to wait after the first failure; twice as long after each further one.
@@ -57,6 +57,12 @@ impl Link {
     /// Attaches anew: what was there has broken.
     pub(crate) fn again(&self) {
         self.again.notify_one();
+    }
+
+    /// It found no such source in the list, which may have been one of a contact that did not know all yet.
+    fn is_lost(&self) -> bool {
+        let ended = self.task.as_ref().is_none_or(AbortHandle::is_finished);
+        ended && !matches!(*self.progress.borrow(), Progress::Refused { .. })
     }
 
     /// Ends it, because the source has left. One that is just being attached is attached first: what was submitted
@@ -145,7 +151,7 @@ impl Shared {
         let sources: Vec<Uuid> = sources.collect();
         for sink in m.sinks.values_mut() {
             for source in &sources {
-                if sink.links.contains_key(source) {
+                if sink.links.get(source).is_some_and(|link| !link.is_lost()) {
                     continue;
                 }
                 let again = Arc::new(Notify::new());
@@ -180,7 +186,7 @@ impl Shared {
     ) {
         let mut pause = FIRST_PAUSE;
         loop {
-            // The link is ended when the source has left.
+            // The link is ended when the source has left, and begun anew if it was not on the list for a while only.
             let Some(address) = self.node_of(&channel, source) else {
                 return;
             };
@@ -288,7 +294,7 @@ impl Shared {
                 Ok(Held::Memory(stream))
             }
             (stream, _) => {
-                core.add_socket(source, stream.into_wire(self.pulse)?, attached);
+                core.add_socket(source, stream.into_wire(Side::Sink, self.pulse)?, attached);
                 Ok(Held::Socket)
             }
         }
@@ -318,7 +324,7 @@ impl Shared {
             Ok(Ok(Some((core, ticket)))) => {
                 if let Some(ticket) = ticket {
                     let started = stream
-                        .into_wire(self.pulse)
+                        .into_wire(Side::Source, self.pulse)
                         .and_then(|wire| ticket.start(wire));
                     if let Err(error) = started {
                         tracing::warn!(%source, %sink, %error, "cannot serve a sink");
@@ -372,7 +378,7 @@ impl Shared {
             Stream::Unix(_) => Way::SharedMemory,
             Stream::Link(_) => Way::Vsock,
             Stream::Tcp(_) => Way::Tcp,
-            Stream::Tls(_) => Way::Tls,
+            Stream::Tls(..) => Way::Tls,
         };
         let attached = match memory {
             Some((page, bell)) => found

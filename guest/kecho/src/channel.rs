@@ -195,7 +195,13 @@ impl Shared {
             }
             sleep(RETRY).await;
         }
-        self.register_new(name).await?;
+        // So is one whose contact has just left it.
+        while let Some(contact) = self.register_new(name).await? {
+            if Instant::now() > deadline || self.is_in(name, &contact).await {
+                return Err(exists());
+            }
+            sleep(RETRY).await;
+        }
         let mut state = self.state();
         room(&state)?;
         if state.channels.contains_key(name) {
@@ -211,8 +217,20 @@ impl Shared {
     /// Whether the application holds nothing any more of this membership; `None` if there is none.
     fn is_being_left(&self, name: &str) -> Option<bool> {
         let state = self.state();
-        let m = state.channels.get(name)?;
-        Some(m.held.as_ref().is_some_and(|held| held.strong_count() == 0))
+        Some(state.channels.get(name)?.is_left())
+    }
+
+    /// Whether this node is in the channel, and stays, as far as it can be asked.
+    async fn is_in(self: &Arc<Self>, name: &str, node: &NodeAddress) -> bool {
+        if node.node == self.id {
+            return self.is_being_left(name) == Some(false);
+        }
+        let Ok(control) = self.control_to(node).await else {
+            return false;
+        };
+        let channel = name.to_owned();
+        let answer = timeout(ANSWER, control.request(Request::Describe { channel })).await;
+        matches!(answer, Ok(Ok(Some(Reply::Described(_)))))
     }
 
     async fn open(self: Arc<Self>, name: &str, at: Option<NodeAddress>) -> Result<u64, Error> {
@@ -320,7 +338,7 @@ impl Channel {
         let id = Uuid::new_v4();
         let options = {
             let mut state = shared.state();
-            let m = state.find(&participation.name, participation.instance);
+            let m = state.find_held(&participation.name, participation.instance);
             let m = m.ok_or_else(|| participation.gone())?;
             room_for_port(m)?;
             SourceOptions {
@@ -340,7 +358,7 @@ impl Channel {
         participation.owner.wait(async move {
             {
                 let mut state = shared.state();
-                let m = state.find(&name, instance);
+                let m = state.find_held(&name, instance);
                 let m = m.ok_or_else(|| Error::Destroyed(name.clone()))?;
                 m.sources.insert(
                     id,
@@ -391,7 +409,7 @@ impl Channel {
         participation.owner.wait(async move {
             {
                 let mut state = shared.state();
-                let m = state.find(&name, instance);
+                let m = state.find_held(&name, instance);
                 let m = m.ok_or_else(|| Error::Destroyed(name.clone()))?;
                 room_for_port(m)?;
                 let links = Default::default();

@@ -47,6 +47,7 @@ mod membership;
 mod memory;
 mod message;
 mod node;
+mod reach;
 pub mod registry;
 mod sink;
 mod socket;

@@ -9,7 +9,7 @@ use tokio::time::{sleep, timeout};
 use crate::address::{Address, NodeAddress};
 use crate::control::Control;
 use crate::error::Error;
-use crate::membership::{ANSWER, RETRY, SEARCH};
+use crate::membership::{ANSWER, Membership, RETRY, SEARCH};
 use crate::message::{Purpose, Reply, Request};
 use crate::node::Shared;
 
@@ -115,14 +115,7 @@ impl Shared {
         let requests: Vec<Request> = {
             let state = self.state();
             let own = state.channels.values().filter(|m| m.is_contact());
-            let requests = own.map(|m| Request::Register {
-                channel: m.name.clone(),
-                contact: self.address.clone(),
-                epoch: m.epoch,
-                create: false,
-                age_ms: m.born.elapsed().as_millis() as u64,
-            });
-            requests.collect()
+            own.map(|m| self.registration(m)).collect()
         };
         for request in requests {
             let Request::Register { channel, .. } = &request else {
@@ -146,14 +139,26 @@ impl Shared {
         }
     }
 
-    /// A channel is no more.
-    pub(crate) fn registry_forget(&self, channel: &str) {
+    /// A channel is no more whose contact this node is.
+    pub(crate) fn registry_forget(&self, m: &Membership) {
         if let Some(lookup) = &self.lookup
             && let Some(control) = lookup.control.borrow().clone()
         {
-            let channel = channel.to_owned();
-            // Where it does not get there, the lease runs out.
+            // What is registered may be of the contact before this one, which only its successor can replace. Where
+            // this does not get there, the lease runs out.
+            control.request_then(self.registration(m), |_| {});
+            let channel = m.name.clone();
             control.request_then(Request::Unregister { channel }, |_| {});
+        }
+    }
+
+    fn registration(&self, m: &Membership) -> Request {
+        Request::Register {
+            channel: m.name.clone(),
+            contact: self.address.clone(),
+            epoch: m.epoch,
+            create: false,
+            age_ms: m.born.elapsed().as_millis() as u64,
         }
     }
 
@@ -170,10 +175,10 @@ impl Shared {
         }
     }
 
-    /// Registers a new channel.
-    pub(crate) async fn register_new(&self, name: &str) -> Result<(), Error> {
+    /// Registers a new channel. If there is one, it is told whose.
+    pub(crate) async fn register_new(&self, name: &str) -> Result<Option<NodeAddress>, Error> {
         let Some(lookup) = &self.lookup else {
-            return Ok(());
+            return Ok(None);
         };
         let request = Request::Register {
             channel: name.to_owned(),
@@ -183,7 +188,8 @@ impl Shared {
             age_ms: 0,
         };
         match lookup.ask(&request).await? {
-            Reply::Registered { .. } => Ok(()),
+            Reply::Registered { .. } => Ok(None),
+            Reply::Taken { contact, .. } => Ok(Some(contact)),
             _ => Err(Error::AlreadyExists(name.to_owned())),
         }
     }

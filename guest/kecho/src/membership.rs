@@ -1,6 +1,7 @@
 //! Who is in a channel. The contact keeps the list; all others follow it, and replace it when it dies.
 
 mod contact;
+mod farewell;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Weak};
@@ -32,8 +33,6 @@ pub(crate) const SEARCH: Duration = Duration::from_secs(5);
 pub(crate) const ANSWER: Duration = Duration::from_secs(5);
 /// How long a change of ports may take, a new contact being found meanwhile.
 const UPDATE: Duration = Duration::from_secs(15);
-/// How long a farewell may take.
-const FAREWELL: Duration = Duration::from_secs(1);
 
 /// This node's part of a channel.
 #[derive(Debug)]
@@ -50,6 +49,8 @@ pub(crate) struct Membership {
     pub contact: Contact,
     /// Somebody looks for the contact.
     pub searching: bool,
+    /// The application has left it; this node is in it until another one knows.
+    pub leaving: bool,
     pub sources: HashMap<Uuid, SourcePort>,
     pub sinks: HashMap<Uuid, SinkPort>,
     /// What the application holds; `None` until it has it.
@@ -87,6 +88,8 @@ pub(crate) enum Contact {
 pub(crate) struct Desk {
     next: u32,
     seats: HashMap<u32, Seat>,
+    /// A participant was asked to be the contact, and has not answered.
+    handing: bool,
 }
 
 /// A participant's connection.
@@ -125,6 +128,7 @@ impl Membership {
             participants: BTreeMap::new(),
             contact: Contact::Me(Desk::default()),
             searching: false,
+            leaving: false,
             sources: HashMap::new(),
             sinks: HashMap::new(),
             held: None,
@@ -133,6 +137,15 @@ impl Membership {
 
     pub(crate) fn is_contact(&self) -> bool {
         matches!(self.contact, Contact::Me(_))
+    }
+
+    /// Whether the application has left it.
+    pub(crate) fn is_left(&self) -> bool {
+        self.leaving
+            || self
+                .held
+                .as_ref()
+                .is_some_and(|held| held.strong_count() == 0)
     }
 
     fn ports(&self) -> Ports {
@@ -196,6 +209,17 @@ impl Membership {
             .iter()
             .map(|(number, p)| (*number, p.clone()))
             .collect()
+    }
+
+    /// Another node is the contact. Its list may lack those who have not come to it yet, also where it has the epoch of
+    /// this one, both having taken over: so it is not that of the epoch that was known.
+    fn follow(&mut self, address: NodeAddress) {
+        self.seen_epoch = self.seen_epoch.max(self.epoch);
+        self.epoch = 0;
+        self.contact = Contact::Other {
+            address,
+            control: None,
+        };
     }
 
     /// Ends all of this node's sources and sinks.
@@ -326,11 +350,7 @@ impl Shared {
         let Some(m) = state.channels.get_mut(channel) else {
             return;
         };
-        let Contact::Other {
-            control: known,
-            address,
-        } = &mut m.contact
-        else {
+        let Contact::Other { control: known, .. } = &m.contact else {
             return;
         };
         if !known
@@ -353,12 +373,12 @@ impl Shared {
             Notice::Destroyed { channel } => self.destroyed(&mut state.channels, &channel),
             Notice::Moved { contact, epoch, .. } => {
                 m.seen_epoch = m.seen_epoch.max(epoch);
-                if contact.node == self.id {
-                    self.take_over(m);
-                } else {
-                    *known = None;
-                    *address = contact;
-                    self.search(m);
+                match contact.node == self.id {
+                    true => self.take_over(m),
+                    false => {
+                        m.follow(contact);
+                        self.search(m);
+                    }
                 }
             }
         }
@@ -398,7 +418,7 @@ impl Shared {
         let (channel, (own, epoch)) = (name.to_owned(), {
             let mut state = self.state();
             match state.find(name, instance) {
-                Some(m) => (m.own(&self.address), Some(m.epoch)),
+                Some(m) => (m.own(&self.address), Some(m.seen_epoch)),
                 None if !entering => return Asked::Unreachable("it was left".to_owned()),
                 None => (
                     Participant {
@@ -527,7 +547,8 @@ impl Shared {
         while Instant::now() < deadline {
             let contact = {
                 let mut state = self.state();
-                let Some(m) = state.find(name, instance) else {
+                // Who leaves must not come back by what it says of its ports.
+                let Some(m) = state.find_held(name, instance) else {
                     return Err(Error::Destroyed(name.to_owned()));
                 };
                 match &m.contact {
@@ -558,7 +579,8 @@ impl Shared {
                         Asked::Refused { code, text } => return Err(Error::Refused { code, text }),
                         Asked::Unreachable(text) => why = text,
                         // It has gone over to another: a notice says so.
-                        Asked::Not(_) | Asked::Stranger => {}
+                        Asked::Not(_) => {}
+                        Asked::Stranger => self.lose_contact(name, instance, &control),
                     }
                 }
                 Some((_, None)) => {}
@@ -672,7 +694,11 @@ impl Shared {
             .iter()
             .map(|number| (*number, Seat::default()))
             .collect();
-        m.contact = Contact::Me(Desk { next, seats });
+        m.contact = Contact::Me(Desk {
+            next,
+            seats,
+            handing: false,
+        });
         tracing::info!(
             channel = m.name,
             epoch = m.epoch,
@@ -715,70 +741,8 @@ impl Shared {
                 epoch,
             },
         );
-        m.contact = Contact::Other {
-            address,
-            control: None,
-        };
+        m.follow(address);
         self.search(m);
-    }
-
-    /// Leaves a channel and says so. What is to be waited for is told.
-    pub(crate) fn leave(
-        self: &Arc<Self>,
-        name: &str,
-        instance: u64,
-    ) -> Option<impl Future<Output = ()> + Send + use<>> {
-        let mut m = {
-            let mut state = self.state();
-            state.find(name, instance)?;
-            state.channels.remove(name)?
-        };
-        m.close(false);
-        let mut controls = Vec::new();
-        let mut answer = None;
-        match &m.contact {
-            Contact::Me(desk) => {
-                let seats = desk.seats.iter().filter(|(_, seat)| seat.control.is_some());
-                let next = seats.map(|(number, _)| *number).min();
-                match next.and_then(|number| m.participants.get(&number)) {
-                    Some(next) => {
-                        let (channel, contact) = (name.to_owned(), next.node.clone());
-                        m.broadcast(
-                            None,
-                            &Notice::Moved {
-                                channel,
-                                contact,
-                                epoch: m.epoch,
-                            },
-                        );
-                        let seats = desk.seats.values();
-                        controls.extend(seats.filter_map(|seat| seat.control.clone()));
-                    }
-                    None => self.registry_forget(name),
-                }
-            }
-            Contact::Other {
-                control: Some(control),
-                ..
-            } => {
-                let channel = name.to_owned();
-                answer = Some(control.request(Request::Leave { channel }));
-            }
-            Contact::Other { .. } => {}
-        }
-        self.changed.notify_waiters();
-        Some(async move {
-            let farewell = async {
-                for control in controls {
-                    control.flushed().await;
-                }
-                if let Some(answer) = answer {
-                    // Who does not hear it finds out by itself.
-                    let _ = answer.await;
-                }
-            };
-            let _ = timeout(FAREWELL, farewell).await;
-        })
     }
 
     /// Destroys a channel for all.

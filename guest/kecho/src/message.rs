@@ -223,10 +223,13 @@ pub(crate) enum Request {
         #[n(2)]
         epoch: Option<u64>,
     },
+    /// To the contact: this node leaves. From the contact, with its epoch: it leaves, and who is asked is the contact.
     #[n(1)]
     Leave {
         #[n(0)]
         channel: String,
+        #[n(1)]
+        epoch: Option<u64>,
     },
     #[n(2)]
     Destroy {

@@ -148,6 +148,11 @@ impl State {
             .filter(|m| m.instance == instance)
     }
 
+    /// The same, unless the application has left it.
+    pub(crate) fn find_held(&mut self, name: &str, instance: u64) -> Option<&mut Membership> {
+        self.find(name, instance).filter(|m| !m.leaving)
+    }
+
     pub(crate) fn next_instance(&mut self) -> u64 {
         self.instances += 1;
         self.instances
@@ -387,6 +392,10 @@ impl Node {
                     tokio::spawn(node.clone().accept(listener));
                 }
                 tokio::spawn(node.clone().keep_registered());
+                tokio::spawn(node.clone().keep_reaching());
+                if let Some(tls) = &node.security.tls {
+                    tokio::spawn(tls.trust.clone().keep_checking());
+                }
                 // Also when the owner was forgotten.
                 let _ = stopped.await;
                 node.leave_all().await;
@@ -704,7 +713,7 @@ impl Handler for Shared {
                 participant,
                 epoch,
             } => self.serve_join(Some(control), &channel, participant, epoch),
-            Request::Leave { channel } => self.serve_leave(control, &channel),
+            Request::Leave { channel, epoch } => self.serve_leave(control, &channel, epoch),
             Request::Destroy { channel } => self.serve_destroy(&channel),
             Request::SetFilter {
                 channel,

@@ -113,6 +113,9 @@ impl Registry {
             runtime.block_on(async {
                 let leases = Arc::new(Leases::new());
                 let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+                if let Some(tls) = &security.tls {
+                    tokio::spawn(tls.trust.clone().keep_checking());
+                }
                 for listener in listeners {
                     let (leases, security, room) = (leases.clone(), security.clone(), room.clone());
                     tokio::spawn(accept(listener, leases, security, room));

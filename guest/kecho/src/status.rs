@@ -82,7 +82,7 @@ impl Node {
 impl Shared {
     pub(crate) fn serve_describe(&self, channel: &str) -> Reply {
         let state = self.state();
-        let Some(m) = state.channels.get(channel) else {
+        let Some(m) = state.channels.get(channel).filter(|m| !m.is_left()) else {
             let text = format!("this node is not in the channel '{channel}'");
             return Reply::Refused {
                 code: STRANGER.to_owned(),
@@ -138,7 +138,10 @@ impl Shared {
             channel: channel.to_owned(),
             why,
         };
-        let member = self.state().channels.contains_key(channel);
+        let member = {
+            let state = self.state();
+            state.channels.get(channel).is_some_and(|m| !m.is_left())
+        };
         let mut asked = match member {
             true => self.address.clone(),
             false => self.look_up(channel).await?,

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ use xbee_link::{HOST_CID, Link, host};
 
 use crate::address::Address;
 use crate::control::Pulse;
-use crate::tls::Tls;
+use crate::tls::{Peer, Session, Tls};
 use crate::wire::Wire;
 
 /// The first byte of a TLS connection. Frames begin with a smaller one.
@@ -56,7 +57,7 @@ impl Security {
 pub(crate) enum Stream {
     Unix(UnixStream),
     Tcp(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<TcpStream>>, Arc<Session>),
     Link(LinkStream),
 }
 
@@ -70,9 +71,17 @@ fn is_local(ours: SocketAddr, theirs: SocketAddr) -> bool {
     ours.ip() == theirs.ip() || loopback(theirs.ip())
 }
 
-/// Has the system find out that nobody is at the other end any more, for who only waits for events. Not by
-/// `TCP_USER_TIMEOUT`: that ends the connections of slow sinks too.
-fn keep_alive(stream: BorrowedFd<'_>, pulse: Pulse) -> io::Result<()> {
+/// Who has a stream of events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    Source,
+    Sink,
+}
+
+/// Has the system find out that nobody is at the other end any more: a sink waits for events, and at most some
+/// acknowledgements are on their way, which a source takes at once. Not by `TCP_USER_TIMEOUT` for a source: that ends the
+/// connections of slow sinks too. It looks itself ([`crate::reach`]).
+fn keep_alive(stream: BorrowedFd<'_>, side: Side, pulse: Pulse) -> io::Result<()> {
     let second = Duration::from_secs(1);
     let beat = pulse.heartbeat.max(second);
     let beats = (pulse.dead_after.as_secs() / beat.as_secs()).clamp(1, MAX_PROBES);
@@ -80,6 +89,10 @@ fn keep_alive(stream: BorrowedFd<'_>, pulse: Pulse) -> io::Result<()> {
     sockopt::set_tcp_keepintvl(stream, beat)?;
     sockopt::set_tcp_keepcnt(stream, beats as u32)?;
     sockopt::set_socket_keepalive(stream, true)?;
+    if side == Side::Sink {
+        let limit = u32::try_from(pulse.dead_after.as_millis()).unwrap_or(u32::MAX);
+        sockopt::set_tcp_user_timeout(stream, limit)?;
+    }
     Ok(())
 }
 
@@ -115,7 +128,10 @@ impl Stream {
                         let name = ServerName::IpAddress(IpAddr::V6(*address.ip()).into());
                         let connector = TlsConnector::from(tls.client.clone());
                         let stream = connector.connect(name, stream).await?;
-                        Ok(Stream::Tls(Box::new(stream.into())))
+                        let (socket, connection) = stream.get_ref();
+                        let chain = connection.peer_certificates();
+                        let session = tls.trust.watch(socket.as_fd(), Peer::Server, chain)?;
+                        Ok(Stream::Tls(Box::new(stream.into()), session))
                     }
                     None if security.plaintext => Ok(Stream::Tcp(stream)),
                     None => Err(refused(
@@ -145,35 +161,38 @@ impl Stream {
                     (Some(tls), true) => {
                         let acceptor = TlsAcceptor::from(tls.server.clone());
                         let stream = acceptor.accept(stream).await?;
-                        Ok(Stream::Tls(Box::new(stream.into())))
+                        let (socket, connection) = stream.get_ref();
+                        let chain = connection.peer_certificates();
+                        let session = tls.trust.watch(socket.as_fd(), Peer::Client, chain)?;
+                        Ok(Stream::Tls(Box::new(stream.into()), session))
                     }
                     (None, true) => Err(refused("TLS, and there is no certificate for it")),
                     (_, false) if local || security.plaintext => Ok(Stream::Tcp(stream)),
                     (_, false) => Err(refused("it comes without TLS")),
                 }
             }
-            Stream::Tls(_) | Stream::Link(_) => Ok(self),
+            Stream::Tls(..) | Stream::Link(_) => Ok(self),
         }
     }
 
     /// The same for events, which goes on at the byte at which this has stopped.
-    pub(crate) fn into_wire(self, pulse: Pulse) -> io::Result<Wire> {
+    pub(crate) fn into_wire(self, side: Side, pulse: Pulse) -> io::Result<Wire> {
         Ok(match self {
             Stream::Unix(stream) => Wire::Plain(stream.into_std()?.into()),
             Stream::Tcp(stream) => {
-                keep_alive(stream.as_fd(), pulse)?;
+                keep_alive(stream.as_fd(), side, pulse)?;
                 Wire::Plain(stream.into_std()?.into())
             }
-            Stream::Tls(stream) => match *stream {
+            Stream::Tls(stream, session) => match *stream {
                 TlsStream::Client(stream) => {
                     let (stream, connection) = stream.into_inner();
-                    keep_alive(stream.as_fd(), pulse)?;
-                    Wire::tls(stream.into_std()?.into(), connection.into())
+                    keep_alive(stream.as_fd(), side, pulse)?;
+                    Wire::tls(stream.into_std()?.into(), connection.into(), session)
                 }
                 TlsStream::Server(stream) => {
                     let (stream, connection) = stream.into_inner();
-                    keep_alive(stream.as_fd(), pulse)?;
-                    Wire::tls(stream.into_std()?.into(), connection.into())
+                    keep_alive(stream.as_fd(), side, pulse)?;
+                    Wire::tls(stream.into_std()?.into(), connection.into(), session)
                 }
             },
             Stream::Link(stream) => Wire::Link(stream.link),
@@ -190,7 +209,7 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Stream::Unix(stream) => Pin::new(stream).poll_read(cx, buffer),
             Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, buffer),
-            Stream::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Stream::Tls(stream, _) => Pin::new(stream).poll_read(cx, buffer),
             Stream::Link(stream) => stream.poll_read(cx, buffer),
         }
     }
@@ -205,14 +224,14 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
             Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Stream::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Stream::Tls(stream, _) => Pin::new(stream).poll_write(cx, bytes),
             Stream::Link(stream) => stream.poll_write(cx, bytes),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
+            Stream::Tls(stream, _) => Pin::new(stream).poll_flush(cx),
             Stream::Unix(_) | Stream::Tcp(_) | Stream::Link(_) => Poll::Ready(Ok(())),
         }
     }
@@ -221,7 +240,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Stream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Tls(stream, _) => Pin::new(stream).poll_shutdown(cx),
             Stream::Link(_) => Poll::Ready(Ok(())),
         }
     }

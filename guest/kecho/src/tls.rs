@@ -1,17 +1,18 @@
-//! TLS between hosts: whoever has a certificate of the authority is one of us, whatever its name.
+//! TLS between hosts: whoever has a certificate of the authority is one of us, whatever its name, unless it was revoked.
+
+mod trust;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::verify_server_cert_signed_by_trust_anchor;
-use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::client::Resumption;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::NoServerSessionStorage;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
 use crate::error::Error;
+pub(crate) use trust::{Peer, Session, Trust};
 
 /// Files in PEM.
 #[derive(Debug, Clone)]
@@ -22,6 +23,9 @@ pub struct TlsFiles {
     pub certificate: PathBuf,
     /// The certificate's key.
     pub key: PathBuf,
+    /// Revocation lists, one of every authority. It is read again whenever it changes; while it cannot be read, or is
+    /// out of date, nobody is believed.
+    pub crl: Option<PathBuf>,
 }
 
 /// Both sides of TLS.
@@ -29,6 +33,7 @@ pub struct TlsFiles {
 pub(crate) struct Tls {
     pub client: Arc<ClientConfig>,
     pub server: Arc<ServerConfig>,
+    pub trust: Arc<Trust>,
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
@@ -54,83 +59,95 @@ impl Tls {
         for certificate in certificates(&files.ca)? {
             roots.add(certificate).map_err(broken(&files.ca))?;
         }
-        let roots = Arc::new(roots);
+        let trust = Trust::load(roots, provider.clone(), files.crl.clone())?;
         let chain = certificates(&files.certificate)?;
         let key = PrivateKeyDer::from_pem_file(&files.key).map_err(broken(&files.key))?;
         let failed = broken(&files.certificate);
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone());
-        let verifier = verifier.build().map_err(broken(&files.ca))?;
-        let server = ServerConfig::builder_with_provider(provider.clone())
+        let mut server = ServerConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(&failed)?
-            .with_client_cert_verifier(verifier)
+            .with_client_cert_verifier(trust.clone())
             .with_single_cert(chain.clone(), key.clone_key())
             .map_err(&failed)?;
-        let client = ClientConfig::builder_with_provider(provider.clone())
+        let mut client = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(&failed)?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Verifier { roots, provider }))
+            .with_custom_certificate_verifier(trust.clone())
             .with_client_auth_cert(chain, key)
             .map_err(&failed)?;
+        // Who resumes a session is not asked for its certificate.
+        server.session_storage = Arc::new(NoServerSessionStorage {});
+        server.send_tls13_tickets = 0;
+        client.resumption = Resumption::disabled();
         Ok(Tls {
             client: Arc::new(client),
             server: Arc::new(server),
+            trust,
         })
     }
 }
 
-/// Accepts servers whose certificate is the authority's. Nodes are known by their identifiers, not by names.
-#[derive(Debug)]
-struct Verifier {
-    roots: Arc<RootCertStore>,
-    provider: Arc<CryptoProvider>,
-}
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+    use rustls::pki_types::ServerName;
+    use rustls::{ClientConnection, Connection, HandshakeKind, ServerConnection};
 
-impl ServerCertVerifier for Verifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _name: &ServerName<'_>,
-        _ocsp: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let certificate = ParsedCertificate::try_from(end_entity)?;
-        let algorithms = self.provider.signature_verification_algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(
-            &certificate,
-            &self.roots,
-            intermediates,
-            now,
-            algorithms,
-        )?;
-        Ok(ServerCertVerified::assertion())
+    use super::*;
+
+    /// Sends what each has for the other, until neither has anything.
+    fn talk(client: &mut Connection, server: &mut Connection) {
+        while client.wants_write() || server.wants_write() {
+            for turn in 0..2 {
+                let (from, to) = match turn {
+                    0 => (&mut *client, &mut *server),
+                    _ => (&mut *server, &mut *client),
+                };
+                let mut bytes = Vec::new();
+                while from.wants_write() {
+                    from.write_tls(&mut bytes).unwrap();
+                }
+                let mut bytes = &bytes[..];
+                while !bytes.is_empty() {
+                    to.read_tls(&mut bytes).unwrap();
+                    to.process_new_packets().unwrap();
+                }
+            }
+        }
     }
 
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_tls12_signature(message, certificate, signature, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_tls13_signature(message, certificate, signature, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider
-            .signature_verification_algorithms
-            .supported_schemes()
+    #[test]
+    fn each_connection_shows_its_certificates_anew() {
+        let mut parameters = CertificateParams::new(Vec::new()).unwrap();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let authority = parameters.self_signed(&key).unwrap();
+        let issuer = Issuer::new(parameters, key);
+        let key = KeyPair::generate().unwrap();
+        let parameters = CertificateParams::new(vec!["node".to_owned()]).unwrap();
+        let certificate = parameters.signed_by(&key, &issuer).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let put = |name: &str, text: String| {
+            let path = directory.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let tls = Tls::load(&TlsFiles {
+            ca: put("ca", authority.pem()),
+            certificate: put("crt", certificate.pem()),
+            key: put("key", key.serialize_pem()),
+            crl: None,
+        })
+        .unwrap();
+        for _ in 0..2 {
+            let name = ServerName::IpAddress(std::net::Ipv6Addr::LOCALHOST.into());
+            let client = ClientConnection::new(tls.client.clone(), name).unwrap();
+            let server = ServerConnection::new(tls.server.clone()).unwrap();
+            let (mut client, mut server) = (client.into(), server.into());
+            talk(&mut client, &mut server);
+            assert_eq!(client.handshake_kind(), Some(HandshakeKind::Full));
+            assert_eq!(server.handshake_kind(), Some(HandshakeKind::Full));
+        }
     }
 }

@@ -2,9 +2,12 @@
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use xbee_link::Link;
+
+use crate::tls::Session;
 
 /// What rustls may hold that was not sent, in bytes.
 const TLS_BUFFER_BYTES: usize = 256 << 10;
@@ -25,6 +28,8 @@ pub enum Wire {
 pub struct Tls {
     socket: Socket,
     connection: rustls::Connection,
+    /// Whoever is at the other end is looked at as long as this is there.
+    _session: Arc<Session>,
 }
 
 /// A socket as `Read` and `Write`.
@@ -89,11 +94,16 @@ impl Tls {
 
 impl Wire {
     /// TLS whose handshake is done, over this socket.
-    pub fn tls(socket: OwnedFd, mut connection: rustls::Connection) -> Wire {
+    pub(crate) fn tls(
+        socket: OwnedFd,
+        mut connection: rustls::Connection,
+        session: Arc<Session>,
+    ) -> Wire {
         connection.set_buffer_limit(Some(TLS_BUFFER_BYTES));
         Wire::Tls(Box::new(Tls {
             socket: Socket(socket),
             connection,
+            _session: session,
         }))
     }
 

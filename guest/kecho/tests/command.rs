@@ -225,3 +225,19 @@ fn a_line_that_is_too_long_is_refused_and_those_before_it_are_sent() {
     );
     assert_eq!(sub.ends().1, "first\n");
 }
+
+#[test]
+fn commands_that_end_together_leave_the_name_free() {
+    let place = Place::new();
+    for round in 0..12 {
+        let keeper = place.keeper("short");
+        let sub = place.start(&["sub", "short", "--count", "1"]);
+        let well = place.well(&["pub", "short", "--wait", "1", "-a", "n=1", "seen"]);
+        assert_eq!(well, "");
+        // It ends by itself, and the keeper at about the same time.
+        std::thread::sleep(std::time::Duration::from_micros(round * 300));
+        keeper.signal("-TERM");
+        assert_eq!(sub.ends().1, "seen\n");
+        keeper.ends();
+    }
+}

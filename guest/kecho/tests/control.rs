@@ -520,6 +520,7 @@ impl Authority {
             ca: trusts.directory.path().join("ca"),
             certificate: path("crt"),
             key: path("key"),
+            crl: None,
         }
     }
 }

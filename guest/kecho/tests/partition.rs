@@ -124,6 +124,15 @@ impl Net {
         }
     }
 
+    /// Cuts `a` and `b` off from each other, or not any more; both reach `r` all the time.
+    fn between(&self, cut: bool) {
+        let change = if cut { "add" } else { "del" };
+        for (from, to) in [("a", "b"), ("b", "a")] {
+            let packets = format!("from fd00:6b:{from}::2 to fd00:6b:{to}::2 blackhole");
+            self.ip("r", &format!("-6 rule {change} {packets}"));
+        }
+    }
+
     fn process(&self, side: &str, told: &str) -> Process {
         let namespace = self.namespace(side);
         Process::start(&["ip", "netns", "exec", &namespace], told)
@@ -256,5 +265,62 @@ fn packets_that_get_lost_for_a_while_lose_no_event() {
         member.expect(&format!("member {n}"), &expected);
     }
     see(&mut members, 4);
+    drop((members, registry));
+}
+
+#[test]
+fn a_source_goes_on_that_is_cut_off_from_a_sink_while_both_reach_the_contact() {
+    let Some(net) = Net::new("between") else {
+        return;
+    };
+    let registry = net.registry();
+    let told = "100 500 tcp:[fd00:6b:a::1]:7400 tcp";
+    let mut members: Vec<Peer> = ["r", "a", "b"]
+        .iter()
+        .map(|side| Peer::Process(net.process(side, told)))
+        .collect();
+    for (n, member) in members.iter_mut().enumerate() {
+        member.ask(["create x 1048576", "open x"][usize::from(n > 0)]);
+        member.ask(["sink", "source 1", "sink"][n]);
+    }
+    let [contact, source, sink] = &mut members[..] else {
+        panic!("three members")
+    };
+    let attached = |source: &mut Peer, count: u64| {
+        until("so many sinks are attached", || {
+            source.number("sinks 1") == count
+        });
+    };
+    attached(source, 2);
+    // What is in the log when it comes back is not lost.
+    net.between(true);
+    source.ask("burst 1 500");
+    sleep(Duration::from_secs(2));
+    net.between(false);
+    let all = |count| Got::from([(1, (0, count))]);
+    sink.expect("the sink", &all(500));
+    attached(source, 2);
+    // More than the log holds: the source waits, and then goes on.
+    net.between(true);
+    source.ask("burst 1 60000");
+    contact.expect("the contact", &all(60_500));
+    attached(source, 1);
+    net.between(false);
+    attached(source, 2);
+    source.ask("burst 1 10");
+    contact.expect("the contact", &all(60_510));
+    until("the sink has what came last", || {
+        sink.report().got.get(&1) == Some(&(0, 60_510))
+    });
+    until("the sink says what it has lost", || {
+        sink.report().dropped > 0
+    });
+    let common::Book { wrong, dropped, .. } = sink.report();
+    let numbers: Vec<u64> = wrong[0].split(' ').filter_map(|n| n.parse().ok()).collect();
+    assert_eq!(
+        (wrong.len(), numbers[0] - numbers[1]),
+        (1, dropped),
+        "{wrong:?}"
+    );
     drop((members, registry));
 }

@@ -108,6 +108,7 @@ struct KechoFile {
     address: Option<String>,
     identity: Option<PathBuf>,
     authorities: Option<PathBuf>,
+    revoked: Option<PathBuf>,
 }
 
 /// The table `[cache]`.
@@ -430,6 +431,7 @@ impl KechoFile {
                 ca: self.authorities.unwrap_or(files.trust.authorities),
                 certificate: files.certificate,
                 key: files.key,
+                crl: Some(self.revoked.unwrap_or(files.trust.revoked)),
             })
         });
         Ok(Kecho {
@@ -880,6 +882,10 @@ mod tests {
         let identity = kecho.identity.unwrap();
         assert_eq!(identity.certificate, Path::new("/p/x.pem"));
         assert_eq!(identity.ca, Path::new("/p/ca.pem"));
+        assert_eq!(identity.crl.as_deref(), Some(Path::new("/p/crl.pem")));
+        let kecho = load("identity = \"/p/x\"\nrevoked = \"/r\"\n").unwrap();
+        let identity = kecho.identity.unwrap();
+        assert_eq!(identity.crl.as_deref(), Some(Path::new("/r")));
         for (address, told) in [
             ("stomp://me:secret@h/q", "password out"),
             ("stomp://h/a/b", "a queue's name"),

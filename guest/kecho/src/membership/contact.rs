@@ -18,6 +18,7 @@ impl Shared {
         m.contact = Contact::Me(Desk {
             next: 1,
             seats: HashMap::new(),
+            handing: false,
         });
         self.change(m, 0, Some(own));
     }
@@ -44,6 +45,9 @@ impl Shared {
             };
         };
         let desk = match &mut m.contact {
+            Contact::Me(Desk { handing: true, .. }) => {
+                return Reply::NotContact { contact: None };
+            }
             Contact::Me(desk) => desk,
             Contact::Other { address, control } => {
                 return Reply::NotContact {
@@ -117,17 +121,6 @@ impl Shared {
         m.broadcast(None, &notice);
     }
 
-    pub(crate) fn serve_leave(self: &Arc<Self>, control: &Control, channel: &str) -> Reply {
-        let mut state = self.state();
-        if let Some(m) = state.channels.get_mut(channel)
-            && m.is_contact()
-            && let Some(number) = m.number_of(control.node)
-        {
-            self.remove(m, number);
-        }
-        Reply::Done
-    }
-
     pub(crate) fn serve_destroy(self: &Arc<Self>, channel: &str) -> Reply {
         let mut state = self.state();
         let Some(m) = state.channels.get_mut(channel) else {
@@ -143,8 +136,8 @@ impl Shared {
                 channel: channel.to_owned(),
             },
         );
+        self.registry_forget(m);
         self.destroyed(&mut state.channels, channel);
-        self.registry_forget(channel);
         Reply::Done
     }
 

@@ -132,6 +132,8 @@ pub struct Book {
     pub got: Got,
     /// What should not have been.
     pub wrong: Vec<String>,
+    /// What the sink says that it has lost.
+    pub dropped: u64,
 }
 
 impl Book {
@@ -164,7 +166,7 @@ impl Collector {
             while !stopped.load(Ordering::Relaxed) {
                 match sink.receive_timeout(Duration::from_millis(20)) {
                     Ok(Some(event)) => to.lock().unwrap().note(event.get().payload()),
-                    Ok(None) => {}
+                    Ok(None) => to.lock().unwrap().dropped = sink.counters().dropped,
                     Err(error) => {
                         to.lock().unwrap().wrong.push(error.to_string());
                         break;
@@ -282,11 +284,37 @@ impl Member {
                 let got = book.got.into_iter();
                 let got = got.map(|(tag, (first, next))| format!("{tag} {first} {next}"));
                 let wrong = book.wrong.into_iter().map(|text| format!("wrong {text}"));
-                return got.chain(wrong).collect();
+                let dropped = std::iter::once(format!("dropped {}", book.dropped));
+                return got.chain(wrong).chain(dropped).collect();
+            }
+            "status" => {
+                let name = words.next().unwrap();
+                let own = self.node.address().node;
+                let status = match self.node.status(name) {
+                    Ok(status) => status,
+                    Err(error) => return vec![format!("{own}: {error}")],
+                };
+                let nodes = status.nodes.iter();
+                let nodes =
+                    nodes.map(|n| format!("{} {} {:?}", n.address.node, n.sinks, n.sources));
+                let head = format!("{own}: {} epoch {}", status.contact.node, status.epoch);
+                return std::iter::once(head).chain(nodes).collect();
             }
             "descriptors" => {
                 let count = std::fs::read_dir("/proc/self/fd").unwrap().count();
                 return vec![count.to_string()];
+            }
+            // While there is nobody to ask now, too.
+            "enter" => {
+                let name = words.next().unwrap();
+                let deadline = Instant::now() + LONG;
+                self.channel = Some(loop {
+                    let entered = self.node.open_or_create(name, ChannelOptions::default());
+                    match entered {
+                        Ok(channel) => break channel,
+                        Err(error) => assert!(Instant::now() < deadline, "{error}"),
+                    }
+                });
             }
             "leave" => self.channel.take().unwrap().leave(),
             _ => {
@@ -367,6 +395,10 @@ impl Process {
     pub fn ask(&self, command: &str) -> Vec<String> {
         self.tell(command);
         self.answer(command)
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn kill(mut self) {
@@ -462,6 +494,10 @@ impl Peer {
         for line in self.ask("report") {
             if let Some(text) = line.strip_prefix("wrong ") {
                 book.wrong.push(text.to_owned());
+                continue;
+            }
+            if let Some(count) = line.strip_prefix("dropped ") {
+                book.dropped = count.parse().unwrap();
                 continue;
             }
             let numbers: Vec<u64> = line.split(' ').map(|n| n.parse().unwrap()).collect();

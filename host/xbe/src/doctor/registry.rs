@@ -15,6 +15,7 @@ pub async fn look(address: Address, identity: Option<&Path>) -> Look {
             ca: files.trust.authorities,
             certificate: files.certificate,
             key: files.key,
+            crl: Some(files.trust.revoked),
         }),
         Err(error) => return warning(chain(&error), "xbe pki issue --daemon NAME"),
     };
@@ -23,7 +24,7 @@ pub async fn look(address: Address, identity: Option<&Path>) -> Look {
         Ok(found) => Ok(found),
         Err(Error::Tls { path, why }) => warning(
             format!("{}: {why}", path.display()),
-            "name a daemon with --identity: DIR/NAME for DIR/NAME.pem and .key, beside ca.pem",
+            "name a daemon with --identity: DIR/NAME for DIR/NAME.pem and .key, beside ca.pem and crl.pem",
         ),
         Err(error) => warning(
             chain(&error),

@@ -286,6 +286,7 @@ mod tests {
             ca: "/ca".into(),
             certificate: "/c".into(),
             key: "/k".into(),
+            crl: None,
         });
         let node = node_config(&config, Path::new("/d"));
         assert!(node.strict && !node.plaintext && node.tls.is_some());

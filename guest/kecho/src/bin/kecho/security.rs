@@ -17,6 +17,10 @@ pub struct Security {
     /// The certificate's key, in PEM.
     #[arg(long, requires = "ca", global = true)]
     key: Option<PathBuf>,
+    /// Revocation lists, in PEM, one of every authority; read again when it changes. While it is broken or out of
+    /// date nobody gets in from other machines.
+    #[arg(long, requires = "ca", global = true)]
+    crl: Option<PathBuf>,
     /// Whether TCP may leave the machine without TLS.
     #[arg(long, global = true)]
     pub plaintext: bool,
@@ -35,6 +39,7 @@ impl Security {
             ca: self.ca.clone()?,
             certificate: self.certificate.clone()?,
             key: self.key.clone()?,
+            crl: self.crl.clone(),
         })
     }
 }
