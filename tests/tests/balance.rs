@@ -17,8 +17,6 @@ use xbee_tests::{PATIENCE, Xbed, qemu};
 const SERVERS: usize = 4;
 /// Of the registry, on vsock.
 const REGISTRY_PORT: u32 = 7400;
-/// Of the registry, in its own guest: guests do not reach themselves over vsock.
-const REGISTRY_SOCKET: &str = "unix:/tmp/registry.sock";
 /// Each server is in two groups, by a process each: one group sends each request to two, the other to one.
 const GROUPS: [Group; 2] = [
     Group {
@@ -266,20 +264,14 @@ impl Guests {
         }
         let cid = self.sh(0, "/root/balance-server cid");
         let registry = format!("vsock:{}:{REGISTRY_PORT}", cid.trim());
-        let command =
-            format!("/root/kechod registry --listen {registry} --listen {REGISTRY_SOCKET}");
+        let command = format!("/root/kechod registry --listen {registry}");
         self.leave(0, &command, "registry");
-        let listens = "until grep -q unix: /tmp/registry.log; do sleep 0.1; done";
+        let listens = "until grep -q vsock: /tmp/registry.log; do sleep 0.1; done";
         self.sh(0, listens);
         for guest in in_order() {
-            let registry = if guest == 0 {
-                REGISTRY_SOCKET
-            } else {
-                &registry
-            };
             for group in GROUPS {
                 let listen = format!("127.0.0.1:{}", group.port);
-                let arguments = group.arguments(guest, registry, &listen).join(" ");
+                let arguments = group.arguments(guest, &registry, &listen).join(" ");
                 let command = format!("/root/balance-server {arguments}");
                 self.leave(guest, &command, group.name);
             }

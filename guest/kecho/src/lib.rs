@@ -88,6 +88,7 @@ mod source;
 mod status;
 mod stream;
 mod tls;
+mod transports;
 pub mod types;
 pub mod value;
 mod wire;
@@ -101,7 +102,7 @@ pub use filter::{FilterError, SinkFilter, State};
 pub use message::is_channel_name;
 #[doc(hidden)]
 pub use message::probe;
-pub use node::{Config, Node, Transports};
+pub use node::{Config, Node};
 pub use registry::{Registry, RegistryConfig};
 pub use sink::{Batch, Event, InFilter, Sink, SinkCounters, SinkOptions};
 pub use source::{
@@ -110,5 +111,6 @@ pub use source::{
 };
 pub use status::{NodeStatus, SourceStatus, Status};
 pub use tls::TlsFiles;
+pub use transports::Transports;
 pub use types::{EventType, FieldKind, TypeError};
 pub use value::Value;

@@ -15,6 +15,7 @@ use tokio::sync::{Notify, Semaphore, oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
+use xbee_link::HOST_CID;
 
 use crate::address::{Address, NodeAddress};
 use crate::control::{Control, End, Handler, Pulse};
@@ -28,6 +29,7 @@ use crate::socket::Sender;
 use crate::source::SourceCore;
 use crate::stream::{Listener, Security, Stream};
 use crate::tls::{Tls, TlsFiles};
+use crate::transports::{Transports, is_guest, reaches};
 
 /// The most connections to a node that it serves itself. Those that carry events count with their sources.
 const MAX_CONNECTIONS: usize = 4096;
@@ -39,12 +41,8 @@ const DIAL_TIME: Duration = Duration::from_secs(2);
 const SHUTDOWN: Duration = Duration::from_secs(3);
 /// The first port of vsock that a node listens at; there may be as many nodes in a guest as follow.
 const VSOCK_PORTS: std::ops::Range<u32> = 7401..7529;
-/// The first context identifier of guests.
-const FIRST_GUEST: u32 = 3;
 /// Sockets that nobody listens at are removed when they are this old, not to meet one that is just being made.
 const OLD_SOCKET: Duration = Duration::from_secs(60);
-/// The most entries of `/proc` that are looked at.
-const MAX_PROCESSES: usize = 4096;
 /// The most old sockets that are looked at.
 const MAX_OLD_SOCKETS: usize = 1024;
 
@@ -63,6 +61,9 @@ pub struct Config {
     pub strict: bool,
     /// Which ways to other nodes are used.
     pub transports: Transports,
+    /// On a host, `xbed`'s socket for guests (`guests-socket`). With it the node and those in guests of its user's reach each other
+    /// over vsock, whatever `transports` says.
+    pub guests: Option<PathBuf>,
     /// Where unix sockets are made; by default `kecho-UID` in `$XDG_RUNTIME_DIR` or `/tmp`.
     pub directory: Option<PathBuf>,
     /// How often a connection carries a sign of life.
@@ -82,64 +83,13 @@ impl Default for Config {
             plaintext: false,
             strict: false,
             transports: Transports::default(),
+            guests: None,
             directory: None,
             heartbeat: Duration::from_secs(2),
             dead_after: Duration::from_secs(10),
             log_bytes: 4 << 20,
         }
     }
-}
-
-/// Ways to other nodes, the shortest first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Transports {
-    /// Within a process.
-    pub same_process: bool,
-    /// Within a kernel: unix sockets and shared memory.
-    pub shared_memory: bool,
-    /// Between guests. By default in a guest of XenBEE's.
-    pub vsock: bool,
-    /// IPv6.
-    pub tcp: bool,
-}
-
-impl Default for Transports {
-    fn default() -> Transports {
-        Transports {
-            same_process: true,
-            shared_memory: true,
-            vsock: has_agent(Path::new("/proc"))
-                && xbee_link::peer::local_cid().is_ok_and(is_guest),
-            tcp: true,
-        }
-    }
-}
-
-/// Whether XenBEE's agent runs here: in other virtual machines vsock may be for something else.
-fn has_agent(processes: &Path) -> bool {
-    let Ok(processes) = std::fs::read_dir(processes) else {
-        return false;
-    };
-    processes
-        .flatten()
-        .take(MAX_PROCESSES)
-        .any(|process| is_agent(&process.path()))
-}
-
-fn is_agent(process: &Path) -> bool {
-    // It may have ended meanwhile.
-    let read = |file| std::fs::read(process.join(file)).unwrap_or_default();
-    match read("comm").trim_ascii_end() {
-        b"xbeinstd" => true,
-        // What a guest's kernel has started is called so; the agent marks its first argument.
-        b"init" => read("cmdline").starts_with(b"@init\0"),
-        _ => false,
-    }
-}
-
-/// Whether a context identifier is one of a guest, not of the host or the hypervisor.
-fn is_guest(cid: u32) -> bool {
-    (FIRST_GUEST..u32::MAX).contains(&cid)
 }
 
 /// A running node. It leaves all its channels with its last clone, or when it is shut down.
@@ -172,7 +122,9 @@ pub(crate) struct Shared {
     /// Farewells under way.
     pub leaving: watch::Sender<usize>,
     security: Security,
-    vsock: bool,
+    /// The own context identifier, where there is vsock.
+    cid: Option<u32>,
+    guests: Option<PathBuf>,
     state: Mutex<State>,
     /// Who waits for the deaths of sinks' processes, by source and sink.
     watchers: Mutex<HashMap<(Uuid, Uuid), AbortHandle>>,
@@ -303,45 +255,60 @@ fn address_towards(registry: Option<&Address>) -> io::Result<Option<SocketAddrV6
     })
 }
 
+/// What a node's unix socket is called, wherever it is.
+fn socket_name(id: Uuid) -> String {
+    format!("{id}.sock")
+}
+
 /// Listeners and what is advertised of them.
 struct Doors {
     listeners: Vec<Listener>,
     endpoints: Vec<Address>,
     socket: PathBuf,
-    vsock: bool,
+    cid: Option<u32>,
+}
+
+/// The own context identifier, where vsock is to be used.
+fn own_cid(config: &Config) -> Option<u32> {
+    if config.guests.is_some() {
+        return Some(HOST_CID);
+    }
+    let cid = xbee_link::peer::local_cid().ok()?;
+    (config.transports.vsock && is_guest(cid)).then_some(cid)
 }
 
 /// Opens all doors, within the runtime.
 fn open_doors(id: Uuid, config: &Config) -> Result<Doors, Error> {
     let bind = |address: &Address| {
-        Listener::bind(address).map_err(Error::system(format!("listen at {address}")))
+        let bound = Listener::bind(address, config.guests.as_deref());
+        bound.map_err(Error::system(format!("listen at {address}")))
     };
     let path = directory_path(config.directory.as_deref());
     let unusable = format!("use {} as the directory for unix sockets", path.display());
     make_directory(&path).map_err(Error::system(unusable))?;
     remove_old_sockets(&path);
-    let socket = path.join(format!("{id}.sock"));
+    let socket = path.join(socket_name(id));
     let unix = Address::Unix(socket.clone());
     let mut doors = Doors {
         listeners: vec![bind(&unix)?],
         endpoints: vec![unix],
         socket,
-        vsock: false,
+        cid: own_cid(config),
     };
-    if config.transports.vsock
-        && let Ok(cid) = xbee_link::peer::local_cid()
-        && is_guest(cid)
-    {
-        doors.vsock = true;
+    if let Some(cid) = doors.cid {
         for port in VSOCK_PORTS {
             let address = Address::Vsock { cid, port };
-            match Listener::bind(&address) {
+            match Listener::bind(&address, config.guests.as_deref()) {
                 Ok(listener) => {
                     doors.listeners.push(listener);
                     doors.endpoints.push(address);
                     break;
                 }
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+                // It was asked for.
+                Err(error) if cid == HOST_CID => {
+                    return Err(Error::system(format!("listen at {address}"))(error));
+                }
                 Err(error) => {
                     tracing::warn!(%address, %error, "other guests cannot reach this node over vsock");
                     break;
@@ -419,7 +386,8 @@ impl Node {
                 plaintext: config.plaintext,
                 strict: config.strict,
             },
-            vsock: doors.vsock,
+            cid: doors.cid,
+            guests: config.guests,
             state: Mutex::default(),
             watchers: Mutex::default(),
             room: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
@@ -639,12 +607,17 @@ impl Shared {
         match address {
             // Where only the address is known, it is the caller's choice.
             _ if to.boot.is_empty() => Some(0),
+            // Where it is, is another member's word, perhaps a guest's: it must not have this one speak to any other socket of its
+            // user's.
+            Address::Unix(path) if !path.ends_with(socket_name(to.node)) => None,
             Address::Unix(_) => {
                 let here = self.transports.same_process && local_node(to.node).is_some();
                 let near = self.transports.shared_memory || here;
                 (near && to.boot == self.address.boot).then_some(0)
             }
-            Address::Vsock { cid, .. } => (self.vsock && is_guest(*cid)).then_some(1),
+            Address::Vsock { cid, .. } => {
+                reaches(self.cid, *cid, to.boot == self.address.boot).then_some(1)
+            }
             Address::Tcp(_) => self.transports.tcp.then_some(2),
         }
     }
@@ -680,7 +653,7 @@ impl Shared {
         address: &Address,
         purpose: &Purpose,
     ) -> Result<(Stream, Uuid), DialError> {
-        let mut stream = Stream::connect(address, &self.security).await?;
+        let mut stream = Stream::connect(address, &self.security, self.guests.as_deref()).await?;
         let hello = Hello {
             version: VERSION,
             node: self.id,
@@ -795,20 +768,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_agent_is_known_by_its_name_or_its_mark() {
-        for (comm, cmdline, agent) in [
-            ("xbeinstd\n", "@usr/sbin/xbeinstd\0--service\0", true),
-            ("init\n", "@init\0", true),
-            ("init\n", "/sbin/init\0", false),
-            ("sh\n", "@init\0", false),
+    fn no_member_has_a_node_speak_to_any_socket() {
+        let node = Node::start(Config::default()).unwrap();
+        let shared = &node.owner.shared;
+        let mut other = shared.address.clone();
+        other.node = Uuid::new_v4();
+        let unix = |name: String| Address::Unix(PathBuf::from("/run").join(name));
+        let its_own = unix(format!("{}.sock", other.node));
+        assert_eq!(shared.distance(&other, &its_own), Some(0));
+        for name in [
+            "xbed.sock".to_owned(),
+            format!("x{}.sock", other.node),
+            format!("{}.sock", shared.id),
         ] {
-            let processes = tempfile::tempdir().unwrap();
-            let process = processes.path().join("1");
-            std::fs::create_dir(&process).unwrap();
-            std::fs::write(process.join("comm"), comm).unwrap();
-            std::fs::write(process.join("cmdline"), cmdline).unwrap();
-            assert_eq!(has_agent(processes.path()), agent, "{comm}{cmdline}");
+            assert_eq!(shared.distance(&other, &unix(name)), None);
         }
-        assert!(!has_agent(Path::new("/proc/none")));
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -47,6 +48,8 @@ pub struct RegistryConfig {
     pub plaintext: bool,
     /// Whether TCP within the machine needs TLS too.
     pub strict: bool,
+    /// On a host, where its socket for guests is: needed to listen at `vsock:2:PORT`.
+    pub guests: Option<PathBuf>,
 }
 
 /// A registry that runs. It ends when dropped.
@@ -92,7 +95,7 @@ impl Registry {
         {
             let _within = runtime.enter();
             for address in &config.listen {
-                let bound = Listener::bind(address);
+                let bound = Listener::bind(address, config.guests.as_deref());
                 let listener = bound.map_err(Error::system(format!("listen at {address}")))?;
                 let mut address = address.clone();
                 if let (Address::Tcp(address), Some(port)) = (&mut address, listener.tcp_port()) {

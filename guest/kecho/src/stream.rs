@@ -4,6 +4,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
@@ -18,9 +19,10 @@ use rustls::pki_types::ServerName;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::time::sleep;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
-use xbee_link::Link;
 use xbee_link::peer::{self, PeerListener};
+use xbee_link::{HOST_CID, Link, host};
 
 use crate::address::Address;
 use crate::control::Pulse;
@@ -95,15 +97,23 @@ fn keep_alive(stream: BorrowedFd<'_>, side: Side, pulse: Pulse) -> io::Result<()
 }
 
 impl Stream {
-    /// Connects, with TLS where it must be.
-    pub(crate) async fn connect(address: &Address, security: &Security) -> io::Result<Stream> {
+    /// Connects, with TLS where it must be; to guests by the host's socket for them, if there is one.
+    pub(crate) async fn connect(
+        address: &Address,
+        security: &Security,
+        guests: Option<&Path>,
+    ) -> io::Result<Stream> {
         match address {
             Address::Unix(path) => {
                 let stream = Stream::Unix(UnixStream::connect(path).await?);
                 stream.admit(security).await
             }
             Address::Vsock { cid, port } => {
-                let mut link = LinkStream::new(peer::dial(*cid, *port)?)?;
+                let link = match guests {
+                    Some(socket) => host::dial(socket, *cid, *port)?,
+                    None => peer::dial(*cid, *port)?,
+                };
+                let mut link = LinkStream::new(link)?;
                 link.connected().await?;
                 Ok(Stream::Link(link))
             }
@@ -330,12 +340,77 @@ impl LinkStream {
 pub(crate) enum Listener {
     Unix(UnixListener),
     Tcp(TcpListener),
-    Vsock(PeerListener, AsyncFd<OwnedFd>),
+    Vsock(PeerDoor),
+    Guests(GuestsDoor),
+}
+
+/// Where guests come, and what tells of them.
+#[derive(Debug)]
+pub(crate) struct PeerDoor {
+    listener: PeerListener,
+    events: AsyncFd<OwnedFd>,
+}
+
+impl PeerDoor {
+    fn new(listener: PeerListener) -> io::Result<PeerDoor> {
+        let events = events(listener.as_fd(), Interest::READABLE)?;
+        Ok(PeerDoor { listener, events })
+    }
+
+    async fn accept(&mut self) -> io::Result<Stream> {
+        loop {
+            if let Some((link, _)) = self.listener.accept()? {
+                return Ok(Stream::Link(LinkStream::new(link)?));
+            }
+            let mut ready = self.events.readable().await?;
+            match self.listener.accept()? {
+                Some((link, _)) => return Ok(Stream::Link(LinkStream::new(link)?)),
+                None => ready.clear_ready(),
+            }
+        }
+    }
+}
+
+/// The same on the host, at a port that is taken again when the switch, which it is listened by, was started anew.
+#[derive(Debug)]
+pub(crate) struct GuestsDoor {
+    socket: PathBuf,
+    port: u32,
+    door: Option<PeerDoor>,
+}
+
+impl GuestsDoor {
+    async fn accept(&mut self) -> Stream {
+        loop {
+            if let Some(door) = &mut self.door {
+                match door.accept().await {
+                    Ok(stream) => return stream,
+                    Err(error) => tracing::warn!(port = self.port, %error, "guests cannot come"),
+                }
+                self.door = None;
+            }
+            let (socket, port) = (self.socket.clone(), self.port);
+            // It waits for the switch's answer.
+            let listening = tokio::task::spawn_blocking(move || host::listen(&socket, port));
+            let listening = listening.await.map_err(io::Error::other).flatten();
+            match listening.and_then(PeerDoor::new) {
+                Ok(door) => {
+                    tracing::info!(port = self.port, "guests can come again");
+                    self.door = Some(door);
+                }
+                Err(error) => {
+                    tracing::debug!(port = self.port, %error, "guests cannot come yet");
+                    sleep(LISTEN_PAUSE).await;
+                }
+            }
+        }
+    }
 }
 
 impl Listener {
-    /// Listens, within the runtime. A unix socket that nobody listens at any more is replaced.
-    pub(crate) fn bind(address: &Address) -> io::Result<Listener> {
+    /// Listens, within the runtime. A unix socket that nobody listens at any more is replaced. `guests`: where the host's socket
+    /// for guests is.
+    pub(crate) fn bind(address: &Address, guests: Option<&Path>) -> io::Result<Listener> {
         match address {
             Address::Unix(path) => {
                 let dead = |error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
@@ -346,10 +421,26 @@ impl Listener {
                 }
                 Ok(Listener::Unix(UnixListener::bind(path)?))
             }
+            Address::Vsock {
+                cid: HOST_CID,
+                port,
+            } => {
+                let socket = guests.ok_or_else(|| {
+                    let text = "a host's program needs xbed's socket for guests: name it (--guests, KECHO_GUESTS)";
+                    io::Error::new(io::ErrorKind::InvalidInput, text)
+                })?;
+                Ok(Listener::Guests(GuestsDoor {
+                    socket: socket.to_owned(),
+                    port: *port,
+                    door: Some(PeerDoor::new(host::listen(socket, *port)?)?),
+                }))
+            }
+            Address::Vsock { .. } if guests.is_some() => {
+                let text = "a host's program listens at vsock:2:PORT";
+                Err(io::Error::new(io::ErrorKind::InvalidInput, text))
+            }
             Address::Vsock { port, .. } => {
-                let listener = PeerListener::bind(*port)?;
-                let events = events(listener.as_fd(), Interest::READABLE)?;
-                Ok(Listener::Vsock(listener, events))
+                Ok(Listener::Vsock(PeerDoor::new(PeerListener::bind(*port)?)?))
             }
             Address::Tcp(address) => {
                 let socket = tokio::net::TcpSocket::new_v6()?;
@@ -365,7 +456,7 @@ impl Listener {
     pub(crate) fn tcp_port(&self) -> Option<u16> {
         match self {
             Listener::Tcp(listener) => listener.local_addr().ok().map(|address| address.port()),
-            Listener::Unix(_) | Listener::Vsock(..) => None,
+            Listener::Unix(_) | Listener::Vsock(_) | Listener::Guests(_) => None,
         }
     }
 
@@ -374,22 +465,16 @@ impl Listener {
         match self {
             Listener::Unix(listener) => Ok(Stream::Unix(listener.accept().await?.0)),
             Listener::Tcp(listener) => Ok(Stream::Tcp(listener.accept().await?.0)),
-            Listener::Vsock(listener, events) => loop {
-                if let Some((link, _)) = listener.accept()? {
-                    return Ok(Stream::Link(LinkStream::new(link)?));
-                }
-                let mut ready = events.readable().await?;
-                match listener.accept()? {
-                    Some((link, _)) => return Ok(Stream::Link(LinkStream::new(link)?)),
-                    None => ready.clear_ready(),
-                }
-            },
+            Listener::Vsock(door) => door.accept().await,
+            Listener::Guests(door) => Ok(door.accept().await),
         }
     }
 }
 
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 256;
+/// How long to wait before the host's socket for guests is tried again.
+const LISTEN_PAUSE: Duration = Duration::from_secs(1);
 
 /// Sends two descriptors with one byte.
 pub(crate) async fn send_fds(stream: &UnixStream, fds: [BorrowedFd<'_>; 2]) -> io::Result<()> {

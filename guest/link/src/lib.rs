@@ -3,8 +3,10 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod device;
+pub mod host;
 mod hub;
 mod lock;
+mod own;
 pub mod peer;
 pub mod rendezvous;
 mod ring;
@@ -71,6 +73,8 @@ enum Carrier {
     Socket(OwnedFd),
     /// Until the host connects.
     Listener(OwnedFd),
+    /// A program of the host's, until the switch has answered it, and what has come of the answer.
+    Host(OwnedFd, Vec<u8>),
     Vchan(Vchan),
     Peer(PeerStream),
 }
@@ -117,11 +121,18 @@ impl Link {
     /// # Errors
     /// Why it will not be.
     pub fn connected(&mut self) -> io::Result<bool> {
-        match &self.0 {
+        match &mut self.0 {
             Carrier::Socket(fd) => {
                 sockopt::socket_error(fd)??;
                 Ok(true)
             }
+            Carrier::Host(fd, answer) => match host::answered(fd, answer)? {
+                true => {
+                    self.0 = Carrier::Socket(fd.try_clone()?);
+                    Ok(true)
+                }
+                false => Ok(false),
+            },
             Carrier::Listener(listener) => {
                 match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                     Ok(fd) => {
@@ -162,7 +173,7 @@ impl Link {
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match &mut self.0 {
             Carrier::Socket(fd) => Ok(recv(fd, buffer, RecvFlags::empty())?.0),
-            Carrier::Listener(_) => Err(io::ErrorKind::NotConnected.into()),
+            Carrier::Listener(_) | Carrier::Host(..) => Err(io::ErrorKind::NotConnected.into()),
             Carrier::Vchan(vchan) => vchan.read_after_events(buffer),
             Carrier::Peer(stream) => stream.read(buffer),
         }
@@ -175,7 +186,7 @@ impl Link {
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match &mut self.0 {
             Carrier::Socket(fd) => Ok(send(fd, bytes, SendFlags::NOSIGNAL)?),
-            Carrier::Listener(_) => Err(io::ErrorKind::NotConnected.into()),
+            Carrier::Listener(_) | Carrier::Host(..) => Err(io::ErrorKind::NotConnected.into()),
             Carrier::Vchan(vchan) => vchan.write(bytes),
             Carrier::Peer(stream) => stream.write(bytes),
         }
@@ -198,7 +209,7 @@ impl From<Vchan> for Link {
 impl AsFd for Link {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.0 {
-            Carrier::Socket(fd) | Carrier::Listener(fd) => fd.as_fd(),
+            Carrier::Socket(fd) | Carrier::Listener(fd) | Carrier::Host(fd, _) => fd.as_fd(),
             Carrier::Vchan(vchan) => vchan.as_fd(),
             Carrier::Peer(stream) => stream.as_fd(),
         }

@@ -16,8 +16,10 @@
 //! | the other guest is destroyed | the end | `ConnectionReset` |
 //! | the other program is killed | the end or `ConnectionReset` | the end |
 //!
-//! So an end does not prove that all has come: what matters says so in its own bytes. On Xen a
-//! guest cannot dial itself, there is no half-close, and when a guest is saved its streams end, for
+//! A guest's own identifier is a guest of one's own like another: who listens is found without vsock or Xen, by an abstract name of
+//! a unix socket, and must be of root or of who dials (otherwise `PermissionDenied`; where nobody listens, `ConnectionRefused`).
+//!
+//! So an end does not prove that all has come: what matters says so in its own bytes. On Xen there is no half-close, and when a guest is saved its streams end, for
 //! itself with `ConnectionReset`, of which it hears five seconds later or when it goes on. A guest's
 //! kernel has room for 31 streams that it serves, the host's among them, unless the parameter `limit`
 //! of its module `xen-gntalloc` is raised.
@@ -26,14 +28,14 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::event::PollFlags;
+use rustix::event::{PollFlags, epoll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, listen, socket_with};
 
+use crate::host::HostDoor;
 use crate::hub::{self, PeerQueue};
-use crate::rendezvous;
 use crate::xenstore::{self, Xenstore};
-use crate::{Address, Carrier, Link, vsock};
+use crate::{Address, Carrier, Link, own, rendezvous, vsock};
 
 /// Streams that wait to be accepted.
 pub(crate) const BACKLOG: usize = 16;
@@ -43,7 +45,7 @@ pub(crate) const BACKLOG: usize = 16;
 pub struct PeerAddress {
     /// Context identifier of its guest; [`HOST_CID`](crate::HOST_CID) for the host, on vsock.
     pub cid: u32,
-    /// Its port.
+    /// Its port; 0 of a program of this guest.
     pub port: u32,
 }
 
@@ -53,8 +55,68 @@ pub struct PeerListener(Door);
 
 #[derive(Debug)]
 enum Door {
+    Guest(GuestDoor),
+    Host(HostDoor),
+}
+
+/// In a guest: where others come, where its own programs do, and what tells of both.
+#[derive(Debug)]
+struct GuestDoor {
+    others: Others,
+    own: OwnedFd,
+    cid: u32,
+    events: OwnedFd,
+}
+
+#[derive(Debug)]
+enum Others {
     Socket(OwnedFd),
     Queue(PeerQueue),
+}
+
+impl GuestDoor {
+    fn new(others: Others, own: OwnedFd, cid: u32) -> io::Result<GuestDoor> {
+        let events = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let of_others = match &others {
+            Others::Socket(fd) => fd.as_fd(),
+            Others::Queue(queue) => queue.as_fd(),
+        };
+        for door in [of_others, own.as_fd()] {
+            let data = epoll::EventData::new_u64(0);
+            epoll::add(&events, door, data, epoll::EventFlags::IN)?;
+        }
+        Ok(GuestDoor {
+            others,
+            own,
+            cid,
+            events,
+        })
+    }
+
+    fn accept(&mut self) -> io::Result<Option<(Link, PeerAddress)>> {
+        if let Some(fd) = own::accept(&self.own)? {
+            // It has no port of its own.
+            let from = PeerAddress {
+                cid: self.cid,
+                port: 0,
+            };
+            return Ok(Some((Link(Carrier::Socket(fd)), from)));
+        }
+        match &mut self.others {
+            Others::Queue(queue) => Ok(queue
+                .accept()
+                .map(|(stream, from)| (Link(Carrier::Peer(stream)), from))),
+            Others::Socket(listener) => match vsock::accept(listener) {
+                Ok((fd, cid, port)) => {
+                    let link = Link(Carrier::Socket(fd));
+                    Ok(Some((link, PeerAddress { cid, port })))
+                }
+                // Who wanted to connect has gone again.
+                Err(Errno::AGAIN | Errno::CONNABORTED | Errno::INTR) => Ok(None),
+                Err(error) => Err(error.into()),
+            },
+        }
+    }
 }
 
 impl PeerListener {
@@ -67,38 +129,39 @@ impl PeerListener {
         if port == vsock::ANY {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        if is_xen() {
-            return Ok(PeerListener(Door::Queue(hub::listen(port)?)));
-        }
-        let fd = socket_with(
-            AddressFamily::from_raw(libc::AF_VSOCK as u16),
-            SocketType::STREAM,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            None,
-        )?;
-        vsock::bind(&fd, port)?;
-        listen(&fd, BACKLOG as i32)?;
-        Ok(PeerListener(Door::Socket(fd)))
+        // First what shows that a program of this guest has the port.
+        let own = own::door(port)?;
+        let others = if is_xen() {
+            Others::Queue(hub::listen(port)?)
+        } else {
+            let fd = socket_with(
+                AddressFamily::from_raw(libc::AF_VSOCK as u16),
+                SocketType::STREAM,
+                SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+                None,
+            )?;
+            vsock::bind(&fd, port)?;
+            listen(&fd, BACKLOG as i32)?;
+            Others::Socket(fd)
+        };
+        // One that has no identifier yet listens all the same.
+        let cid = local_cid().unwrap_or(vsock::ANY);
+        Ok(PeerListener(Door::Guest(GuestDoor::new(others, own, cid)?)))
+    }
+
+    /// Of a program on the host.
+    pub(crate) fn of_host(door: HostDoor) -> PeerListener {
+        PeerListener(Door::Host(door))
     }
 
     /// A stream that has come, with who has dialled it; `None` where there is none now.
     ///
     /// # Errors
-    /// What the system says.
+    /// What the system says; of [`crate::host::listen`]'s, `BrokenPipe` when the switch has gone.
     pub fn accept(&mut self) -> io::Result<Option<(Link, PeerAddress)>> {
         match &mut self.0 {
-            Door::Queue(queue) => Ok(queue
-                .accept()
-                .map(|(stream, from)| (Link(Carrier::Peer(stream)), from))),
-            Door::Socket(listener) => match vsock::accept(listener) {
-                Ok((fd, cid, port)) => {
-                    let link = Link(Carrier::Socket(fd));
-                    Ok(Some((link, PeerAddress { cid, port })))
-                }
-                // Who wanted to connect has gone again.
-                Err(Errno::AGAIN | Errno::CONNABORTED | Errno::INTR) => Ok(None),
-                Err(error) => Err(error.into()),
-            },
+            Door::Guest(door) => door.accept(),
+            Door::Host(door) => door.accept(),
         }
     }
 
@@ -111,17 +174,20 @@ impl PeerListener {
 impl AsFd for PeerListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.0 {
-            Door::Socket(fd) => fd.as_fd(),
-            Door::Queue(queue) => queue.as_fd(),
+            Door::Guest(door) => door.events.as_fd(),
+            Door::Host(door) => door.as_fd(),
         }
     }
 }
 
-/// Begins to reach a port of another guest of the same owner, as [`Link::dial`] does.
+/// Begins to reach a port of another guest of the same owner, or of this one, as [`Link::dial`] does.
 ///
 /// # Errors
 /// What the system says. What the table above has may come here or from [`Link::connected`].
 pub fn dial(cid: u32, port: u32) -> io::Result<Link> {
+    if local_cid().is_ok_and(|own| own == cid) {
+        return Ok(Link(Carrier::Socket(own::dial(port)?)));
+    }
     // Apart from `Link::dial`, so that the agent, which dials no guest, need not contain all this.
     match is_xen() {
         true => Ok(Link(Carrier::Peer(hub::dial(cid, port)?))),

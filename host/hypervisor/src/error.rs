@@ -167,6 +167,15 @@ pub enum Error {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The socket by which host programs reach guests cannot be served.
+    #[error("cannot serve the socket for guests {path} (`guests-socket`)", path = path.display())]
+    GuestsSocket {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The back end cannot do this.
     #[error("cannot {operation} domain {id}: {reason}")]
     Unsupported {
@@ -237,6 +246,7 @@ impl Error {
             Self::Firewall { .. } => "firewall",
             Self::Bridge { .. } => "bridge",
             Self::Switch { .. } => "vsock-switch",
+            Self::GuestsSocket { .. } => "guests-socket",
             Self::Unsupported { .. } => "unsupported",
             Self::NotItsSave { .. } => "not-its-save",
             Self::NotSaved { .. } => "not-saved",

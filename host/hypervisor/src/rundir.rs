@@ -157,11 +157,7 @@ impl RunDir {
         contents: impl FnOnce() -> Result<(), Error>,
     ) -> Result<(), Error> {
         if let Some(parent) = self.0.parent() {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(parent)
-                .map_err(Error::io("make", parent))?;
+            make_domains_dir(parent)?;
         }
         DirBuilder::new()
             .mode(0o700)
@@ -399,6 +395,15 @@ pub(crate) fn new_file(path: &Path) -> io::Result<File> {
         .create_new(true)
         .mode(0o600)
         .open(path)
+}
+
+/// Makes the directory of all domains, where it is missing.
+pub(crate) fn make_domains_dir(path: &Path) -> Result<(), Error> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(path)
+        .map_err(Error::io("make", path))
 }
 
 pub(crate) fn give(path: &Path, owner: Option<u32>) -> io::Result<()> {

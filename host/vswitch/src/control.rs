@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::ether::{CardSpec, UplinkSpec};
+use crate::programs::ProgramsSpec;
 use crate::switch::{DomainSpec, DomainStatus};
 
 mod client;
@@ -39,6 +40,10 @@ pub enum Request {
     },
     /// Gives a domain's network card an uplink. Answered when the gateway's connection can be made.
     AttachUplink(UplinkSpec),
+    /// Serves host programs at the socket that comes along as a descriptor: bound to its name, and not listening yet.
+    ServePrograms(ProgramsSpec),
+    /// Serves no host programs.
+    EndPrograms,
     /// Shows all domains.
     List,
     /// Says the switch's version.

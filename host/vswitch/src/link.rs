@@ -162,32 +162,51 @@ pub enum Hello {
     Invalid,
 }
 
-/// Longest first line: `CONNECT 4294967295\n` and a little grace.
-const HELLO_MAX: usize = 32;
-
 /// Reads `CONNECT <port>\n` and not a byte more (Firecracker's hybrid vsock convention).
 pub fn read_hello(stream: &UnixStream) -> io::Result<Hello> {
-    let mut line = [0u8; HELLO_MAX];
+    let line = match read_line(stream)? {
+        Line::Text(line) => line,
+        Line::Partial => return Ok(Hello::Partial),
+        Line::Invalid => return Ok(Hello::Invalid),
+    };
+    let port = line.strip_prefix("CONNECT ").and_then(|p| p.parse().ok());
+    Ok(port.map_or(Hello::Invalid, Hello::Connect))
+}
+
+/// The first line of a host program.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Line {
+    /// What it says, without spaces at its end.
+    Text(String),
+    /// It is not complete.
+    Partial,
+    /// It is too long or no text, or the stream has ended.
+    Invalid,
+}
+
+/// Longest first line in bytes: `CONNECT 4294967295 4294967295\n` and a little grace.
+const LINE_MAX: usize = 48;
+
+/// Reads a line and not a byte more.
+pub fn read_line(stream: &UnixStream) -> io::Result<Line> {
+    let mut line = [0u8; LINE_MAX];
     let n = match recv(
         stream.as_fd(),
         &mut line,
         RecvFlags::PEEK | RecvFlags::DONTWAIT,
     ) {
         Ok((n, _)) => n,
-        Err(rustix::io::Errno::AGAIN) => return Ok(Hello::Partial),
+        Err(rustix::io::Errno::AGAIN) => return Ok(Line::Partial),
         Err(e) => return Err(e.into()),
     };
     let Some(end) = line[..n].iter().position(|&b| b == b'\n') else {
-        return Ok(if n == 0 || n == HELLO_MAX {
-            Hello::Invalid
+        return Ok(if n == 0 || n == LINE_MAX {
+            Line::Invalid
         } else {
-            Hello::Partial
+            Line::Partial
         });
     };
     recv(stream.as_fd(), &mut line[..=end], RecvFlags::DONTWAIT)?;
-    let port = std::str::from_utf8(&line[..end])
-        .ok()
-        .and_then(|l| l.trim_end().strip_prefix("CONNECT "))
-        .and_then(|p| p.parse().ok());
-    Ok(port.map_or(Hello::Invalid, Hello::Connect))
+    let text = std::str::from_utf8(&line[..end]);
+    Ok(text.map_or(Line::Invalid, |text| Line::Text(text.trim_end().to_owned())))
 }

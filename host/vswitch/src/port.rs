@@ -390,19 +390,28 @@ impl Port {
         }
     }
 
-    /// Another guest connects to this one. Dropping the stream refuses.
+    /// Another guest, or a host program of the owner's, connects to this one. Dropping the stream refuses.
     fn on_dial(&mut self, dial: Dial) {
-        let key = Key {
-            guest_port: dial.to_port,
-            peer_cid: dial.from_cid,
-            peer_port: dial.from_port,
+        let (key, greeting) = match dial.from {
+            Some((peer_cid, peer_port)) => {
+                let key = Key {
+                    guest_port: dial.to_port,
+                    peer_cid,
+                    peer_port,
+                };
+                (key, Greeting::Guest)
+            }
+            None => {
+                let key = self.free_key(dial.to_port);
+                (key, Greeting::Port(key.peer_port))
+            }
         };
         if self.is_full() || self.by_key.contains_key(&key) {
             return;
         }
         if let Some(token) = self.watch(&dial.stream) {
             let conn = Conn::requested(self.shared.spec.cid, key);
-            self.insert(token, Link::new(conn, dial.stream, Some(Greeting::Guest)));
+            self.insert(token, Link::new(conn, dial.stream, Some(greeting)));
         }
     }
 }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ether::{CardSpec, CardStatus, Ether, EtherError, UplinkSpec};
 use crate::port::{Port, PortError};
+use crate::programs::{Programs, ProgramsSpec};
 use crate::socket::{self, SocketError};
 
 /// Most domains at a time.
@@ -96,6 +97,12 @@ pub enum SwitchError {
     /// A network card could not be attached.
     #[error(transparent)]
     Ether(#[from] EtherError),
+    /// A request for host programs came without its socket.
+    #[error("the request came without a socket for host programs: send one with it (SCM_RIGHTS)")]
+    NoSocket,
+    /// Host programs cannot be served.
+    #[error("cannot serve host programs")]
+    Programs(#[source] io::Error),
 }
 
 impl SwitchError {
@@ -112,20 +119,20 @@ impl SwitchError {
             Self::Socket(e) => e.code(),
             Self::Port(_) => "no-resources",
             Self::Ether(e) => e.code(),
+            Self::NoSocket => "no-socket",
+            Self::Programs(_) => "no-programs",
         }
     }
 }
 
-/// A connection from another guest, on its way to a domain's thread.
+/// A connection from another guest or a host program, on its way to a domain's thread.
 #[derive(Debug)]
 pub struct Dial {
-    /// The guest that connects.
-    pub from_cid: u32,
-    /// Its port.
-    pub from_port: u32,
+    /// The guest that connects, and its port; `None`: a program.
+    pub from: Option<(u32, u32)>,
     /// The port it asks for.
     pub to_port: u32,
-    /// The other end is tied to the asking guest's connection.
+    /// The other end is tied to the asking guest's connection, or is the program's.
     pub stream: UnixStream,
 }
 
@@ -199,6 +206,8 @@ pub struct Switch {
     /// A domain has left.
     left: Condvar,
     ether: Arc<Ether>,
+    /// Host programs, where they may come.
+    programs: Mutex<Option<Arc<Programs>>>,
 }
 
 impl Switch {
@@ -377,12 +386,65 @@ impl Switch {
         }
         let (here, there) = UnixStream::pair()?;
         let accepted = to.dial(Dial {
-            from_cid: from.cid,
-            from_port,
+            from: Some((from.cid, from_port)),
             to_port,
             stream: there,
         });
         Ok(accepted.then_some(here))
+    }
+
+    /// A host program asks for a port of a guest. Refused unless the guest is this owner's. The program is answered when the
+    /// guest accepts; its stream ends when the guest does not.
+    pub fn dial_from_host(
+        &self,
+        owner: &str,
+        to_cid: u32,
+        to_port: u32,
+        stream: UnixStream,
+    ) -> bool {
+        let to = lock(&self.domains).get(&to_cid).cloned();
+        let Some(to) = to.filter(|to| !owner.is_empty() && to.spec.owner == owner) else {
+            return false;
+        };
+        to.dial(Dial {
+            from: None,
+            to_port,
+            stream,
+        })
+    }
+
+    /// A stream to the host program that listens at a port for an owner's guests, if there is one.
+    pub fn offer(
+        &self,
+        owner: &str,
+        port: u32,
+        from: (u32, u32),
+    ) -> io::Result<Option<UnixStream>> {
+        let programs = lock(&self.programs).clone();
+        programs.map_or(Ok(None), |programs| programs.offer(owner, port, from))
+    }
+
+    /// Serves host programs at a socket that is bound, in the place of the one before.
+    pub fn serve_programs(
+        self: &Arc<Self>,
+        socket: OwnedFd,
+        spec: ProgramsSpec,
+    ) -> Result<(), SwitchError> {
+        let started = Programs::start(Arc::downgrade(self), socket, spec);
+        let started = started.map_err(SwitchError::Programs)?;
+        let before = lock(&self.programs).replace(started);
+        if let Some(before) = before {
+            before.end();
+        }
+        Ok(())
+    }
+
+    /// Serves no host programs any more. Streams that guests have taken stay.
+    pub fn end_programs(&self) {
+        let before = lock(&self.programs).take();
+        if let Some(before) = before {
+            before.end();
+        }
     }
 
     /// Called by a domain's thread at its end: the sockets' names and the CID become free.

@@ -6,12 +6,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use xbee_hypervisor::Hypervisor;
-use xbee_hypervisor::qemu::{Bridge, QemuConfig, QemuHypervisor};
+use xbee_hypervisor::qemu::{Bridge, GuestsSocket, QemuConfig, QemuHypervisor};
 use xbee_hypervisor::sim::{SimConfig, SimHost, SimHypervisor};
 use xbee_staging::{Limits, Stager};
 
 use crate::config::{Backend, Config, Firewall};
 use crate::images::ImageStore;
+use crate::store::Owner;
 
 /// Why there is no back end.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +69,10 @@ pub async fn open(config: &Config) -> Result<Arc<dyn Hypervisor>, BackendError> 
             qemu.bridge = config.bridge.clone().map(|name| Bridge {
                 name,
                 firewall: config.firewall == Firewall::Required,
+            });
+            qemu.guests_socket = config.guests_socket.clone().map(|path| GuestsSocket {
+                path,
+                users_end: Owner::FIRST_REMOTE,
             });
             qemu.kvm_probe_kernel = ImageStore::new(config.images.clone()).kernel();
             Arc::new(QemuHypervisor::new(qemu).await?)

@@ -179,6 +179,7 @@ struct QemuFile {
     outbound: Outbound,
     bridge: Option<String>,
     firewall: Option<Firewall>,
+    guests_socket: Option<PathBuf>,
 }
 
 /// Reads `qemu = "PROGRAM"` or `[qemu]`.
@@ -327,6 +328,8 @@ pub struct Config {
     pub firewall: Firewall,
     /// What domains of one owner may do on their network.
     pub same_owner: SameOwner,
+    /// Where users' programs reach their domains by vsock (back end `qemu`); `None`: they do not.
+    pub guests_socket: Option<PathBuf>,
     /// What domains may reach beyond their network (back end `qemu`).
     pub outbound: Outbound,
     /// The queue that users on other machines ask through.
@@ -670,6 +673,7 @@ impl Config {
             guests: file.xen.guests.unwrap_or(Guests::Pvh),
             firewall: firewall.unwrap_or(Firewall::Required),
             same_owner: same_owner.unwrap_or(SameOwner::Isolated),
+            guests_socket: file.qemu.guests_socket.filter(|_| backend == Backend::Qemu),
             outbound: match backend {
                 Backend::Qemu => file.qemu.outbound,
                 Backend::Xen | Backend::Sim => Outbound::Off,
@@ -779,6 +783,12 @@ mod tests {
         let old = load("qemu = \"/q\"\n", "qemu").unwrap();
         assert_eq!(old.qemu.as_deref(), Some(Path::new("/q")));
         assert_eq!(place(old), (None, SameOwner::Isolated));
+        assert_eq!(load(both, "qemu").unwrap().guests_socket, None);
+        let socket = "[qemu]\nguests-socket = \"/run/xbee/guests\"\n";
+        let path = Path::new("/run/xbee/guests");
+        let here = load(socket, "qemu").unwrap().guests_socket;
+        assert_eq!(here.as_deref(), Some(path));
+        assert_eq!(load(socket, "sim").unwrap().guests_socket, None);
         let outbound = "[qemu]\noutbound = [\"[::1]:80\", \"2001:db8::/32:*\"]\n";
         let rules = load(outbound, "qemu").unwrap().outbound;
         assert!(matches!(rules, Outbound::List(rules) if rules.len() == 2));

@@ -27,7 +27,7 @@ enum Service {
 
 #[derive(Debug, Args)]
 struct RegistryArguments {
-    /// Where to listen: tcp:[IPV6]:PORT, unix:/PATH or vsock:CID:PORT; can be given several times.
+    /// Where to listen: tcp:[IPV6]:PORT, unix:/PATH or vsock:CID:PORT (the host's CID is 2); can be given several times.
     #[arg(long, default_value = "tcp:[::1]:7400")]
     listen: Vec<Address>,
     #[command(flatten)]
@@ -40,6 +40,7 @@ fn registry(arguments: RegistryArguments) -> Result<(), Error> {
         tls: arguments.security.tls(),
         plaintext: arguments.security.plaintext,
         strict: arguments.security.strict,
+        guests: arguments.security.guests,
     })?;
     for address in registry.addresses() {
         // Nobody need read it for the registry to run.

@@ -29,6 +29,15 @@ pub struct Bridge {
     pub firewall: bool,
 }
 
+/// Where programs of the host's users reach their guests by vsock, and are reached (see `xbee_vswitch::programs`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestsSocket {
+    /// A unix socket in a directory that nobody but root or this user can write; the directory is made where it is missing.
+    pub path: PathBuf,
+    /// Owners' numbers from here on are no user ids of this host.
+    pub users_end: u32,
+}
+
 /// Settings of the QEMU back end.
 #[derive(Debug, Clone)]
 pub struct QemuConfig {
@@ -49,6 +58,8 @@ pub struct QemuConfig {
     /// A bridge of the host that guests' interfaces are on, instead of the switch's network. It needs the right to make
     /// network devices.
     pub bridge: Option<Bridge>,
+    /// A socket for host programs; `None`: they reach no guests.
+    pub guests_socket: Option<GuestsSocket>,
     /// What executes guests.
     pub accelerator: Accelerator,
     /// With root's rights, a domain's process runs as user and group `uid_base + cid`. The range
@@ -78,6 +89,7 @@ impl QemuConfig {
             gateway_program: None,
             outbound: Outbound::Off,
             bridge: None,
+            guests_socket: None,
             accelerator: Accelerator::Auto,
             uid_base: 200_000,
             console_max_bytes: 4 << 20,

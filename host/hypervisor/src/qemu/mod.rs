@@ -11,6 +11,7 @@ mod devices;
 mod domain;
 mod files;
 mod gateway;
+mod guests_socket;
 mod host;
 mod process;
 mod qmp;
@@ -29,7 +30,7 @@ use tokio::sync::{OnceCell, broadcast};
 use tokio::task::JoinSet;
 use xbee_protocol::{AGENT_VSOCK_PORT, Transport};
 
-pub use config::{Accelerator, Bridge, QemuConfig};
+pub use config::{Accelerator, Bridge, GuestsSocket, QemuConfig};
 use domain::Domain;
 pub use gateway::router;
 use host::Host;
@@ -106,7 +107,8 @@ impl QemuHypervisor {
             domains.insert(domain.spec.id, domain);
         }
         let vswitch = config::companion(config.vswitch_program.as_deref(), "vswitch")?;
-        let switch = Switch::new(vswitch, &config.domains_dir);
+        let guests_socket = config.guests_socket.clone();
+        let switch = Switch::new(vswitch, &config.domains_dir, guests_socket);
         let bridge = config
             .bridge
             .as_ref()
@@ -120,7 +122,7 @@ impl QemuHypervisor {
                 tracing::warn!(error = chain(&error), "guests' network");
             }
         }
-        Ok(Self(Arc::new(Inner {
+        let inner = Inner {
             config,
             boot_id,
             host: OnceCell::new(),
@@ -128,7 +130,15 @@ impl QemuHypervisor {
             bridge,
             domains: Mutex::new(domains),
             events,
-        })))
+        };
+        // Dropped when it fails, which ends a switch without domains.
+        let hypervisor = Self(Arc::new(inner));
+        let inner = &hypervisor.0;
+        match inner.config.guests_socket {
+            Some(_) => inner.switch.serve(&inner.host().await?.cage).await?,
+            None => inner.switch.end_programs().await,
+        }
+        Ok(hypervisor)
     }
 
     fn domain(&self, id: DomainId) -> Result<Arc<Domain>, Error> {

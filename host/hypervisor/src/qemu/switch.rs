@@ -5,6 +5,7 @@ use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::process::Command;
@@ -14,8 +15,11 @@ use xbee_vswitch::control::{Client, ClientError};
 use xbee_vswitch::ether::{CardSpec, UplinkSpec};
 use xbee_vswitch::switch::DomainSpec as Port;
 
+use super::config::GuestsSocket;
+use super::guests_socket;
 use crate::domain::DomainId;
 use crate::error::Error;
+use crate::rundir::make_domains_dir;
 
 const CONTROL_SOCKET: &str = "vswitch.sock";
 /// Held by the switch as long as it runs.
@@ -37,6 +41,9 @@ pub(crate) struct Switch {
     program: PathBuf,
     control: PathBuf,
     log: PathBuf,
+    guests_socket: Option<GuestsSocket>,
+    /// The socket for guests is this switch's.
+    has_socket: AtomicBool,
     client: Mutex<Option<Client>>,
 }
 
@@ -58,13 +65,65 @@ impl Change {
 }
 
 impl Switch {
-    pub(crate) fn new(program: PathBuf, domains_dir: &Path) -> Self {
+    pub(crate) fn new(
+        program: PathBuf,
+        domains_dir: &Path,
+        guests_socket: Option<GuestsSocket>,
+    ) -> Self {
         Self {
             program,
             control: domains_dir.join(CONTROL_SOCKET),
             log: domains_dir.join(LOG),
+            guests_socket,
+            has_socket: AtomicBool::new(false),
             client: Mutex::default(),
         }
+    }
+
+    /// Has host programs served, by the switch that runs or a new one.
+    pub(crate) async fn serve(&self, cage: &Cage) -> Result<(), Error> {
+        let mut slot = self.client.lock().await;
+        let mut client = self.spawn(cage).await?;
+        self.open_socket(&mut client).await?;
+        *slot = Some(client);
+        Ok(())
+    }
+
+    /// Has a switch that runs serve no host programs, as another configuration may have asked for.
+    pub(crate) async fn end_programs(&self) {
+        let ended = match Client::connect(&self.control).await {
+            Ok(mut client) => client.end_programs().await,
+            // None runs.
+            Err(_) => return,
+        };
+        if let Err(error) = ended {
+            // One of an earlier version, which cannot serve them either.
+            tracing::debug!(%error, "the switch does not know of host programs");
+        }
+    }
+
+    async fn open_socket(&self, client: &mut Client) -> Result<(), Error> {
+        match &self.guests_socket {
+            Some(socket) => {
+                let has = guests_socket::open(socket, &self.control, client).await?;
+                self.has_socket.store(has, Ordering::Relaxed);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// A switch, which serves host programs if it can.
+    async fn start(&self, cage: &Cage) -> Result<Client, Error> {
+        let mut client = self.spawn(cage).await?;
+        if let Err(error) = self.open_socket(&mut client).await {
+            // Guests can do without.
+            tracing::error!(
+                error = crate::error::chain(&error),
+                "host programs reach no guests"
+            );
+        }
+        Ok(client)
     }
 
     /// Adds a domain. When this returns, QEMU can connect. `cage`: what the switch is started in where it does not run.
@@ -72,7 +131,7 @@ impl Switch {
         let mut slot = self.client.lock().await;
         let client = match slot.take() {
             Some(client) => client,
-            None => self.spawn(cage).await?,
+            None => self.start(cage).await?,
         };
         let client = slot.insert(client);
         let mut added = client.add(port.clone()).await;
@@ -88,7 +147,7 @@ impl Switch {
             // The switch was restarted since; whatever it served is gone.
             Err(_) => {
                 *slot = None;
-                added = slot.insert(self.spawn(cage).await?).add(port).await;
+                added = slot.insert(self.start(cage).await?).add(port).await;
             }
         }
         if !matches!(added, Ok(()) | Err(ClientError::Refused { .. })) {
@@ -191,6 +250,9 @@ impl Switch {
                 remedy: "put the program vswitch beside this one, or name it in the configuration",
             });
         }
+        // All its sockets are below.
+        let directory = self.control.parent().unwrap_or(&self.control);
+        make_domains_dir(directory)?;
         let log = || {
             let file = OpenOptions::new()
                 .append(true)
@@ -202,8 +264,6 @@ impl Switch {
             io::Result::Ok(())
         };
         log().map_err(Error::io("write", &self.log))?;
-        // All its sockets are below.
-        let directory = self.control.parent().unwrap_or(&self.control);
         let lock = directory.join(LOCK);
         // In its cage it makes sockets, and no files.
         OpenOptions::new()
@@ -240,9 +300,16 @@ impl Switch {
             // It stops once its answer is out, which a closed connection would not take.
             stream.read_exact(&mut [0])
         };
-        if let Err(error) = stop() {
+        match stop() {
+            Ok(()) => {
+                if let Some(socket) = &self.guests_socket
+                    && self.has_socket.load(Ordering::Relaxed)
+                {
+                    guests_socket::remove(&socket.path);
+                }
+            }
             // Most likely it never ran.
-            tracing::debug!(%error, "the vsock switch is not stopped");
+            Err(error) => tracing::debug!(%error, "the vsock switch is not stopped"),
         }
     }
 }

@@ -359,6 +359,14 @@ async fn guests_of_one_owner_reach_each_other(fixture: &Fixture, words: &Words) 
     assert_eq!(echo.line().await, format!("from {}", one.cid()));
     assert_eq!(echo.line().await, "end 200");
 
+    // A guest reaches itself, by its own identifier.
+    let said = two.say(&format!("ping {} 200", to_two(5000))).await;
+    assert!(said.starts_with("round trip"), "{said}");
+    assert_eq!(echo.line().await, format!("from {}", two.cid()));
+    assert_eq!(echo.line().await, "end 200");
+    let refused = two.say(&format!("ping {} 1", to_two(5001))).await;
+    assert_eq!(refused, "error ConnectionRefused");
+
     // A port has one listener, and is free when that has ended, however it did.
     assert_eq!(two.say("echo 5000").await, "error AddrInUse");
     let mut held = one.hold(&two, 5000).await;

@@ -12,6 +12,8 @@ use tokio::time::{Instant, sleep};
 
 use super::support::{Fixture, Guest, LIMIT, READY, qemu_pid};
 
+mod guests_socket;
+
 /// Two sectors: the first makes it a disk, the second is what the guest looks for.
 fn disk_with(text: &[u8; 16]) -> Vec<u8> {
     let mut disk = vec![0; 1 << 20];

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use xbee_agent::protocol::{
     AGENT_VSOCK_PORT, BootConfig, Execute, GENERATION, Limits, Secret, Transport,
 };
-use xbee_hypervisor::qemu::{Bridge, Outbound, QemuConfig, QemuHypervisor};
+use xbee_hypervisor::qemu::{Bridge, GuestsSocket, Outbound, QemuConfig, QemuHypervisor};
 use xbee_hypervisor::sim::{SimConfig, SimEvent, SimHost, SimHypervisor};
 #[cfg(feature = "xen")]
 use xbee_hypervisor::xen::{XenConfig, XenHypervisor};
@@ -290,6 +290,19 @@ impl Fixture {
         let mut config = self.qemu_config(self.domains_dir());
         config.bridge = Some(bridge);
         Box::new(QemuHypervisor::new(config).await.unwrap())
+    }
+
+    /// Of QEMU: programs of the host come to a socket.
+    pub async fn open_guests_socket(
+        &self,
+        path: Option<&Path>,
+    ) -> Result<Box<dyn Hypervisor>, xbee_hypervisor::Error> {
+        let mut config = self.qemu_config(self.domains_dir());
+        config.guests_socket = path.map(|path| GuestsSocket {
+            path: path.to_owned(),
+            users_end: 1 << 31,
+        });
+        Ok(Box::new(QemuHypervisor::new(config).await?))
     }
 
     fn qemu_config(&self, domains_dir: PathBuf) -> QemuConfig {

@@ -1,11 +1,14 @@
 //! The control socket's connecting side, for `xbed`.
 
-use std::io;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::Command;
@@ -13,6 +16,7 @@ use tokio::time::timeout;
 
 use super::{LINE_MAX, Request, Response};
 use crate::ether::{CardSpec, UplinkSpec};
+use crate::programs::ProgramsSpec;
 use crate::switch::{DomainSpec, DomainStatus};
 
 /// How long an answer may take. The longest, `remove`, waits 5 s itself.
@@ -166,10 +170,23 @@ impl Client {
     }
 
     async fn ask(&mut self, request: &Request) -> Result<Response, ClientError> {
+        self.ask_with(request, None).await
+    }
+
+    /// Asks, and sends a descriptor along.
+    async fn ask_with(
+        &mut self,
+        request: &Request,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Response, ClientError> {
         let mut line = serde_json::to_vec(request).map_err(ClientError::BadAnswer)?;
         line.push(b'\n');
         let exchange = async {
-            self.writer.write_all(&line).await?;
+            let sent = match fd {
+                Some(fd) => send_fd(self.writer.as_ref(), &line[..1], fd).await?,
+                None => 0,
+            };
+            self.writer.write_all(&line[sent..]).await?;
             let mut answer = Vec::new();
             (&mut self.reader)
                 .take(LINE_MAX as u64)
@@ -221,6 +238,21 @@ impl Client {
         self.ask(&request).await.map(|_| ())
     }
 
+    /// Serves host programs at a socket that is bound to its name and does not listen yet.
+    pub async fn serve_programs(
+        &mut self,
+        spec: ProgramsSpec,
+        socket: BorrowedFd<'_>,
+    ) -> Result<(), ClientError> {
+        let request = Request::ServePrograms(spec);
+        self.ask_with(&request, Some(socket)).await.map(|_| ())
+    }
+
+    /// Serves no host programs any more.
+    pub async fn end_programs(&mut self) -> Result<(), ClientError> {
+        self.ask(&Request::EndPrograms).await.map(|_| ())
+    }
+
     /// All domains by CID.
     pub async fn list(&mut self) -> Result<Vec<DomainStatus>, ClientError> {
         let response = self.ask(&Request::List).await?;
@@ -237,4 +269,22 @@ impl Client {
     pub async fn stop(mut self) -> Result<(), ClientError> {
         self.ask(&Request::Stop).await.map(|_| ())
     }
+}
+
+/// Sends bytes, few enough to go at once, with a descriptor.
+async fn send_fd(stream: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let send = || {
+        let fds = [fd];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&fds));
+        let flags = SendFlags::NOSIGNAL;
+        Ok(sendmsg(
+            stream,
+            &[IoSlice::new(bytes)],
+            &mut control,
+            flags,
+        )?)
+    };
+    stream.async_io(Interest::WRITABLE, send).await
 }

@@ -1,7 +1,9 @@
 //! The control socket's listening side.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::fs::FlockOperation;
-use rustix::net::Shutdown;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, Shutdown, recvmsg};
 
 use super::{LINE_MAX, Request, Response};
 use crate::socket::{self, SocketError};
@@ -173,7 +175,10 @@ enum End {
 
 fn serve_client(switch: &Arc<Switch>, stream: UnixStream) -> io::Result<End> {
     stream.set_write_timeout(Some(WRITE_TIMEOUT))?;
-    let mut reader = BufReader::new(&stream);
+    let mut reader = BufReader::new(Incoming {
+        stream: &stream,
+        fd: None,
+    });
     loop {
         let mut line = Vec::new();
         let n = (&mut reader)
@@ -200,7 +205,7 @@ fn serve_client(switch: &Arc<Switch>, stream: UnixStream) -> io::Result<End> {
             }
         };
         let stop = request == Request::Stop;
-        let response = handle(switch, request);
+        let response = handle(switch, request, reader.get_mut().fd.take());
         let stop = stop && response.ok;
         respond(&stream, &response)?;
         if stop {
@@ -209,7 +214,33 @@ fn serve_client(switch: &Arc<Switch>, stream: UnixStream) -> io::Result<End> {
     }
 }
 
-fn handle(switch: &Arc<Switch>, request: Request) -> Response {
+/// Reads a control connection, and keeps the last descriptor that came along.
+struct Incoming<'a> {
+    stream: &'a UnixStream,
+    fd: Option<OwnedFd>,
+}
+
+impl Read for Incoming<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let got = recvmsg(
+            self.stream,
+            &mut [IoSliceMut::new(buffer)],
+            &mut control,
+            flags,
+        )?;
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                self.fd = fds.last().or(self.fd.take());
+            }
+        }
+        Ok(got.bytes)
+    }
+}
+
+fn handle(switch: &Arc<Switch>, request: Request, fd: Option<OwnedFd>) -> Response {
     let ok = Response {
         ok: true,
         ..Response::default()
@@ -227,7 +258,18 @@ fn handle(switch: &Arc<Switch>, request: Request) -> Response {
             switch.detach(cid, mac);
             ok
         }
-        Request::Stop => done(switch.remove_all()),
+        Request::ServePrograms(spec) => done(match fd {
+            Some(socket) => switch.serve_programs(socket, spec),
+            None => Err(SwitchError::NoSocket),
+        }),
+        Request::EndPrograms => {
+            switch.end_programs();
+            ok
+        }
+        Request::Stop => {
+            switch.end_programs();
+            done(switch.remove_all())
+        }
         Request::Ping => Response {
             version: Some(env!("CARGO_PKG_VERSION").to_owned()),
             ..ok

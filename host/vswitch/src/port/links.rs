@@ -1,5 +1,6 @@
 //! The tables of a port's connections, and the packets of the guest that belong to them.
 
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -162,12 +163,27 @@ impl Port {
         }
     }
 
+    /// A stream to the host program that listens at a port for this domain's owner.
+    fn program(&self, key: Key) -> Option<UnixStream> {
+        let from = (self.shared.spec.cid, key.guest_port);
+        self.switch
+            .offer(&self.shared.spec.owner, key.peer_port, from)
+            .inspect_err(
+                |e| tracing::warn!(cid = self.shared.spec.cid, error = %e, "cannot connect"),
+            )
+            .ok()
+            .flatten()
+    }
+
     /// The guest opens a connection.
     fn on_request(&mut self, key: Key, header: &Header) {
         let stream = if self.is_full() {
             None
         } else if key.peer_cid == HOST_CID {
-            socket::connect(&socket::host_path(&self.shared.spec.uds, key.peer_port)).ok()
+            // What was made for this domain comes first: its agent's port among it.
+            socket::connect(&socket::host_path(&self.shared.spec.uds, key.peer_port))
+                .ok()
+                .or_else(|| self.program(key))
         } else {
             self.switch
                 .dial(

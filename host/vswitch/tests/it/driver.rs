@@ -343,6 +343,19 @@ impl Driver {
         (stream, request.src_port)
     }
 
+    /// Asks for the host's `port` from a port of this guest's; what the device answers.
+    pub fn ask_host(&mut self, from: u32, port: u32) -> u16 {
+        let request = self.header(op::REQUEST, from, port, 0);
+        self.send(&request, &[]);
+        loop {
+            let (answer, _) = self.receive();
+            // Others may come to their end just now.
+            if (answer.src_port, answer.dst_port) == (port, from) {
+                return answer.op;
+            }
+        }
+    }
+
     /// Connects from port 5000 to the host's `port`.
     pub fn connect_to_host(&mut self, port: u32) {
         let request = self.header(op::REQUEST, 5000, port, 0);

@@ -6,5 +6,6 @@ mod driver;
 mod ether;
 mod figures;
 mod guests;
+mod programs;
 mod rings;
 mod vm;

@@ -1,6 +1,7 @@
 //! Real guests for the tests: a switch process, QEMU by software emulation, and a static `/init`.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use xbee_vswitch::control::{Client, ClientError};
 use xbee_vswitch::ether::{CardSpec, UplinkSpec};
+use xbee_vswitch::programs::ProgramsSpec;
 use xbee_vswitch::switch::{DomainSpec, DomainStatus};
 
 /// Modules the guest needs, in the order they are loaded.
@@ -243,6 +245,44 @@ impl Switch {
     pub fn detach(&mut self, cid: u32, mac: [u8; 6]) -> Result<(), ClientError> {
         let client = self.client.as_mut().unwrap();
         self.runtime.block_on(client.detach_interface(cid, mac))
+    }
+
+    /// Serves host programs at a new socket in the switch's directory, which it opens to all users.
+    pub fn serve_programs(&mut self) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt;
+        let everybody = |path: &Path, mode| {
+            let mode = std::fs::Permissions::from_mode(mode);
+            std::fs::set_permissions(path, mode).unwrap();
+        };
+        everybody(self.dir.path(), 0o755);
+        let path = self.dir.path().join("programs");
+        // One of before.
+        let _ = std::fs::remove_file(&path);
+        let socket = rustix::net::socket_with(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::STREAM,
+            rustix::net::SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let address = rustix::net::SocketAddrUnix::new(&path).unwrap();
+        rustix::net::bind(&socket, &address).unwrap();
+        everybody(&path, 0o666);
+        let spec = ProgramsSpec {
+            users_end: 1 << 31,
+            unknown_user: 65534,
+            reserved_ports: vec![22594],
+        };
+        let client = self.client.as_mut().unwrap();
+        self.runtime
+            .block_on(client.serve_programs(spec, socket.as_fd()))
+            .unwrap();
+        path
+    }
+
+    pub fn end_programs(&mut self) {
+        let client = self.client.as_mut().unwrap();
+        self.runtime.block_on(client.end_programs()).unwrap();
     }
 
     pub fn list(&mut self) -> Vec<DomainStatus> {

@@ -189,6 +189,7 @@ fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
         tls: arguments.security.tls(),
         plaintext: arguments.security.plaintext,
         strict: arguments.security.strict,
+        guests: arguments.security.guests,
         ..Config::default()
     })?;
     let done = command(&node, arguments.command);

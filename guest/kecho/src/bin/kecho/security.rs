@@ -27,6 +27,9 @@ pub struct Security {
     /// Whether TCP within the machine needs TLS too, because other users of it are not to be trusted.
     #[arg(long, global = true)]
     pub strict: bool,
+    /// On a host: xbed's socket for guests (`guests-socket`), to reach one's own guests over vsock and be reached by them.
+    #[arg(long, global = true, value_name = "PATH", env = "KECHO_GUESTS")]
+    pub guests: Option<PathBuf>,
 }
 
 impl Security {
