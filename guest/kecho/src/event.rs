@@ -63,6 +63,20 @@ pub enum EventError {
     Malformed(&'static str),
 }
 
+impl EventError {
+    /// A stable name for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            EventError::TooMany(_) => "event-attributes",
+            EventError::Name(_) => "event-attribute-name",
+            EventError::Long { .. } => "event-attribute-too-large",
+            EventError::Short { .. } => "event-too-short",
+            EventError::TooLarge { .. } => "event-too-large",
+            EventError::Malformed(_) => "event-malformed",
+        }
+    }
+}
+
 /// An event to submit.
 #[derive(Debug, Clone, Copy)]
 pub struct Submission<'a> {
@@ -386,6 +400,7 @@ mod tests {
             payload: &[0; 8],
         };
         assert_eq!(many.size(), Err(EventError::TooMany(65)));
+        assert_eq!(many.size().unwrap_err().code(), "event-attributes");
     }
 
     proptest! {

@@ -135,6 +135,19 @@ pub enum SubmitError {
     Types,
 }
 
+impl SubmitError {
+    /// A stable name for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            SubmitError::Event(error) => error.code(),
+            SubmitError::Full => "log-full",
+            SubmitError::Closed => "source-closed",
+            SubmitError::Types => "limit",
+            SubmitError::InFilter => "in-out-filter",
+        }
+    }
+}
+
 /// What a source is made with.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SourceOptions {

@@ -57,6 +57,19 @@ pub enum TypeError {
     },
 }
 
+impl TypeError {
+    /// A stable name for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            TypeError::Name(_) => "type-name",
+            TypeError::Twice(_) => "type-field-twice",
+            TypeError::TooLarge { .. } => "type-too-large",
+            TypeError::Count { .. } => "type-values",
+            TypeError::Value { .. } => "type-value",
+        }
+    }
+}
+
 /// What a field holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub enum FieldKind {

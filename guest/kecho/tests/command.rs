@@ -122,6 +122,7 @@ fn json_tells_all_of_an_event_and_filters_choose() {
         let mut all = vec!["pub", "load", "--field", &load, "--attribute", &host];
         // The first of a name counts.
         all.extend(["--attribute", "host=other"]);
+        all.extend(["-a", "n=007", "-a", "build:text=007", "-a", "load:f64=1"]);
         all.extend(arguments);
         all.push("and more");
         place.well(&all);
@@ -136,9 +137,26 @@ fn json_tells_all_of_an_event_and_filters_choose() {
         event,
         json!({
             "type": "load", "version": 2, "sequence": 0,
-            "attributes": { "host": "a" }, "fields": { "load": 0.25 }, "payload": "and more",
+            "attributes": { "host": "a", "n": 7, "build": "007", "load": 1.0 }, "fields": { "load": 0.25 }, "payload": "and more",
         })
     );
+}
+
+#[test]
+fn an_attribute_is_of_its_kind() {
+    let place = Place::new();
+    for (attribute, why) in [
+        ("n:i64=x", "'x' is no i64"),
+        (
+            "n:u8=1",
+            "'u8' is no kind of attribute: expected bool, i64, f64 or text",
+        ),
+        ("n", "expected NAME=VALUE or NAME:KIND=VALUE"),
+    ] {
+        let (code, _, err) = place.start(&["pub", "x", "-a", attribute, "y"]).ends();
+        assert_eq!(code, Some(2));
+        assert!(err.contains(why), "{err}");
+    }
 }
 
 #[test]

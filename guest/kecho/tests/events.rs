@@ -307,6 +307,7 @@ fn a_slow_sink_gets_what_its_policy_says() {
         let blocking = with(Policy::Block).unwrap();
         let full = (0..20_000).find_map(|n| submit(n, &source, false).err());
         assert!(matches!(full, Some(SubmitError::Full)), "{way:?}: {full:?}");
+        assert_eq!(full.map(|error| error.code()), Some("log-full"));
         let waiting = source.clone();
         thread::scope(|scope| {
             let submitter = scope.spawn(|| submit(u64::MAX, &waiting, true).unwrap());

@@ -32,9 +32,9 @@ pub struct Publish {
     /// Kinds: bool, i8 to i64, u8 to u64, f32, f64, text(BYTES).
     #[arg(long = "field", value_name = "NAME:KIND=VALUE", value_parser = field)]
     fields: Vec<(String, FieldKind, Value)>,
-    /// An attribute of each event; can be given several times. What is true, false or a number is
-    /// that; everything else is text.
-    #[arg(long = "attribute", short, value_name = "NAME=VALUE", value_parser = attribute)]
+    /// An attribute of each event, such as host=a or build:text=007; can be given several times.
+    /// Kinds: bool, i64, f64, text. Without one, what is true, false or a number is that, and everything else text.
+    #[arg(long = "attribute", short, value_name = "NAME[:KIND]=VALUE", value_parser = attribute)]
     attributes: Vec<(String, Value)>,
     /// Waits until so many sinks are there.
     #[arg(long, value_name = "SINKS", default_value_t = 0)]
@@ -61,8 +61,26 @@ fn value(text: &str) -> Value {
 }
 
 fn attribute(text: &str) -> Result<(String, Value), String> {
-    let (name, text) = text.split_once('=').ok_or("expected NAME=VALUE")?;
-    Ok((name.to_owned(), value(text)))
+    let (name, text) = text
+        .split_once('=')
+        .ok_or("expected NAME=VALUE or NAME:KIND=VALUE")?;
+    // No name has a colon.
+    let Some((name, kind)) = name.split_once(':') else {
+        return Ok((name.to_owned(), value(text)));
+    };
+    let value = match (kind, value(text)) {
+        ("text", _) => Value::Text(text.to_owned()),
+        ("bool", value @ Value::Bool(_)) | ("i64", value @ Value::Int(_)) => value,
+        ("f64", Value::Int(number)) => Value::Float(number as f64),
+        ("f64", value @ Value::Float(_)) => value,
+        ("bool" | "i64" | "f64", _) => return Err(format!("'{text}' is no {kind}")),
+        _ => {
+            return Err(format!(
+                "'{kind}' is no kind of attribute: expected bool, i64, f64 or text"
+            ));
+        }
+    };
+    Ok((name.to_owned(), value))
 }
 
 fn field(text: &str) -> Result<(String, FieldKind, Value), String> {
