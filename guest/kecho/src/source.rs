@@ -34,7 +34,7 @@ pub const MAX_SINKS: usize = 1024;
 pub const MAX_TYPES: usize = 1024;
 /// Who submits again sooner after the last time submits many: a thread of the library sends them.
 const BURST: Duration = Duration::from_micros(2);
-/// How many submissions do not look at the time while the sending thread is awake.
+/// How many submissions of a burst do not look at the time.
 const UNLOOKED: u32 = 15;
 /// The most sinks over sockets that a submitting thread serves itself.
 const INLINE_SINKS: usize = 4;
@@ -242,6 +242,8 @@ struct Inner {
     waiting: usize,
     /// When the time was looked at to find out whether events are submitted quickly.
     last: Instant,
+    /// What was found then.
+    bursting: bool,
     /// Submissions since then.
     unlooked: u32,
     expelled: VecDeque<Uuid>,
@@ -301,6 +303,7 @@ impl SourceCore {
             mask: Slots::default(),
             waiting: 0,
             last: Instant::now(),
+            bursting: false,
             unlooked: 0,
             expelled: VecDeque::new(),
             counters: SourceCounters::default(),
@@ -466,14 +469,15 @@ impl SourceCore {
     /// Whether events are submitted so quickly that it is better to leave them to the sending thread.
     fn is_burst(&self, inner: &mut Inner) -> bool {
         // To look at the clock costs as much as a third of all else that a submission does.
-        if inner.unlooked < UNLOOKED && self.sender.is_awake() {
+        if inner.bursting && inner.unlooked < UNLOOKED && self.sender.is_awake() {
             inner.unlooked += 1;
             return true;
         }
         let now = Instant::now();
         let since = now.duration_since(inner.last) / (inner.unlooked + 1);
         (inner.last, inner.unlooked) = (now, 0);
-        since <= BURST
+        inner.bursting = since <= BURST;
+        inner.bursting
     }
 
     /// Wakes the sinks in memory that sleep and have something to read; those over sockets are to be served.
