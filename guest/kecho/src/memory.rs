@@ -1,4 +1,4 @@
-//! Memory that processes share: rings of words, and pages beside them. All `unsafe` of this crate is here.
+//! Memory that processes share: rings of words, and pages beside them. All `unsafe` that has to do with memory is here.
 //!
 //! What another process can write, or could have made too short, is never seen as a reference to
 //! anything but an atomic, and a file is mapped only when it is sealed against being shortened.

@@ -5,11 +5,12 @@ mod attachment;
 mod out_filter;
 mod room;
 mod slots;
+mod wake;
 
 use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -17,8 +18,8 @@ use minicbor::{Decode, Encode};
 use uuid::Uuid;
 
 use crate::event::{EventError, EventRef, Submission};
-use crate::log::{ENDED, ENDED_LEFT, HEAD, HEADER_BYTES, Header, Kind, SLEEPING};
-use crate::memory::{Bell, Page, Ring};
+use crate::log::{ENDED, ENDED_LEFT, HEAD, HEADER_BYTES, Header, Kind};
+use crate::memory::{Bell, Ring};
 use crate::socket::{Sender, SocketSink};
 
 use announce::Types;
@@ -27,20 +28,12 @@ use attachment::{Attachment, Carrier};
 use out_filter::Running;
 pub use out_filter::{OutFilter, SinkSet, SinkView};
 pub(crate) use slots::Slots;
+use wake::Sleeper;
 
 /// The most sinks of a source.
 pub const MAX_SINKS: usize = 1024;
 /// The most types of events of a source.
 pub const MAX_TYPES: usize = 1024;
-/// Who submits again sooner after the last time submits many: a thread of the library sends them.
-const BURST: Duration = Duration::from_micros(2);
-/// How many submissions of a burst do not look at the time.
-const UNLOOKED: u32 = 15;
-/// The most sinks over sockets that a submitting thread serves itself.
-const INLINE_SINKS: usize = 4;
-/// The most sinks in memory that a submission looks at to find out whether there is anybody to wake.
-const LOOKED_AT: usize = 16;
-
 /// What happens to a sink that does not keep up, when the log is full of what it has not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
 pub enum Policy {
@@ -157,32 +150,6 @@ pub(crate) struct SourceOptions {
     pub policy: Policy,
     /// Who sends.
     pub flush: Flush,
-}
-
-/// A sink in memory, as far as it is to be woken.
-#[derive(Debug, Clone)]
-struct Sleeper {
-    slot: usize,
-    page: Arc<Page>,
-    bell: Arc<Bell>,
-}
-
-impl Sleeper {
-    fn sleeps(&self) -> bool {
-        self.page.cell(SLEEPING).load(Ordering::Relaxed) == 1
-    }
-}
-
-/// Wakes those of these slots that sleep. Whether there were any.
-fn wake_sleepers(sleepers: &[Sleeper], due: &Slots) -> bool {
-    let mut any = false;
-    for sink in sleepers.iter().filter(|sink| due.contains(sink.slot)) {
-        if sink.sleeps() && sink.page.cell(SLEEPING).swap(0, Ordering::Relaxed) == 1 {
-            sink.bell.ring();
-            any = true;
-        }
-    }
-    any
 }
 
 /// What a source has done.
@@ -440,70 +407,6 @@ impl SourceCore {
         self.ring.cell(HEAD).store(end, Ordering::Release);
     }
 
-    /// Tells all sinks that there is something; the sockets that this thread is to serve.
-    fn wake(self: &Arc<Self>, inner: &mut Inner) -> Option<Arc<Vec<Arc<SocketSink>>>> {
-        // Between what was just published and whether somebody sleeps: see `Sink::sleep`.
-        fence(Ordering::SeqCst);
-        if inner.sockets.is_empty() && inner.sleepers.len() <= LOOKED_AT && !inner.keeps_waiting() {
-            inner.due.reset(0);
-            return None;
-        }
-        let few = inner.sockets.len() + inner.sleepers.len() <= INLINE_SINKS;
-        let inline = match self.flush {
-            Flush::Inline => true,
-            Flush::Background => false,
-            Flush::Auto => few && !self.is_burst(inner),
-        };
-        if !inline || self.dirty.load(Ordering::Relaxed) {
-            self.sender.enqueue(self);
-            return None;
-        }
-        if wake_sleepers(&inner.sleepers, &inner.due) {
-            // The time that it took is not the submitter's.
-            inner.last = Instant::now();
-        }
-        inner.due.reset(0);
-        (!inner.sockets.is_empty()).then(|| inner.sockets.clone())
-    }
-
-    /// Whether events are submitted so quickly that it is better to leave them to the sending thread.
-    fn is_burst(&self, inner: &mut Inner) -> bool {
-        // To look at the clock costs as much as a third of all else that a submission does.
-        if inner.bursting && inner.unlooked < UNLOOKED && self.sender.is_awake() {
-            inner.unlooked += 1;
-            return true;
-        }
-        let now = Instant::now();
-        let since = now.duration_since(inner.last) / (inner.unlooked + 1);
-        (inner.last, inner.unlooked) = (now, 0);
-        inner.bursting = since <= BURST;
-        inner.bursting
-    }
-
-    /// Wakes the sinks in memory that sleep and have something to read; those over sockets are to be served.
-    /// What is in `due` is lost.
-    pub(crate) fn wake_sleepers(&self, due: &mut Slots) -> Arc<Vec<Arc<SocketSink>>> {
-        due.reset(0);
-        let (sleepers, sockets) = {
-            let mut inner = self.lock();
-            std::mem::swap(&mut inner.due, due);
-            (inner.sleepers.clone(), inner.sockets.clone())
-        };
-        wake_sleepers(&sleepers, due);
-        sockets
-    }
-
-    fn send_now(self: &Arc<Self>, sockets: &[Arc<SocketSink>]) {
-        for socket in sockets {
-            match socket.try_flush(self) {
-                // Somebody else is at it, or it takes no more now: the sender goes on.
-                None => self.sender.enqueue(self),
-                Some(Ok(())) => {}
-                Some(Err(_)) => self.detach(socket.id, Gone::Broken),
-            }
-        }
-    }
-
     pub(crate) fn sockets(&self) -> Arc<Vec<Arc<SocketSink>>> {
         self.lock().sockets.clone()
     }
@@ -527,7 +430,8 @@ impl SourceCore {
             *ways.entry(sink.way).or_default() += 1;
             if sink.position(head).is_some() {
                 sink.pass_over(&self.ring, slot, &written, head);
-                behind = behind.max(head - sink.floor);
+                // One that lies about what it has read may have led past it.
+                behind = behind.max(head.saturating_sub(sink.floor));
             }
         }
         (ways, behind)
@@ -596,12 +500,6 @@ impl Inner {
             |sink: &&Attachment| sink.confirmed && !matches!(sink.carrier, Carrier::Awaited { .. });
         let sinks = self.sinks.iter().flatten();
         sinks.filter(there).map(|sink| sink.sink)
-    }
-
-    /// Whether a sink in memory sleeps that has something to read.
-    fn keeps_waiting(&self) -> bool {
-        let mut due = self.sleepers.iter();
-        due.any(|sink| self.due.contains(sink.slot) && sink.sleeps())
     }
 
     fn written(&self) -> Written {
