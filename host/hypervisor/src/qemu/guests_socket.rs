@@ -147,3 +147,35 @@ fn find(path: &Path, control: &Path) -> Result<Found, Error> {
 fn pid(stream: &UnixStream) -> io::Result<Pid> {
     Ok(sockopt::socket_peercred(stream)?.pid)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_switch_of_an_earlier_version_serves_no_programs_and_all_else_goes_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let control = directory.path().join("control");
+        let listener = UnixListener::bind(&control).unwrap();
+        let old = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = String::new();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            reader.read_line(&mut request).unwrap();
+            let answer = br#"{"ok":false,"code":"bad-request","message":"no such request"}"#;
+            stream.write_all(&[answer, &b"\n"[..]].concat()).unwrap();
+            request
+        });
+        let mut client = Client::connect(&control).await.unwrap();
+        let socket = GuestsSocket {
+            path: directory.path().join("sockets/guests"),
+            users_end: 1 << 31,
+        };
+        assert!(!open(&socket, &control, &mut client).await.unwrap());
+        assert!(!socket.path.exists());
+        assert!(old.join().unwrap().contains("serve-programs"));
+    }
+}

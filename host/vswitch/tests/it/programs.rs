@@ -4,7 +4,7 @@ use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
@@ -18,13 +18,15 @@ use crate::vm::{Switch, eventually, read_all, read_line};
 const ALICE: u32 = 61_234;
 const BOB: u32 = 61_235;
 
-/// Whether there can be programs of several users.
-fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
+/// A switch and its socket for programs, where there can be some of several users.
+fn served() -> Option<(Switch, PathBuf)> {
+    if !rustix::process::geteuid().is_root() {
         println!("skipped: only root can be several users");
+        return None;
     }
-    root
+    let mut switch = Switch::start();
+    let socket = switch.serve_programs();
+    Some((switch, socket))
 }
 
 /// A connection of a user's: the kernel tells the user of the thread that makes it.
@@ -84,11 +86,9 @@ const BAD_LINE: &str = "ERR bad-line expected CONNECT CID PORT or LISTEN PORT\n"
 
 #[test]
 fn programs_reach_their_users_guests_and_no_others() {
-    if !is_root() {
+    let Some((mut switch, socket)) = served() else {
         return;
-    }
-    let mut switch = Switch::start();
-    let socket = switch.serve_programs();
+    };
     switch.add(3, &ALICE.to_string()).unwrap();
     switch.add(4, "").unwrap();
     let mut guest = Driver::start(&switch.spec(3, ""));
@@ -123,11 +123,9 @@ fn programs_reach_their_users_guests_and_no_others() {
 
 #[test]
 fn guests_reach_the_programs_of_their_owner_that_listen() {
-    if !is_root() {
+    let Some((mut switch, socket)) = served() else {
         return;
-    }
-    let mut switch = Switch::start();
-    let socket = switch.serve_programs();
+    };
     switch.add(3, &ALICE.to_string()).unwrap();
     switch.add(4, &BOB.to_string()).unwrap();
     switch.add(5, "").unwrap();
@@ -176,11 +174,9 @@ fn guests_reach_the_programs_of_their_owner_that_listen() {
 
 #[test]
 fn what_is_made_for_a_domain_comes_before_programs() {
-    if !is_root() {
+    let Some((mut switch, socket)) = served() else {
         return;
-    }
-    let mut switch = Switch::start();
-    let socket = switch.serve_programs();
+    };
     switch.add(3, &ALICE.to_string()).unwrap();
     let mut guest = Driver::start(&switch.spec(3, ""));
     let door = listen(ALICE, &socket, 7400);
@@ -199,11 +195,9 @@ fn what_is_made_for_a_domain_comes_before_programs() {
 
 #[test]
 fn who_takes_nothing_holds_no_guest_up() {
-    if !is_root() {
+    let Some((mut switch, socket)) = served() else {
         return;
-    }
-    let mut switch = Switch::start();
-    let socket = switch.serve_programs();
+    };
     switch.add(3, &ALICE.to_string()).unwrap();
     let mut guest = Driver::start(&switch.spec(3, ""));
     let stalled = listen(ALICE, &socket, 7400);
@@ -242,11 +236,9 @@ fn who_takes_nothing_holds_no_guest_up() {
 
 #[test]
 fn nonsense_and_too_much_are_refused() {
-    if !is_root() {
+    let Some((_switch, socket)) = served() else {
         return;
-    }
-    let mut switch = Switch::start();
-    let socket = switch.serve_programs();
+    };
     for line in [
         "\n",
         "CONNECT 3\n",
